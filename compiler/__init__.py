@@ -1,0 +1,1 @@
+"""A traced module becomes a program: passes, segments, executables."""

@@ -1,0 +1,1 @@
+"""The graph axis: who compiles what lies between two attentions."""

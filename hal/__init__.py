@@ -1,0 +1,1 @@
+"""What hardware can do: devices, kernels and the contract they honour. Imports nothing of ours."""

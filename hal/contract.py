@@ -1,0 +1,144 @@
+"""The contract. A backend is a device, a kernel set and a graph compiler that honour this page.
+
+Lifetime   open device -> make kernels(device) -> allocate pools once -> steps -> device.close().
+Ordering   All calls of one device are ordered as issued (one stream, or none): a move is seen by
+           the next attend, an attend's KV writes by the next move. Callers synchronise only to read
+           results on the host.
+Memory     Pools are allocated once. No call below keeps a reference to a tensor it was given
+           except the pool, and none allocates KV.
+Errors     What a caller can cause raises a HalyardError; a broken invariant raises at once.
+           Nothing is retried or swallowed.
+Probing    `probe()` never opens a context on the hardware, never raises for a missing library and
+           returns every reason at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from halyard.hal.types import (
+    AttentionLayer,
+    BlockMove,
+    Capabilities,
+    DeviceInfo,
+    KVLayout,
+    KVPool,
+    KVSpec,
+    MemoryInfo,
+    Probe,
+    StepBatch,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, fx
+
+__all__ = ["CONTRACT_VERSION", "Device", "Executable", "GraphCompiler", "PagedKernels"]
+
+CONTRACT_VERSION = (1, 0)  # a part with another major number is refused by the registry
+
+
+@runtime_checkable
+class Device(Protocol):
+    """One opened piece of hardware. Entry-point group `halyard.devices`; constructed as `cls()`."""
+
+    contract_version: tuple[int, int]
+    info: DeviceInfo
+    torch_device: torch.device  # where tensors for this device live
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """Is such hardware here? `info` is filled when it is."""
+
+    def memory(self) -> MemoryInfo:
+        """Bytes that this process may use, and how many are free now."""
+
+    def allocate_kv(self, layout: KVLayout, num_blocks: int, *, host: bool) -> KVPool:
+        """Allocate a pool; contents are undefined. Raises CapacityError if it doesn't fit."""
+
+    def capture(self, fn: Callable[[], None]) -> Callable[[], None] | None:
+        """Record `fn`'s device work and return its replay, or None where that isn't possible."""
+
+    def synchronize(self) -> None:
+        """Wait until all issued work is done."""
+
+    def close(self) -> None:
+        """Free everything. Idempotent; no other method may be called afterwards."""
+
+
+@runtime_checkable
+class PagedKernels(Protocol):
+    """Paged attention and block moves. Group `halyard.kernels`; constructed as `cls(device)`."""
+
+    contract_version: tuple[int, int]
+    name: str
+    capabilities: Capabilities
+
+    @classmethod
+    def probe(cls, device: DeviceInfo) -> Probe:
+        """Can these kernels run on that device here?"""
+
+    def layout(self, spec: KVSpec) -> KVLayout:
+        """The physical layout these kernels want for `spec`."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pool: KVPool, layer: AttentionLayer, batch: StepBatch
+    ) -> Tensor:
+        """Write the new keys and values to their slots, then attend causally over the sequences.
+
+        Prefill, chunked prefill, decode and any mix are this one call. Tokens whose slot is -1 are
+        not written. Query t of a row attends to positions 0 .. its own, narrowed by layer.window.
+
+        Args:
+            q: [tokens, num_heads, head_dim] activations dtype, last dim contiguous.
+            k, v: [tokens, num_kv_heads, head_dim] as q.
+        Returns:
+            [tokens, num_heads, head_dim] in q's dtype, contiguous.
+        """
+
+    def copy_blocks(self, pool: KVPool, moves: Sequence[BlockMove]) -> None:
+        """Copy whole blocks within a pool. No block is both a source and a target in one call."""
+
+    def swap_out(self, pool: KVPool, host: KVPool, moves: Sequence[BlockMove]) -> None:
+        """Copy device blocks (sources) to host blocks (targets), bit for bit."""
+
+    def swap_in(self, pool: KVPool, host: KVPool, moves: Sequence[BlockMove]) -> None:
+        """Copy host blocks (sources) to device blocks (targets), bit for bit."""
+
+    def read_blocks(self, pool: KVPool, blocks: Sequence[int]) -> Tensor:
+        """Canonical form [2, layers, blocks, block_size, kv_heads, head_dim] on the host, kv dtype."""
+
+    def write_blocks(self, pool: KVPool, blocks: Sequence[int], data: Tensor) -> None:
+        """The inverse of read_blocks."""
+
+
+Executable = Callable[..., "tuple[Tensor, ...]"]  # positional tensors in, tuple of tensors out
+
+
+@runtime_checkable
+class GraphCompiler(Protocol):
+    """Compiles what lies between two attentions. Group `halyard.graphs`; constructed as `cls()`."""
+
+    contract_version: tuple[int, int]
+    name: str
+
+    @classmethod
+    def probe(cls, device: DeviceInfo) -> Probe:
+        """Can it compile for that device here?"""
+
+    def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
+        """Names of the passes (compiler/pipeline.py) that it wants before segments are cut."""
+
+    def compile(
+        self, segment: fx.GraphModule, inputs: Sequence[Tensor], device: DeviceInfo
+    ) -> Executable:
+        """Compile one segment. `inputs` are fake example tensors with symbolic token counts; weights
+        are inputs too, so identical segments share one executable."""
+
+    def save(self, executable: Executable, directory: Path) -> bool:
+        """Write an executable that this compiler made; False if there is nothing worth keeping."""
+
+    def load(self, directory: Path, device: DeviceInfo) -> Executable:
+        """Read back what `save` wrote. Raises any error on damage; the cache then compiles anew."""

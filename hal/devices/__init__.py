@@ -1,0 +1,1 @@
+"""The device axis: where memory lives and how work is ordered."""

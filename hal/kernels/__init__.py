@@ -1,0 +1,1 @@
+"""The kernels axis: who implements paged attention and block moves."""

@@ -1,0 +1,1 @@
+"""Vectorised C++ kernels for the CPU, built where they run."""

@@ -1,0 +1,1 @@
+"""A Hugging Face checkpoint becomes a traceable module and its weights."""

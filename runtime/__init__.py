@@ -1,0 +1,1 @@
+"""One scheduler, one engine: requests become steps, steps become tokens."""

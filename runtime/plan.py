@@ -1,0 +1,95 @@
+"""What crosses between scheduler, executor and client, as data: plans, outputs, events. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+from halyard.hal.types import BlockMove
+
+if TYPE_CHECKING:
+    from halyard.runtime.sequence import Sequence
+
+__all__ = [
+    "FinishReason",
+    "PlanRow",
+    "StepOutput",
+    "StepPlan",
+    "StepResult",
+    "TokenEvent",
+    "TokenLogprob",
+]
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One sequence's share of a step: tokens start .. start + num_tokens of its token list."""
+
+    sequence: Sequence  # read-only for everyone but the scheduler
+    start: int  # tokens whose KV exists already; the first position computed in this step
+    num_tokens: int  # >= 1
+    num_samples: int  # 0: the row ends before the prompt does; n > 1: first answer token of n forks
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The scheduler's decision for one step: token counts, no phases.
+
+    Order of execution: swap_out, swap_in, copies, then rows.
+    """
+
+    step: int  # counts from 0
+    rows: tuple[PlanRow, ...]
+    num_tokens: int  # sum over rows
+    swap_out: tuple[BlockMove, ...] = ()  # device -> host
+    swap_in: tuple[BlockMove, ...] = ()  # host -> device
+    copies: tuple[BlockMove, ...] = ()  # device -> device (copy on write)
+
+
+class TokenLogprob(NamedTuple):
+    """Natural-log probabilities of one token, from the model's own distribution (before penalties)."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: the most likely token
+    top: tuple[tuple[int, float], ...]  # the most likely (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step computed, on the host. Entry r belongs to plan.rows[r]."""
+
+    token_ids: tuple[tuple[int, ...], ...]  # row.num_samples tokens each
+    logprobs: tuple[tuple[TokenLogprob, ...] | None, ...]  # like token_ids; None: not asked for
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...]
+    # ^ for prompt tokens start + 1 .. min(end, prompt length - 1) of rows whose params ask for them
+
+
+class StepResult(Protocol):
+    """A running step: a handle that becomes ready, so that the next step can be planned meanwhile."""
+
+    def ready(self) -> bool: ...
+
+    def wait(self) -> StepOutput:
+        """Block until the step is done. Raises what the device raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """News about one sequence of a request, in order; the last one has a finish reason."""
+
+    request_id: str
+    index: int  # which of the request's n answers
+    token_ids: tuple[int, ...] = ()  # new answer tokens (a stop token is included)
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one a new token
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # all of them, once, on index 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string; None for eos
+    num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    error: str | None = None  # with finish_reason "error"

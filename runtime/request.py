@@ -1,0 +1,106 @@
+"""What a user asks for: sampling parameters and requests. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from halyard.hal.errors import RequestError
+
+__all__ = ["MAX_LOGPROBS", "Request", "SamplingParams"]
+
+MAX_LOGPROBS = 20  # most alternatives a token can report, as in OpenAI's API
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Names and defaults are vLLM's.
+
+    Raises:
+        RequestError: a value is out of range; the text and `param` name it.
+    """
+
+    n: int = 1  # answers per prompt; they share the prompt's KV blocks
+    presence_penalty: float = 0.0  # -2..2, subtracted once from logits of tokens already answered
+    frequency_penalty: float = 0.0  # -2..2, subtracted per occurrence in the answer
+    repetition_penalty: float = (
+        1.0  # > 0; divides (multiplies) positive (negative) logits of seen tokens
+    )
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # 0 < p <= 1
+    top_k: int = 0  # 0 or -1: all
+    min_p: float = 0.0  # 0..1, relative to the most likely token
+    seed: int | None = None  # same seed, same request -> same tokens, whatever else is in the batch
+    stop: str | Sequence[str] | None = None  # strings that end the answer; not part of it
+    stop_token_ids: Sequence[int] | None = None  # tokens that end the answer
+    ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: up to the context's end
+    min_tokens: int = 0  # no end-of-sequence or stop token before that many
+    logprobs: int | None = None  # alternatives per answer token, 0 for the chosen token alone
+    prompt_logprobs: int | None = None  # the same for prompt tokens
+    logit_bias: Mapping[int, float] | None = None  # token id -> -100..100, added to its logit
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, param: str, rule: str) -> None:
+            if not ok:
+                raise RequestError(f"{param} must be {rule}, got {getattr(self, param)}", param)
+
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            check(math.isfinite(getattr(self, name)), name, "a finite number")
+        check(self.n >= 1, "n", "at least 1")
+        check(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
+        check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
+        check(self.repetition_penalty > 0, "repetition_penalty", "greater than 0")
+        check(self.temperature >= 0, "temperature", "0 (greedy) or greater")
+        check(0 < self.top_p <= 1, "top_p", "greater than 0 and at most 1")
+        check(self.top_k >= -1, "top_k", "-1 or 0 (all) or greater")
+        check(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(self.min_tokens >= 0, "min_tokens", "0 or greater")
+        if self.max_tokens is not None:
+            check(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                f"at most max_tokens ({self.max_tokens})",
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(
+                value is None or 0 <= value <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}"
+            )
+        if self.seed is not None:
+            check(-(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
+        if self.logit_bias is not None:
+            check(
+                all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
+                "logit_bias",
+                "between -100 and 100 for each token",
+            )
+        check(all(self.stop_strings), "stop", "without empty strings")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt on its way through the engine. Immutable; sequences hold what changes."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]  # at least one
+    params: SamplingParams
+    max_tokens: int  # resolved: prompt + answer fit in the context
+    eos_token_ids: frozenset[int] = frozenset()  # empty when unknown
+    priority: int = 0  # lower runs first
+    arrival_time: float = 0.0  # seconds, time.monotonic()
+    cache_salt: str = ""  # prefix blocks are shared only among equal salts
+    seed: int = 0  # resolved: params.seed or one drawn by the engine
+    stop_token_ids: frozenset[int] = field(
+        default_factory=frozenset
+    )  # params.stop_token_ids as a set
