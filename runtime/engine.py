@@ -1,0 +1,126 @@
+"""One model on one backend: schedule, run, commit. Single-threaded; clients bring the threads."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from halyard.runtime.plan import StepOutput, StepPlan, TokenEvent
+from halyard.runtime.request import Request
+
+if TYPE_CHECKING:
+    from halyard.runtime.executor import Executor
+    from halyard.runtime.intake import Intake
+    from halyard.runtime.metrics import Metrics
+    from halyard.runtime.scheduler import Scheduler, SchedulerStats
+
+__all__ = ["Engine", "EngineStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine at one moment."""
+
+    scheduler: SchedulerStats
+    steps: int  # run so far
+    prompt_tokens: int  # computed so far (cached ones are not computed)
+    generated_tokens: int  # sampled so far
+    busy_seconds: float  # spent in steps
+    uptime_seconds: float
+
+
+class Engine:
+    """Requests in, token events out, one step at a time.
+
+    Not thread-safe, with one exception: `stats()` and `num_waiting` may be read from anywhere.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        intake: Intake,
+        metrics: Metrics,
+        max_queue_len: int | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.intake = intake
+        self.metrics = metrics
+        self.max_queue_len = max_queue_len  # most requests that wait; None: no limit
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._busy_seconds = 0.0
+        self._started = time.monotonic()
+        self._closed = False
+
+    @property
+    def num_waiting(self) -> int:
+        return self.scheduler.num_waiting
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """Give up a request, or one of its answers. No event follows. False if it isn't known."""
+        return self.scheduler.abort(request_id, index)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step. Empty if there was nothing to run."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        result = self.executor.run(plan)
+        output = result.wait()
+        events = self._fail_bad_rows(plan, output)
+        events += self.scheduler.commit(plan, output)
+        self._count(plan, output, time.perf_counter() - started)
+        return events
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            scheduler=self.scheduler.stats(),
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            busy_seconds=self._busy_seconds,
+            uptime_seconds=time.monotonic() - self._started,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise if an invariant of the block accounting is broken."""
+        self.scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Free the device. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.executor.close()
+
+    def _fail_bad_rows(self, plan: StepPlan, output: StepOutput) -> list[TokenEvent]:
+        """End requests whose logits were not numbers; the others go on."""
+        events = []
+        for row_index, error in output.errors:
+            request = plan.rows[row_index].sequence.request
+            if self.scheduler.abort(request.request_id):
+                events += [
+                    TokenEvent(request.request_id, index, finish_reason="error", error=error)
+                    for index in range(request.params.n)
+                ]
+        return events
+
+    def _count(self, plan: StepPlan, output: StepOutput, seconds: float) -> None:
+        sampled = sum(map(len, output.token_ids))
+        self._steps += 1
+        self._generated_tokens += sampled
+        self._prompt_tokens += sum(
+            max(0, min(row.end, row.sequence.num_prompt_tokens) - row.start) for row in plan.rows
+        )
+        self._busy_seconds += seconds
+        self.metrics.observe_step(len(plan.rows), plan.num_tokens, seconds)

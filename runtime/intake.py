@@ -1,0 +1,91 @@
+"""Prompts and parameters become requests: everything a user can get wrong is found here. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from halyard.hal.errors import ContextLengthError, RequestError
+from halyard.runtime.request import Request, SamplingParams
+
+__all__ = ["Intake", "Limits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the model and the memory allow."""
+
+    vocab_size: int
+    max_model_len: int  # prompt and answer together, in tokens
+    eos_token_ids: frozenset[int]
+    max_num_sequences: int  # most answers that can run at once, so n is at most that
+
+
+class Intake:
+    """Validates and numbers requests. Safe to call from several threads."""
+
+    def __init__(self, limits: Limits, seed: int = 0) -> None:
+        self.limits = limits
+        self._numbers = itertools.count()
+        self._seeds = random.Random(seed)
+
+    def request(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """Build a request; the answer is cut to what the context leaves.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for one token.
+            RequestError: anything else, with the field to blame.
+        """
+        limits = self.limits
+        prompt = tuple(prompt_token_ids)
+        if not prompt:
+            raise RequestError("the prompt is empty: give at least one token", "prompt")
+        if not all(type(token) is int for token in prompt):
+            raise RequestError("prompt token ids must be integers", "prompt")
+        self._check_tokens((min(prompt), max(prompt)), "prompt")
+        if len(prompt) >= limits.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens, but the context holds "
+                f"{limits.max_model_len} for prompt and answer together: shorten the prompt",
+                "prompt",
+            )
+        self._check_tokens(params.logit_bias or (), "logit_bias")
+        self._check_tokens(params.stop_token_ids or (), "stop_token_ids")
+        if params.n > limits.max_num_sequences:
+            raise RequestError(
+                f"n must be at most {limits.max_num_sequences} here, got {params.n}", "n"
+            )
+        room = limits.max_model_len - len(prompt)
+        number = next(self._numbers)
+        return Request(
+            request_id=request_id if request_id is not None else f"request-{number}",
+            prompt_token_ids=prompt,
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            eos_token_ids=limits.eos_token_ids,
+            priority=priority,
+            arrival_time=time.monotonic(),
+            cache_salt=cache_salt,
+            seed=(params.seed if params.seed is not None else self._seeds.getrandbits(64)) % 2**64,
+            stop_token_ids=frozenset(params.stop_token_ids or ()),
+        )
+
+    def _check_tokens(self, token_ids: Iterable[int], param: str) -> None:
+        for token in token_ids:
+            if not 0 <= token < self.limits.vocab_size:
+                raise RequestError(
+                    f"token id {token} in {param} is outside the vocabulary "
+                    f"(0 to {self.limits.vocab_size - 1})",
+                    param,
+                )

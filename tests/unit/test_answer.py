@@ -1,0 +1,120 @@
+"""Stop strings and the bookkeeping of answers."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from halyard.runtime.answer import Answers, StopMatcher
+from halyard.runtime.plan import TokenEvent
+from halyard.runtime.request import Request, SamplingParams
+
+
+class Letters:
+    """Token ids are code points."""
+
+    def push(self, token_ids: tuple[int, ...]) -> str:
+        return "".join(map(chr, token_ids))
+
+    def flush(self) -> str:
+        return ""
+
+
+def request(**params: object) -> Request:
+    sampling = SamplingParams(**params)  # type: ignore[arg-type]
+    return Request("r", (1, 2, 3), sampling, max_tokens=sampling.max_tokens or 16)
+
+
+def feed(answers: Answers, text: str, *, index: int = 0, finish: str | None = None) -> str:
+    delta = answers.feed(
+        [TokenEvent("r", index, tuple(map(ord, text)), finish_reason=finish)]  # type: ignore[arg-type]
+    )
+    return "".join(c.text for c in delta.completions) if delta else ""
+
+
+def test_text_that_may_become_a_stop_string_is_held_back() -> None:
+    answers = Answers(request(stop=["END"]), Letters)
+    assert feed(answers, "xE") == "x"
+    assert feed(answers, "N") == ""
+    assert feed(answers, "Q") == "ENQ"
+
+
+def test_a_stop_string_ends_the_answer_and_never_shows() -> None:
+    answers = Answers(request(stop=["END"]), Letters)
+    assert feed(answers, "abE") == "ab"
+    delta = answers.feed([TokenEvent("r", 0, tuple(map(ord, "NDzz")))])
+    assert delta is not None
+    (completion,) = delta.completions
+    assert completion.text == ""
+    assert completion.finish_reason == "stop"
+    assert completion.stop_reason == "END"
+    assert completion.token_ids == tuple(map(ord, "ND"))  # tokens after the stop are not reported
+    assert answers.abandoned == [0]
+    assert answers.finished
+    assert answers.feed([TokenEvent("r", 0, (65,))]) is None
+
+
+def test_the_stop_string_is_kept_when_asked_for() -> None:
+    answers = Answers(request(stop="END", include_stop_str_in_output=True), Letters)
+    assert feed(answers, "abENDc") == "abEND"
+
+
+def test_held_text_is_released_at_the_end() -> None:
+    answers = Answers(request(stop="END"), Letters)
+    assert feed(answers, "EN", finish="length") == "EN"
+
+
+def test_the_stop_token_is_reported_but_has_no_text() -> None:
+    answers = Answers(request(), Letters)
+    delta = answers.feed([TokenEvent("r", 0, (97, 98), finish_reason="stop")])
+    assert delta is not None
+    assert delta.completions[0].text == "a"
+    assert delta.completions[0].token_ids == (97, 98)
+
+
+def test_answers_of_one_request_end_one_by_one() -> None:
+    answers = Answers(request(n=2, stop="!"), Letters)
+    assert feed(answers, "a!", index=1) == "a"
+    assert not answers.finished
+    assert answers.abandoned == [1]
+    assert feed(answers, "b", index=0, finish="length") == "b"
+    assert answers.finished
+
+
+def test_without_a_decoder_tokens_pass_without_text() -> None:
+    answers = Answers(request(), None)
+    delta = answers.feed([TokenEvent("r", 0, (5,), finish_reason="length")])
+    assert delta is not None
+    assert delta.completions[0].token_ids == (5,)
+    assert delta.completions[0].text == ""
+
+
+@given(
+    st.text(alphabet="ab", max_size=30),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(1, 4),
+)
+def test_matching_by_pieces_equals_matching_the_whole(
+    text: str, stops: list[str], piece: int
+) -> None:
+    matcher = StopMatcher(tuple(stops), include=False)
+    released, matched = "", None
+    for start in range(0, len(text), piece):
+        part, matched = matcher.push(text[start : start + piece])
+        released += part
+        if matched:
+            break
+    else:
+        released += matcher.flush()
+    if matched is None:
+        assert released == text
+        assert not any(stop in text for stop in stops)
+    else:
+        assert text.startswith(released + matched)
+        # Nothing released earlier held a stop string.
+        assert not any(stop in released for stop in stops)
+
+
+@pytest.mark.parametrize("stop", [[""], ["ok", ""]])
+def test_an_empty_stop_string_is_refused(stop: list[str]) -> None:
+    with pytest.raises(Exception, match="stop"):
+        SamplingParams(stop=stop)
