@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 
 from halyard.runtime.plan import FinishReason, TokenLogprob
 
-__all__ = ["CompletionDelta", "CompletionOutput", "RequestDelta", "RequestOutput"]
+__all__ = ["CompletionDelta", "CompletionOutput", "Logprob", "RequestDelta", "RequestOutput"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token of a distribution."""
+
+    logprob: float  # natural logarithm
+    rank: int | None  # 1: the most likely
+    decoded_token: str | None  # None: the checkpoint has no tokenizer
 
 
 @dataclass(slots=True)
@@ -16,7 +25,8 @@ class CompletionOutput:
     index: int
     text: str = ""  # empty when the checkpoint has no tokenizer
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None  # one a token, if asked for
+    logprobs: list[dict[int, Logprob]] | None = None  # one a token, if asked for: by token id
+    cumulative_logprob: float | None = None  # sum over the answer's tokens, if asked for
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string or stop token id that ended it
 
@@ -29,7 +39,7 @@ class RequestOutput:
     prompt: str | None  # the text, where the prompt was given as text
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # first is None; one a prompt token
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # one a prompt token; first None
     num_cached_tokens: int = 0
     finished: bool = False
 

@@ -1,0 +1,278 @@
+"""Offline generation with the same engine as the server: the `LLM` class, in the shape vLLM's users know."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from halyard.hal.errors import HalyardError, RequestError
+from halyard.runtime.answer import Answers
+from halyard.runtime.build import build_engine
+from halyard.runtime.config import EngineConfig
+from halyard.runtime.outputs import CompletionOutput, Logprob, RequestDelta, RequestOutput
+from halyard.runtime.plan import TokenEvent, TokenLogprob
+from halyard.runtime.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["LLM", "Prompt"]
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}."""
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model, loaded and ready to generate.
+
+    Args:
+        model: a folder, a Hugging Face id, "embedded" for the model that ships, or a config object
+            (with load_format="dummy").
+        backend: a row of hw_matrix.yaml; None chooses the best that can run here.
+        dtype: "auto", "float32", "float16" or "bfloat16".
+        max_model_len: most tokens of prompt and answer together; None: the model's, fitted to memory.
+        block_size: tokens a KV block.
+        memory_utilization: share of the device's memory to plan with.
+        kv_blocks: KV blocks on the device; None: what fits.
+        host_kv_blocks: KV blocks in the host's swap tier; None: the device's default.
+        load_format: "auto", or "dummy" for random weights.
+        seed: of random weights and of requests that bring no seed.
+        options: any other field of EngineConfig.
+
+    Raises:
+        HalyardError: the model can't be served here; one line says why.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PretrainedConfig,
+        backend: str | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        memory_utilization: float = 0.9,
+        kv_blocks: int | None = None,
+        host_kv_blocks: int | None = None,
+        load_format: str = "auto",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        config = EngineConfig.create(
+            model=model,
+            backend=backend,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            memory_utilization=memory_utilization,
+            kv_blocks=kv_blocks,
+            host_kv_blocks=host_kv_blocks,
+            load_format=load_format,
+            seed=seed,
+            **options,
+        )
+        built = build_engine(config)
+        self.engine = built.engine
+        self.tokenizer = built.tokenizer
+        self.plan = built.plan
+        self.startup_seconds = built.startup_seconds
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for all prompts at once; results come in the order of the prompts.
+
+        Raises:
+            RequestError: a prompt or parameter is invalid; nothing has run then.
+            HalyardError: the engine failed.
+        """
+        singles = _as_list(prompts)
+        params = _params_for(len(singles), sampling_params)
+        texts = [_text_of(prompt) for prompt in singles]
+        requests = [
+            self.engine.intake.request(self._token_ids(prompt), own)
+            for prompt, own in zip(singles, params, strict=True)
+        ]
+        return self._run(requests, texts, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Generate answers to conversations, each a list of {"role", "content"} messages."""
+        if self.tokenizer is None:
+            raise RequestError("this checkpoint has no tokenizer: chat needs one", "messages")
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if one else messages
+        prompts = [
+            {
+                "prompt_token_ids": self.tokenizer.apply_chat_template(
+                    conversation, add_generation_prompt=add_generation_prompt, **template_options
+                )
+            }
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def close(self) -> None:
+        """Free the device's memory. Idempotent."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _token_ids(self, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return list(prompt["prompt_token_ids"])
+            if not isinstance(prompt.get("prompt"), str):
+                raise RequestError(
+                    'a prompt given as a dict needs "prompt_token_ids" or "prompt"', "prompt"
+                )
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "this checkpoint has no tokenizer: give prompts as token ids", "prompt"
+                )
+            return self.tokenizer.encode(prompt)
+        return prompt
+
+    def _run(
+        self, requests: list[Request], texts: list[str | None], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        outputs = {
+            request.request_id: _blank_output(request, text)
+            for request, text in zip(requests, texts, strict=True)
+        }
+        answers = {
+            request.request_id: Answers(request, self._decoder(request)) for request in requests
+        }
+        bar = tqdm(
+            total=len(requests),
+            desc="Generating",
+            unit="prompt",
+            dynamic_ncols=True,
+            disable=not (use_tqdm and sys.stderr.isatty()),
+        )
+        try:
+            for request in requests:
+                self.engine.add(request)
+            while self.engine.has_work():
+                for request_id, events in _by_request(self.engine.step()).items():
+                    delta = answers[request_id].feed(events)
+                    for index in answers[request_id].abandoned:
+                        self.engine.abort(request_id, index)
+                    answers[request_id].abandoned.clear()
+                    if delta is not None:
+                        self._extend(outputs[request_id], delta)
+                        bar.update(int(delta.finished))
+        except BaseException:
+            for request in requests:  # Ctrl-C included: leave an engine that can be used again
+                self.engine.abort(request.request_id)
+            raise
+        finally:
+            bar.close()
+        return list(outputs.values())
+
+    def _extend(self, output: RequestOutput, delta: RequestDelta) -> None:
+        for new in delta.completions:
+            if new.error is not None:
+                raise HalyardError(f"{output.request_id}: {new.error}")
+            answer = output.outputs[new.index]
+            answer.text += new.text
+            answer.token_ids.extend(new.token_ids)
+            if answer.logprobs is not None:
+                answer.logprobs.extend(map(self._logprobs, new.logprobs or ()))
+                answer.cumulative_logprob = (answer.cumulative_logprob or 0.0) + sum(
+                    token.logprob for token in new.logprobs or ()
+                )
+            if new.finish_reason is not None:
+                answer.finish_reason, answer.stop_reason = new.finish_reason, new.stop_reason
+        if delta.prompt_logprobs is not None:
+            output.prompt_logprobs = [
+                None if token is None else self._logprobs(token) for token in delta.prompt_logprobs
+            ]
+        output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
+        output.finished = delta.finished
+
+    def _logprobs(self, token: TokenLogprob) -> dict[int, Logprob]:
+        """The chosen token and the most likely ones, by token id."""
+        text = self.tokenizer.token_text if self.tokenizer is not None else lambda _: None
+        found = {
+            token_id: Logprob(logprob, rank, text(token_id))
+            for rank, (token_id, logprob) in enumerate(token.top, start=1)
+        }
+        found.setdefault(token.token_id, Logprob(token.logprob, token.rank, text(token.token_id)))
+        return found
+
+    def _decoder(self, request: Request) -> Any:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return None
+        return lambda: tokenizer.detokenizer(request.params.skip_special_tokens)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many? A list of integers is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_for(
+    count: int, params: SamplingParams | Sequence[SamplingParams] | None
+) -> Sequence[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(
+            f"{count} prompts but {len(params)} sampling params: give one, or one a prompt",
+            "sampling_params",
+        )
+    return params
+
+
+def _text_of(prompt: Prompt) -> str | None:
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("prompt", "")
+    return prompt if isinstance(prompt, str) and prompt else None
+
+
+def _blank_output(request: Request, text: str | None) -> RequestOutput:
+    wants_logprobs = request.params.logprobs is not None
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=text,
+        prompt_token_ids=list(request.prompt_token_ids),
+        outputs=[
+            CompletionOutput(index, logprobs=[] if wants_logprobs else None)
+            for index in range(request.params.n)
+        ],
+    )
+
+
+def _by_request(events: Iterable[TokenEvent]) -> dict[str, list[TokenEvent]]:
+    grouped: dict[str, list[TokenEvent]] = {}
+    for event in events:
+        grouped.setdefault(event.request_id, []).append(event)
+    return grouped
