@@ -69,9 +69,7 @@ class StepOutput:
     logprobs: tuple[tuple[TokenLogprob, ...] | None, ...]  # like token_ids; None: not asked for
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...]
     # ^ for prompt tokens start + 1 .. min(end, prompt length - 1) of rows whose params ask for them
-    errors: tuple[
-        str | None, ...
-    ]  # a row whose logits were not numbers says so; its tokens are void
+    errors: tuple[tuple[int, str], ...] = ()  # (row, text): rows whose tokens are void, and why
 
 
 class StepResult(Protocol):

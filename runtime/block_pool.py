@@ -1,0 +1,120 @@
+"""Blocks of one memory tier: reference counts, digests of full blocks, a free queue in eviction order.
+
+    referenced   references > 0                             in use by sequences
+    cached       references == 0, digest set                 findable until evicted, oldest first
+    blank        references == 0, no digest                  reused before any cached block
+
+Cached and blank blocks together are free: both can be allocated at once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+__all__ = ["BlockPool"]
+
+
+class BlockPool:
+    """The accounting of `num_blocks` blocks, ids 0 .. num_blocks - 1. Holds no memory itself."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._references = [0] * num_blocks
+        self._digests: list[bytes | None] = [None] * num_blocks
+        self._by_digest: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._num_cached = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated now, cached ones included."""
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks that still hold a findable prefix."""
+        return self._num_cached
+
+    def references(self, block: int) -> int:
+        return self._references[block]
+
+    def digest(self, block: int) -> bytes | None:
+        return self._digests[block]
+
+    def find(self, digest: bytes) -> int | None:
+        """The block that holds this full block's content."""
+        return self._by_digest.get(digest)
+
+    def is_free(self, block: int) -> bool:
+        return self._references[block] == 0
+
+    def allocate(self) -> tuple[int, bytes | None]:
+        """Take the first block of the free queue: (block, digest of the content evicted with it)."""
+        block, _ = self._free.popitem(last=False)
+        evicted = self._digests[block]
+        if evicted is not None:
+            del self._by_digest[evicted]
+            self._digests[block] = None
+            self._num_cached -= 1
+        self._references[block] = 1
+        return block, evicted
+
+    def acquire(self, block: int) -> None:
+        """Add a reference; a cached block leaves the free queue."""
+        if self._references[block] == 0:
+            del self._free[block]
+            self._num_cached -= self._digests[block] is not None
+        self._references[block] += 1
+
+    def release(self, block: int) -> None:
+        """Drop a reference. The last one frees the block: newest in eviction order if cached."""
+        count = self._references[block] - 1
+        if count < 0:
+            raise AssertionError(f"block {block} released more often than acquired")
+        self._references[block] = count
+        if count == 0:
+            self._free[block] = None
+            if self._digests[block] is None:
+                self._free.move_to_end(block, last=False)
+            else:
+                self._num_cached += 1
+
+    def publish(self, block: int, digest: bytes) -> bool:
+        """Make a referenced full block findable. False if another block holds that content already."""
+        if digest in self._by_digest:
+            return False
+        self._by_digest[digest] = block
+        self._digests[block] = digest
+        return True
+
+    def check_integrity(self, references: Iterable[int]) -> None:
+        """Raise AssertionError unless the books balance.
+
+        Args:
+            references: block ids, one for every reference that holders outside believe to have.
+        """
+        expected = [0] * self.num_blocks
+        for block in references:
+            expected[block] += 1
+        for block in range(self.num_blocks):
+            count = self._references[block]
+            if count != expected[block]:
+                raise AssertionError(
+                    f"block {block} has {count} references, its holders {expected[block]}"
+                )
+            if (count == 0) != (block in self._free):
+                raise AssertionError(f"block {block} has {count} references and is misfiled")
+            digest = self._digests[block]
+            if digest is not None and self._by_digest.get(digest) != block:
+                raise AssertionError(f"block {block} has a digest that doesn't lead to it")
+        cached = sum(self._digests[block] is not None for block in self._free)
+        if cached != self._num_cached:
+            raise AssertionError(f"{cached} blocks are cached, counted {self._num_cached}")
+        for digest, block in self._by_digest.items():
+            if self._digests[block] != digest:
+                raise AssertionError(f"the digest table names block {block} wrongly")

@@ -1,0 +1,435 @@
+"""Decides what every step computes. Imports no torch; its whole world is token counts and blocks.
+
+Running sequences come first, in order of priority and arrival; each gets at least one token, and
+prompts share what is left of the token budget in chunks. Then swapped sequences come back, then
+waiting ones are admitted. When blocks run out, the last in order gives way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from dataclasses import dataclass
+from operator import attrgetter
+
+from halyard.runtime.config import SchedulerConfig
+from halyard.runtime.kv_manager import KVCounters, KVManager
+from halyard.runtime.plan import FinishReason, PlanRow, StepOutput, StepPlan, TokenEvent
+from halyard.runtime.request import Request
+from halyard.runtime.sequence import Sequence, SequenceStatus
+
+__all__ = ["Scheduler", "SchedulerStats"]
+
+_ORDER = attrgetter("order")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Queues and memory at one moment, and totals since the start."""
+
+    num_running: int
+    num_waiting: int  # swapped ones not included
+    num_swapped: int
+    blocks_total: int
+    blocks_used: int  # referenced by sequences
+    blocks_cached: int  # free, but findable by the prefix cache
+    host_blocks_total: int
+    host_blocks_used: int
+    host_blocks_cached: int
+    kv_waste: float  # share of slots in used blocks that hold no token, averaged over all steps
+    preemptions_swap: int
+    preemptions_recompute: int
+    counters: KVCounters
+
+
+class Scheduler:
+    """schedule() -> plan -> (somebody runs it) -> commit(plan, output), strictly in turn.
+
+    `add` and `abort` may come at any moment, also between schedule and commit; memory of a sequence
+    that is in flight is freed by the commit.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.kv = KVManager(
+            config.num_blocks, config.num_host_blocks, config.block_size, config.prefix_cache
+        )
+        self._waiting: list[Sequence] = []  # sorted by order
+        self._swapped: list[Sequence] = []  # sorted by order
+        self._running: list[Sequence] = []  # sorted by order
+        self._by_request: dict[str, list[Sequence]] = {}
+        self._in_progress: dict[bytes, Sequence] = {}  # prefix blocks being computed, by whom
+        self._sequence_ids = itertools.count()
+        self._steps = itertools.count()
+        self._plan: StepPlan | None = None  # scheduled, not committed
+        self._num_reserved = 0  # answers of running sequences that will be forked off
+        self._preemptions = {"swap": 0, "recompute": 0}
+        self._slots_used = 0  # summed over steps, for the average waste
+        self._slots_wasted = 0
+
+    # -- requests -----------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting or self._swapped or self._plan)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its id must not be in use."""
+        if request.request_id in self._by_request:
+            raise AssertionError(f"request id {request.request_id} is in use")
+        if len(request.prompt_token_ids) + request.max_tokens > self.config.max_model_len:
+            raise AssertionError(f"request {request.request_id} was not fitted to the context")
+        sequence = Sequence(
+            seq_id=next(self._sequence_ids),
+            request=request,
+            index=0,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_forks=request.params.n - 1,
+        )
+        self._by_request[request.request_id] = [sequence]
+        insort(self._waiting, sequence, key=_ORDER)
+
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """Give up a request, or one of its answers. No event follows. False if it isn't known."""
+        sequences = self._by_request.get(request_id, [])
+        chosen = [s for s in sequences if index is None or s.index == index]
+        for sequence in chosen:
+            self._remove(sequence)
+        return bool(chosen)
+
+    # -- planning -----------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """Plan one step. None if there is nothing to run."""
+        if self._plan is not None:
+            raise AssertionError("the last plan has not been committed")
+        rows: list[PlanRow] = []
+        preempted = self._plan_running(rows)
+        if not preempted:
+            self._resume_swapped(rows)
+            if not self._swapped:
+                self._admit_waiting(rows)
+        if not rows:
+            if self._running or self._waiting or self._swapped:
+                raise AssertionError("there is work but nothing could be scheduled")
+            return None
+        for row in rows:
+            row.sequence.in_flight = True
+        moves = self.kv.take_moves()
+        self._plan = StepPlan(
+            step=next(self._steps),
+            rows=tuple(rows),
+            num_tokens=sum(row.num_tokens for row in rows),
+            swap_out=moves.swap_out,
+            swap_in=moves.swap_in,
+            copies=moves.copies,
+        )
+        return self._plan
+
+    def _plan_running(self, rows: list[PlanRow]) -> bool:
+        """Rows for running sequences. True if one had to give way."""
+        preempted = False
+        budget = self.config.max_batched_tokens
+        position = 0
+        while position < len(self._running):
+            sequence = self._running[position]
+            remaining = len(sequence.token_ids) - sequence.num_computed_tokens
+            if remaining > 1:  # leave one token for each sequence behind
+                behind = len(self._running) - position - 1
+                remaining = min(remaining, max(1, budget - behind))
+            while self.kv.blocks_to_grow(sequence, remaining) > self.kv.device.num_free:
+                preempted = True
+                victim = self._running[-1]
+                self._preempt(victim)
+                if victim is sequence:
+                    return True
+            self._plan_row(rows, sequence, remaining)
+            budget -= remaining
+            position += 1
+        return preempted
+
+    def _plan_row(self, rows: list[PlanRow], sequence: Sequence, num_tokens: int) -> None:
+        start = sequence.num_computed_tokens
+        self.kv.grow(sequence, num_tokens)
+        last = start + num_tokens == len(sequence.token_ids)
+        samples = 1 + sequence.num_forks if last else 0
+        rows.append(PlanRow(sequence, start, num_tokens, samples))
+
+    def _budget(self, rows: list[PlanRow]) -> int:
+        return self.config.max_batched_tokens - sum(row.num_tokens for row in rows)
+
+    def _has_seat(self, sequence: Sequence) -> bool:
+        """May it run beside those that run, its forks included?"""
+        seats = len(self._running) + self._num_reserved + 1 + sequence.num_forks
+        return seats <= self.config.max_num_sequences
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.RUNNING
+        insort(self._running, sequence, key=_ORDER)
+        self._num_reserved += sequence.num_forks
+
+    def _resume_swapped(self, rows: list[PlanRow]) -> None:
+        budget = self._budget(rows)
+        while self._swapped and budget > 0:
+            sequence = self._swapped[0]
+            num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, budget)
+            size = self.config.block_size
+            end = sequence.num_computed_tokens + num_tokens
+            grown = -(-end // size) - len(sequence.host_block_ids)
+            needed = self.kv.blocks_to_swap_in(sequence) + grown
+            if not self._has_seat(sequence) or needed > self.kv.device.num_free:
+                return
+            del self._swapped[0]
+            self.kv.swap_in(sequence)
+            self._start(sequence)
+            self._plan_row(rows, sequence, num_tokens)
+            budget -= num_tokens
+
+    def _admit_waiting(self, rows: list[PlanRow]) -> None:
+        budget = self._budget(rows)
+        position = 0
+        while position < len(self._waiting) and budget > 0:
+            sequence = self._waiting[position]
+            if sequence.waits_for is not None and sequence.waits_for in self._in_progress:
+                position += 1  # another one is computing its next block: share it when it's done
+                continue
+            sequence.waits_for = None
+            digests = self.kv.reusable_digests(sequence)
+            found, cost = self.kv.find_prefix(digests)
+            if found < len(digests) and digests[found] in self._in_progress:
+                sequence.waits_for = digests[found]
+                position += 1
+                continue
+            size = self.config.block_size
+            remaining = len(sequence.token_ids) - found * size
+            num_tokens = min(remaining, budget)
+            # Beside others a prompt is admitted only if all of it fits, so that half-read prompts
+            # don't crowd each other out; alone, its first chunk is enough.
+            wanted = remaining if self._running else num_tokens
+            needed = cost + -(-(found * size + wanted) // size) - found
+            if not self._has_seat(sequence) or needed > self.kv.device.num_free:
+                return
+            del self._waiting[position]
+            self.kv.take_prefix(sequence, digests[:found])
+            self._count_prefix(sequence)
+            self._in_progress.update(dict.fromkeys(digests[found:], sequence))
+            self._start(sequence)
+            self._plan_row(rows, sequence, num_tokens)
+            budget -= num_tokens
+
+    def _count_prefix(self, sequence: Sequence) -> None:
+        if not self.config.prefix_cache:
+            return
+        cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+        if sequence.num_answer_tokens == 0:
+            sequence.num_cached_tokens = cached
+        self.kv.counters.prefix_queries += sequence.num_prompt_tokens
+        self.kv.counters.prefix_hits += cached
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Take the last running sequence off the device."""
+        self._running.remove(victim)
+        self._num_reserved -= victim.num_forks
+        self._forget_progress(victim)
+        if self._should_swap(victim):
+            self._preemptions["swap"] += 1
+            self.kv.swap_out(victim)
+            victim.status = SequenceStatus.SWAPPED
+            insort(self._swapped, victim, key=_ORDER)
+        else:
+            self._preemptions["recompute"] += 1
+            self.kv.release(victim)
+            victim.num_computed_tokens = 0
+            victim.status = SequenceStatus.WAITING
+            if not victim.prompt_logprobs_sent:
+                victim.prompt_logprobs.clear()
+            insort(self._waiting, victim, key=_ORDER)
+
+    def _should_swap(self, victim: Sequence) -> bool:
+        if self.config.preemption == "recompute" or not self.kv.can_swap_out(victim):
+            return False
+        if self.config.preemption == "swap":
+            return True
+        return self.config.cost.swap_is_cheaper(len(victim.block_ids), victim.num_computed_tokens)
+
+    # -- results ------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, output: StepOutput) -> list[TokenEvent]:
+        """Take in what a step computed: advance, fork, finish, free."""
+        if plan is not self._plan:
+            raise AssertionError("commit is for the plan that was scheduled last")
+        self._plan = None
+        events: list[TokenEvent] = []
+        ended: list[Sequence] = []
+        for index, row in enumerate(plan.rows):
+            sequence = row.sequence
+            sequence.in_flight = False
+            if sequence.aborted:
+                self.kv.release(sequence)
+                continue
+            sequence.num_computed_tokens = row.end
+            for digest in self.kv.publish(sequence, row.start):
+                self._in_progress.pop(digest, None)
+            if output.prompt_logprobs[index] is not None and not sequence.prompt_logprobs_sent:
+                sequence.prompt_logprobs.extend(output.prompt_logprobs[index] or ())
+            if row.num_samples:
+                answers = [sequence, *self._fork(sequence)]
+                logprobs = output.logprobs[index]
+                for position, answer in enumerate(answers):
+                    token = output.token_ids[index][position]
+                    event = self._append(answer, token, logprobs and logprobs[position])
+                    events.append(event)
+                    if event.finish_reason is not None:
+                        ended.append(answer)
+        self._count_waste()
+        for sequence in ended:
+            self._remove(sequence)
+        self.kv.release_holds()
+        return events
+
+    def _fork(self, parent: Sequence) -> list[Sequence]:
+        """Split off the answers 1 .. n - 1 at the first sampled token."""
+        children = []
+        for number in range(parent.num_forks):
+            child = Sequence(
+                seq_id=next(self._sequence_ids),
+                request=parent.request,
+                index=number + 1,
+                token_ids=list(parent.token_ids),
+                num_prompt_tokens=parent.num_prompt_tokens,
+                num_computed_tokens=parent.num_computed_tokens,
+                num_cached_tokens=parent.num_cached_tokens,
+                prompt_logprobs_sent=True,
+                status=SequenceStatus.RUNNING,
+            )
+            self.kv.fork(parent, child)
+            self._by_request[parent.request.request_id].append(child)
+            insort(self._running, child, key=_ORDER)
+            children.append(child)
+        self._num_reserved -= parent.num_forks
+        parent.num_forks = 0
+        return children
+
+    def _append(self, sequence: Sequence, token: int, logprob: object) -> TokenEvent:
+        request = sequence.request
+        sequence.token_ids.append(token)
+        reason, stop = self._finish_reason(sequence, token)
+        prompt_logprobs = None
+        if request.params.prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
+            sequence.prompt_logprobs_sent = True
+            prompt_logprobs = tuple(sequence.prompt_logprobs)
+            sequence.prompt_logprobs = []
+        return TokenEvent(
+            request_id=request.request_id,
+            index=sequence.index,
+            token_ids=(token,),
+            logprobs=(logprob,) if logprob is not None else None,  # type: ignore[arg-type]
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=stop,
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
+
+    def _finish_reason(
+        self, sequence: Sequence, token: int
+    ) -> tuple[FinishReason | None, int | None]:
+        request = sequence.request
+        count = sequence.num_answer_tokens
+        if count >= request.params.min_tokens:
+            if token in request.eos_token_ids and not request.params.ignore_eos:
+                return "stop", None
+            if token in request.stop_token_ids:
+                return "stop", token
+        return ("length", None) if count >= request.max_tokens else (None, None)
+
+    # -- bookkeeping --------------------------------------------------------------------------
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of the books; memory in flight is freed by the commit."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self._num_reserved -= sequence.num_forks
+        elif sequence.status is SequenceStatus.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.status is SequenceStatus.SWAPPED:
+            self._swapped.remove(sequence)
+        self._forget_progress(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        if sequence.in_flight:
+            sequence.aborted = True
+        else:
+            self.kv.release(sequence)
+        siblings = self._by_request[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._by_request[sequence.request.request_id]
+
+    def _forget_progress(self, sequence: Sequence) -> None:
+        """It computes no more prompt blocks that others could wait for."""
+        if not self._in_progress:
+            return
+        for digest in sequence.block_digests:
+            if self._in_progress.get(digest) is sequence:
+                del self._in_progress[digest]
+
+    def _count_waste(self) -> None:
+        size = self.config.block_size
+        tails = {s.block_ids[-1]: -s.num_computed_tokens % size for s in self._running}
+        self._slots_wasted += sum(tails.values())
+        self._slots_used += self.kv.device.num_used * size
+
+    def stats(self) -> SchedulerStats:
+        device, host = self.kv.device, self.kv.host
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_swapped=len(self._swapped),
+            blocks_total=device.num_blocks,
+            blocks_used=device.num_used,
+            blocks_cached=device.num_cached,
+            host_blocks_total=host.num_blocks,
+            host_blocks_used=host.num_used,
+            host_blocks_cached=host.num_cached,
+            kv_waste=self._slots_wasted / self._slots_used if self._slots_used else 0.0,
+            preemptions_swap=self._preemptions["swap"],
+            preemptions_recompute=self._preemptions["recompute"],
+            counters=self.kv.counters,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the books do not balance."""
+        flying = [row.sequence for row in self._plan.rows] if self._plan else []
+        listed = [*self._running, *self._waiting, *self._swapped]
+        gone = [s for s in flying if s.aborted]
+        self.kv.check_integrity([*listed, *gone])
+        for name, sequences in (
+            ("running", self._running),
+            ("waiting", self._waiting),
+            ("swapped", self._swapped),
+        ):
+            for sequence in sequences:
+                if sequence.status.value != name:
+                    raise AssertionError(f"sequence {sequence.seq_id} is misfiled as {name}")
+            if sorted(sequences, key=_ORDER) != sequences:
+                raise AssertionError(f"the {name} list is out of order")
+        for sequence in listed:
+            if sequence.num_computed_tokens >= len(sequence.token_ids):
+                raise AssertionError(f"sequence {sequence.seq_id} has nothing left to compute")
+            held = len(sequence.block_ids) + len(sequence.host_block_ids)
+            if held * self.config.block_size < sequence.num_computed_tokens:
+                raise AssertionError(f"sequence {sequence.seq_id} lacks blocks")
+        known = [s for own in self._by_request.values() for s in own]
+        if sorted(map(id, known)) != sorted(map(id, listed)):
+            raise AssertionError("requests and queues do not name the same sequences")
+        if self._num_reserved != sum(s.num_forks for s in self._running):
+            raise AssertionError("the seats reserved for forks do not add up")
+        for digest, sequence in self._in_progress.items():
+            if (
+                sequence.status is not SequenceStatus.RUNNING
+                or digest not in sequence.block_digests
+            ):
+                raise AssertionError("a block in progress belongs to nobody")

@@ -1,0 +1,60 @@
+"""A sequence: one answer in the making, its tokens and its blocks. Mutated by the scheduler alone."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+
+from halyard.runtime.plan import TokenLogprob
+from halyard.runtime.request import Request
+
+__all__ = ["Sequence", "SequenceStatus"]
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands. Blocks: WAITING has none, SWAPPED has host blocks only."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens and memory of one answer.
+
+    Invariants: num_computed_tokens < len(token_ids) between steps (the last token's KV is written
+    when the next one is sampled); a running sequence holds ceil(num_computed_tokens / block_size)
+    device blocks between steps.
+    """
+
+    seq_id: int
+    request: Request
+    index: int  # which of the request's n answers
+    token_ids: list[int]  # prompt and answer so far
+    num_prompt_tokens: int
+    num_computed_tokens: int = (
+        0  # tokens whose KV exists (on the device, or on the host if swapped)
+    )
+    block_ids: array[int] = field(default_factory=lambda: array("i"))  # device blocks, in order
+    host_block_ids: list[int] = field(default_factory=list)  # while swapped out
+    block_digests: list[bytes] = field(default_factory=list)  # of full blocks, as far as computed
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache, first admission
+    num_forks: int = 0  # answers still to be split off at the first sampled token
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # gathered over chunks
+    prompt_logprobs_sent: bool = False
+    in_flight: bool = False  # part of a plan that is not committed yet
+    aborted: bool = False  # given up while in flight: freed at commit
+    waits_for: bytes | None = None  # digest of a block that another sequence is computing
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """Sort key of service: priority, then arrival."""
+        return (self.request.priority, self.request.arrival_time, self.seq_id)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens

@@ -1,0 +1,219 @@
+"""A simulated device and model: what each KV slot holds is known, so wrong moves are seen.
+
+A slot holds the token history up to its token (as a running hash). The "model" answers with a hash
+of the history it really sees through the block table, so any stale, lost or swapped block changes
+the answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from halyard.runtime.config import SchedulerConfig
+from halyard.runtime.plan import StepOutput, StepPlan, TokenEvent, TokenLogprob
+from halyard.runtime.request import Request, SamplingParams
+from halyard.runtime.scheduler import Scheduler
+
+VOCABULARY = 50
+EOS = 0
+
+
+def history(previous: int, token: int) -> int:
+    return hash((previous, token))
+
+
+class SimulatedDevice:
+    """Executes plans on dictionaries instead of tensors, in the order the contract states."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        config = scheduler.config
+        self.size = config.block_size
+        self.device: list[list[int | None]] = [[None] * self.size for _ in range(config.num_blocks)]
+        self.host: list[list[int | None]] = [
+            [None] * self.size for _ in range(config.num_host_blocks)
+        ]
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        targets = [move.target for move in plan.swap_in] + [move.target for move in plan.copies]
+        assert len(set(targets)) == len(targets), "a device block is written twice"
+        assert len({m.target for m in plan.swap_out}) == len(plan.swap_out), "host block twice"
+        assert not {m.source for m in plan.copies} & {m.target for m in plan.copies}
+        for move in plan.swap_out:
+            self.host[move.target] = list(self.device[move.source])
+        for move in plan.swap_in:
+            self.device[move.target] = list(self.host[move.source])
+        for move in plan.copies:
+            self.device[move.target] = list(self.device[move.source])
+        written: set[tuple[int, int]] = set()
+        for row in plan.rows:
+            sequence = row.sequence
+            for position in range(row.start, row.end):
+                slot = (sequence.block_ids[position // self.size], position % self.size)
+                assert slot not in written, "two rows write one slot"
+                written.add(slot)
+                before = self._read(row.sequence.block_ids, position - 1) if position else 0
+                assert before is not None, "the slot before was never written"
+                token = sequence.token_ids[position]
+                self.device[slot[0]][slot[1]] = history(before, token)
+        tokens: list[tuple[int, ...]] = []
+        prompt_logprobs: list[tuple[TokenLogprob, ...] | None] = []
+        for row in plan.rows:
+            seen = self._check(row.sequence.block_ids, row.sequence.token_ids[: row.end])
+            first = row.sequence.index
+            tokens.append(
+                tuple(hash((seen, first + i)) % VOCABULARY for i in range(row.num_samples))
+            )
+            asks = row.sequence.request.params.prompt_logprobs is not None
+            last = min(row.end, row.sequence.num_prompt_tokens - 1)
+            prompt_logprobs.append(
+                tuple(
+                    TokenLogprob(row.sequence.token_ids[p + 1], -1.0, 1, ())
+                    for p in range(row.start, last)
+                )
+                if asks
+                else None
+            )
+        return StepOutput(tuple(tokens), (None,) * len(tokens), tuple(prompt_logprobs))
+
+    def _read(self, blocks: Iterable[int], position: int) -> int | None:
+        return self.device[list(blocks)[position // self.size]][position % self.size]
+
+    def _check(self, blocks: Iterable[int], tokens: list[int]) -> int:
+        """Every slot the row attends to must hold exactly the sequence's own history."""
+        table = list(blocks)
+        expected = 0
+        for position, token in enumerate(tokens):
+            expected = history(expected, token)
+            found = self.device[table[position // self.size]][position % self.size]
+            assert found == expected, f"position {position} holds another history"
+        return expected
+
+
+def request(
+    name: str,
+    prompt: list[int],
+    *,
+    arrival: float = 0.0,
+    priority: int = 0,
+    salt: str = "",
+    **params: object,
+) -> Request:
+    sampling = SamplingParams(**params)  # type: ignore[arg-type]
+    return Request(
+        name,
+        tuple(prompt),
+        sampling,
+        max_tokens=sampling.max_tokens or 8,
+        eos_token_ids=frozenset({EOS}),
+        arrival_time=arrival,
+        priority=priority,
+        cache_salt=salt,
+    )
+
+
+def run_all(
+    config: SchedulerConfig, requests: list[Request], *, limit: int = 5000
+) -> tuple[dict[tuple[str, int], list[int]], Scheduler, list[StepPlan]]:
+    """Run requests to the end: answers by (request id, index), the scheduler and all plans."""
+    scheduler = Scheduler(config)
+    device = SimulatedDevice(scheduler)
+    for item in requests:
+        scheduler.add(item)
+    answers: dict[tuple[str, int], list[int]] = {}
+    plans: list[StepPlan] = []
+    while scheduler.has_work():
+        plan = scheduler.schedule()
+        scheduler.check_integrity()
+        assert plan is not None
+        plans.append(plan)
+        assert plan.num_tokens <= config.max_batched_tokens
+        for event in scheduler.commit(plan, device.run(plan)):
+            answers.setdefault((event.request_id, event.index), []).extend(event.token_ids)
+        scheduler.check_integrity()
+        limit -= 1
+        assert limit, "no end in sight"
+    return answers, scheduler, plans
+
+
+class Fuzzer:
+    """Random traffic on one scheduler, every invariant checked after every call."""
+
+    def __init__(self, config: SchedulerConfig, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.scheduler = Scheduler(config)
+        self.device = SimulatedDevice(self.scheduler)
+        self.config = config
+        self.live: dict[str, set[int]] = {}
+        self.ended: dict[str, str] = {}
+        self.count = 0
+        self.prefixes = [
+            [self.random.randrange(1, VOCABULARY) for _ in range(config.max_model_len // 2)]
+            for _ in range(3)
+        ]
+
+    def arrive(self) -> None:
+        rng = self.random
+        top = self.config.max_model_len - 2
+        prefix = rng.choice(self.prefixes)[: rng.randrange(0, top // 2 + 1)]
+        own = [rng.randrange(1, VOCABULARY) for _ in range(rng.randrange(1, max(2, top // 3)))]
+        prompt = (prefix + own)[:top]
+        n = rng.choice([1, 1, 1, 2, 3])
+        self.count += 1
+        item = request(
+            f"r{self.count}",
+            prompt,
+            arrival=float(self.count),
+            priority=rng.choice([0, 0, 0, 1, -1]),
+            salt=rng.choice(["", "", "tenant"]),
+            n=min(n, self.config.max_num_sequences),
+            max_tokens=rng.randrange(1, self.config.max_model_len - len(prompt) + 1),
+            ignore_eos=rng.random() < 0.5,
+            prompt_logprobs=1 if rng.random() < 0.1 else None,
+        )
+        self.scheduler.add(item)
+        self.live[item.request_id] = set(range(item.params.n))
+
+    def abort_one(self) -> None:
+        if self.live and self.random.random() < 0.04:
+            name = self.random.choice(list(self.live))
+            assert self.scheduler.abort(name)
+            assert not self.scheduler.abort(name)
+            del self.live[name]
+            self.ended[name] = "aborted"
+            self.scheduler.check_integrity()
+
+    def take(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            open_answers = self.live[event.request_id]  # KeyError: an event after the end
+            assert event.index in open_answers
+            if event.finish_reason:
+                open_answers.remove(event.index)
+                if not open_answers:
+                    del self.live[event.request_id]
+                    self.ended[event.request_id] = "finished"
+
+    def step(self) -> None:
+        if self.random.random() < 0.25 and len(self.live) < 30:
+            self.arrive()
+        self.abort_one()
+        plan = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        if plan is None:
+            return
+        output = self.device.run(plan)
+        self.abort_one()
+        self.take(self.scheduler.commit(plan, output))
+        self.scheduler.check_integrity()
+
+    def drain(self) -> None:
+        while self.scheduler.has_work():
+            plan = self.scheduler.schedule()
+            assert plan is not None
+            self.take(self.scheduler.commit(plan, self.device.run(plan)))
+        self.scheduler.check_integrity()
+        stats = self.scheduler.stats()
+        assert stats.blocks_used == 0
+        assert stats.host_blocks_used == 0
+        assert not self.live
+        assert len(self.ended) == self.count
