@@ -1,0 +1,141 @@
+"""torch.export over a flat token batch: one graph for prefill, chunks and decode alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from halyard.hal import ops
+from halyard.hal.errors import ModelError
+from halyard.hal.types import DType
+from halyard.models.adapter import build_meta_module
+from halyard.models.weights import WeightInfo
+from halyard.models.spec import ModelSpec
+
+__all__ = ["TracedModel", "trace"]
+
+INPUT_NAMES = ("input_ids", "positions", "logit_indices")
+
+
+@dataclass(frozen=True, slots=True)
+class TracedModel:
+    """The model as one graph whose weights are inputs.
+
+    Placeholders are the three user inputs (INPUT_NAMES) and weights; a weight's placeholder has its
+    name in meta["weight"]. The graph's only output is the logits.
+    """
+
+    module: fx.GraphModule
+    weights: dict[str, WeightInfo]  # what must come from the checkpoint, by its name there
+    constants: dict[str, Tensor]  # small tensors made by the model itself, e.g. rotary frequencies
+
+
+def trace(spec: ModelSpec, dtype: DType, device: torch.device) -> TracedModel:
+    """Trace a model without its weights, for tensors that live on `device`.
+
+    Raises:
+        ModelError: it can't be traced, or some of its attention goes around our operator.
+    """
+    model = build_meta_module(spec, dtype)
+    tokens = torch.export.Dim("ntok", min=1, max=1 << 20)
+    rows = torch.export.Dim("nrow", min=1, max=1 << 20)
+    # Three different lengths, none of them 0 or 1: the exporter specialises on those. Distinct
+    # tensors: it merges inputs that are one object.
+    example = (
+        torch.zeros(7, dtype=torch.int64, device="meta"),
+        torch.zeros(7, dtype=torch.int64, device="meta"),
+        torch.zeros(3, dtype=torch.int64, device="meta"),
+    )
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(
+                model,
+                example,
+                dynamic_shapes=({0: tokens}, {0: tokens}, {0: rows}),
+                strict=False,
+            )
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{spec.architecture} can't be traced: {reason}") from error
+    module = exported.graph_module
+    _retarget(module, device)
+    _check_attention(module, spec)
+
+    weights: dict[str, WeightInfo] = {}
+    constants: dict[str, Tensor] = {}
+    canonical = _canonical_names(model)
+    placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+    for item in exported.graph_signature.input_specs:
+        node = placeholders[item.arg.name]
+        if item.kind is InputKind.USER_INPUT:
+            continue
+        target = item.target
+        if target is None:
+            raise ModelError(f"{spec.architecture} has an input that can't be served: {item.kind}")
+        if target in model.buffers_by_name:
+            node.meta["weight"] = target.removeprefix("model.")
+            constants[node.meta["weight"]] = model.buffers_by_name[target].to(device)
+        elif item.kind is InputKind.CONSTANT_TENSOR:
+            value = exported.constants[target]
+            if value.is_meta:
+                raise ModelError(f"{spec.architecture} makes a constant that can't be traced")
+            node.meta["weight"] = target
+            constants[target] = value.detach().to(device)
+        else:
+            name = canonical[target]
+            node.meta["weight"] = name
+            value = node.meta["val"]
+            weights[name] = WeightInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
+    for node, name in zip(
+        [n for n in placeholders.values() if "weight" not in n.meta], INPUT_NAMES, strict=True
+    ):
+        node.meta["input"] = name
+    return TracedModel(module, weights, constants)
+
+
+def _retarget(module: fx.GraphModule, device: torch.device) -> None:
+    """Turn a graph over meta tensors into one over tensors on `device`."""
+
+    def move(value: object) -> object:
+        if isinstance(value, torch.device) and value.type == "meta":
+            return device
+        if isinstance(value, torch._subclasses.FakeTensor):
+            with value.fake_mode:
+                return torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device=device
+                )
+        return value
+
+    for node in module.graph.nodes:
+        node.args = pytree.tree_map(move, node.args)
+        node.kwargs = pytree.tree_map(move, node.kwargs)
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(move, node.meta["val"])
+    module.recompile()
+
+
+def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
+    """Every parameter's and buffer's path -> its name in a checkpoint; tied ones share one name."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for path, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        names[path] = first.setdefault(id(tensor), path.removeprefix("model."))
+    return names
+
+
+def _check_attention(module: fx.GraphModule, spec: ModelSpec) -> None:
+    """A model that bypasses the interface exports well and answers wrongly: refuse it."""
+    nodes = [node for node in module.graph.nodes if node.target is ops.paged_attention]
+    layers = sorted(node.args[4] for node in nodes)
+    if layers != list(range(spec.num_layers)):
+        raise ModelError(
+            f"{spec.architecture} routes {len(nodes)} of its {spec.num_layers} attention layers "
+            "through transformers' attention interface; it would answer wrongly and is refused"
+        )

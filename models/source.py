@@ -1,0 +1,91 @@
+"""Where a model comes from: the one that ships, a folder, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from halyard.hal.errors import ModelError
+
+__all__ = ["EMBEDDED_NAMES", "ModelSource", "resolve_source"]
+
+EMBEDDED_NAMES = ("embedded", "halyard/embedded")
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "tokenizer*"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A folder with a checkpoint, and what to call it."""
+
+    name: str  # what the API calls the model
+    path: Path  # a local folder
+    kind: Literal["embedded", "path", "hub"]
+    revision: str | None = None  # commit of a hub model
+
+
+def resolve_source(model: str | Path, revision: str | None = None) -> ModelSource:
+    """Find the model's folder, downloading it if it is a hub id.
+
+    Raises:
+        ModelError: it is neither here nor on the hub, or holds nothing that can be served.
+    """
+    text = str(model)
+    if text in EMBEDDED_NAMES:
+        return ModelSource("embedded", Path(__file__).parent / "embedded", "embedded")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        _check_folder(path, text)
+        return ModelSource(path.resolve().name, path, "path")
+    if path.is_file():
+        raise ModelError(
+            f"{text} is a file: give the folder that holds config.json and the weights"
+        )
+    if text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or not text:
+        raise ModelError(f"no such model folder: {text or '(empty)'}")
+    return _from_hub(text, revision)
+
+
+def _check_folder(path: Path, text: str) -> None:
+    if not (path / "config.json").is_file():
+        others = sorted(
+            {file.suffix for file in path.iterdir() if file.suffix in (".gguf", ".bin")}
+        )
+        hint = f" (found {', '.join(others)} files, which can't be served)" if others else ""
+        raise ModelError(f"{text} has no config.json: is it a Hugging Face checkpoint?{hint}")
+
+
+def _from_hub(model: str, revision: str | None) -> ModelSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=_PATTERNS)
+    except GatedRepoError:
+        raise ModelError(
+            f"{model} is gated: accept its terms on the hub and set HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{model} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"no model {model!r}: it is neither a folder here nor on the hub (private? set HF_TOKEN)"
+        ) from None
+    except HFValidationError:
+        raise ModelError(f"{model!r} is neither a folder here nor a hub id (owner/name)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise ModelError(
+            f"{model!r} is no folder here, and the hub can't be reached ({reason}): "
+            "check the name, or download the model and give its folder"
+        ) from None
+    path = Path(folder)
+    _check_folder(path, model)
+    return ModelSource(model, path, "hub", revision=path.name)

@@ -1,0 +1,185 @@
+"""What the engine must know about a model before any weight is read. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halyard.hal.errors import ModelError
+from halyard.hal.types import DType, KVSpec, Requirements
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from halyard.models.source import ModelSource
+
+__all__ = ["ModelSpec"]
+
+_DTYPES = ("float32", "float16", "bfloat16")
+# Layer types of transformers' configs that keep a recurrent or compressed state, not a KV cache.
+_STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder's shape, read from its Hugging Face config."""
+
+    name: str  # what the API calls it
+    architecture: str  # e.g. "LlamaForCausalLM"
+    model_type: str  # e.g. "llama"
+    vocab_size: int
+    max_model_len: int  # positions the model was made for
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int  # query heads
+    num_kv_heads: int
+    head_dim: int  # of the KV cache: the larger one where keys and values differ
+    windows: tuple[int, ...]  # a layer's sliding window; 0: full attention
+    softcap: bool  # attention scores are capped
+    sinks: bool  # heads have sink logits
+    tied: bool  # input embedding and lm_head are one matrix
+    dtype: DType  # of the checkpoint
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    config: PretrainedConfig  # the text decoder's
+
+    @classmethod
+    def load(cls, source: ModelSource) -> ModelSpec:
+        """Read config.json (and generation_config.json) of a source."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).split("\n")[0]
+            raise ModelError(f"can't read the config of {source.name}: {reason}") from error
+        generation: dict[str, Any] = {}
+        path = Path(source.path) / "generation_config.json"
+        if path.is_file():
+            try:
+                generation = json.loads(path.read_text())
+            except ValueError as error:
+                raise ModelError(f"{path} is not valid JSON: {error}") from error
+        return cls.from_hf(config, name=source.name, generation_config=generation)
+
+    @classmethod
+    def from_hf(
+        cls,
+        config: PretrainedConfig,
+        *,
+        name: str | None = None,
+        generation_config: dict[str, Any] | None = None,
+    ) -> ModelSpec:
+        """Derive the spec.
+
+        Raises:
+            ModelError: the model is none that can be served; the text says why.
+        """
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{config.model_type} is an encoder-decoder: only decoders can be served"
+            )
+        text = config.get_text_config(decoder=True)
+        architecture = (getattr(config, "architectures", None) or [""])[0] or text.model_type
+        num_layers = _need(text, "num_hidden_layers")
+        num_heads = _need(text, "num_attention_heads")
+        num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+        if isinstance(num_kv_heads, list | tuple):
+            if len(set(num_kv_heads)) > 1:
+                raise ModelError(
+                    f"{architecture} has layers with different numbers of kv heads, "
+                    "which can't be served yet"
+                )
+            num_kv_heads = num_kv_heads[0]
+        types = list(getattr(text, "layer_types", None) or ())
+        stateful = sorted({t for t in types if any(word in t for word in _STATEFUL)})
+        if stateful or text.model_type in ("mamba", "mamba2", "rwkv"):
+            raise ModelError(
+                f"{architecture} has layers that keep a recurrent state "
+                f"({', '.join(stateful) or text.model_type}), which can't be served yet"
+            )
+        eos = (generation_config or {}).get("eos_token_id", getattr(text, "eos_token_id", None))
+        if eos is None:
+            eos = getattr(config, "eos_token_id", None)
+        dtype = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "float32")
+        dtype = dtype.removeprefix("torch.")
+        return cls(
+            name=name or getattr(config, "name_or_path", "") or text.model_type,
+            architecture=architecture,
+            model_type=text.model_type,
+            vocab_size=_need(text, "vocab_size"),
+            max_model_len=getattr(text, "max_position_embeddings", None) or 2048,
+            hidden_size=_need(text, "hidden_size"),
+            intermediate_size=getattr(text, "intermediate_size", None) or 0,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=_head_dim(text, num_heads),
+            windows=_windows(text, types, num_layers),
+            softcap=bool(getattr(text, "attn_logit_softcapping", None)),
+            sinks=text.model_type == "gpt_oss",
+            tied=bool(
+                getattr(text, "tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
+            ),
+            dtype=dtype if dtype in _DTYPES else "bfloat16",  # type: ignore[arg-type]
+            eos_token_ids=tuple(eos)
+            if isinstance(eos, list | tuple)
+            else (eos,) * (eos is not None),
+            bos_token_id=getattr(text, "bos_token_id", None),
+            config=text if text is config else config,
+        )
+
+    def kv_spec(self, dtype: DType, block_size: int = 16) -> KVSpec:
+        return KVSpec(self.num_layers, self.num_kv_heads, self.head_dim, dtype, block_size)
+
+    def requirements(self, dtype: DType, block_size: int = 16) -> Requirements:
+        """What serving this model in `dtype` asks of a kernel set."""
+        return Requirements(
+            dtype=dtype,
+            kv_dtype=dtype,
+            block_size=block_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            window=any(self.windows),
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
+
+    def digest(self) -> str:
+        """A digest of the config: models with equal digests trace to equal graphs."""
+        facts = self.config.to_dict()
+        for key in ("_name_or_path", "name_or_path", "transformers_version", "dtype"):
+            facts.pop(key, None)
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _need(config: PretrainedConfig, field: str) -> int:
+    value = getattr(config, field, None)
+    if not isinstance(value, int):
+        raise ModelError(f"the config of {config.model_type} has no {field}: not a decoder?")
+    return value
+
+
+def _head_dim(config: PretrainedConfig, num_heads: int) -> int:
+    """The cache's head dim. Where keys and values differ (MLA), values are padded."""
+    qk = (getattr(config, "qk_nope_head_dim", 0) or 0) + (
+        getattr(config, "qk_rope_head_dim", 0) or 0
+    )
+    if qk:
+        return max(qk, getattr(config, "v_head_dim", 0) or 0)
+    return getattr(config, "head_dim", None) or config.hidden_size // num_heads
+
+
+def _windows(config: PretrainedConfig, types: list[str], num_layers: int) -> tuple[int, ...]:
+    window = getattr(config, "sliding_window", None) or 0
+    if getattr(config, "use_sliding_window", True) is False:
+        window = 0
+    if types:
+        return tuple(window if "sliding" in kind else 0 for kind in types)
+    return (window,) * num_layers
