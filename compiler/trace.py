@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from halyard.hal import ops
+from halyard.hal.dtypes import dtype_name
 from halyard.hal.errors import ModelError
-from halyard.hal.types import DType
-from halyard.models.adapter import build_meta_module
-from halyard.models.weights import WeightInfo
-from halyard.models.spec import ModelSpec
+from halyard.hal.types import WeightInfo
 
 __all__ = ["TracedModel", "trace"]
 
@@ -34,13 +33,25 @@ class TracedModel:
     constants: dict[str, Tensor]  # small tensors made by the model itself, e.g. rotary frequencies
 
 
-def trace(spec: ModelSpec, dtype: DType, device: torch.device) -> TracedModel:
+def trace(
+    model: nn.Module,
+    constants: Mapping[str, Tensor],
+    *,
+    name: str,
+    num_layers: int,
+    device: torch.device,
+) -> TracedModel:
     """Trace a model without its weights, for tensors that live on `device`.
+
+    Args:
+        model: models.adapter.TraceableModel, on the meta device.
+        constants: values of buffers that no checkpoint holds, by their path in `model`.
+        name: for messages.
+        num_layers: attention layers that the graph must show.
 
     Raises:
         ModelError: it can't be traced, or some of its attention goes around our operator.
     """
-    model = build_meta_module(spec, dtype)
     tokens = torch.export.Dim("ntok", min=1, max=1 << 20)
     rows = torch.export.Dim("nrow", min=1, max=1 << 20)
     # Three different lengths, none of them 0 or 1: the exporter specialises on those. Distinct
@@ -60,13 +71,14 @@ def trace(spec: ModelSpec, dtype: DType, device: torch.device) -> TracedModel:
             )
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{spec.architecture} can't be traced: {reason}") from error
+        raise ModelError(f"{name} can't be traced: {reason}") from error
     module = exported.graph_module
     _retarget(module, device)
-    _check_attention(module, spec)
+    _check_attention(module, name, num_layers)
 
     weights: dict[str, WeightInfo] = {}
-    constants: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    nodes: dict[str, fx.Node] = {}
     canonical = _canonical_names(model)
     placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
     for item in exported.graph_signature.input_specs:
@@ -75,26 +87,32 @@ def trace(spec: ModelSpec, dtype: DType, device: torch.device) -> TracedModel:
             continue
         target = item.target
         if target is None:
-            raise ModelError(f"{spec.architecture} has an input that can't be served: {item.kind}")
-        if target in model.buffers_by_name:
+            raise ModelError(f"{name} has an input that can't be served: {item.kind}")
+        if target in constants:
             node.meta["weight"] = target.removeprefix("model.")
-            constants[node.meta["weight"]] = model.buffers_by_name[target].to(device)
+            values[node.meta["weight"]] = constants[target].to(device)
         elif item.kind is InputKind.CONSTANT_TENSOR:
             value = exported.constants[target]
             if value.is_meta:
-                raise ModelError(f"{spec.architecture} makes a constant that can't be traced")
+                raise ModelError(f"{name} makes a constant that can't be traced")
             node.meta["weight"] = target
-            constants[target] = value.detach().to(device)
+            values[target] = value.detach().to(device)
         else:
-            name = canonical[target]
-            node.meta["weight"] = name
+            weight = canonical[target]
+            if weight in weights:  # tied: the graph may name one tensor twice
+                node.replace_all_uses_with(nodes[weight])
+                module.graph.erase_node(node)
+                del placeholders[node.name]
+                continue
+            nodes[weight] = node
+            node.meta["weight"] = weight
             value = node.meta["val"]
-            weights[name] = WeightInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
-    for node, name in zip(
+            weights[weight] = WeightInfo(tuple(value.shape), dtype_name(value.dtype))
+    for node, input_name in zip(
         [n for n in placeholders.values() if "weight" not in n.meta], INPUT_NAMES, strict=True
     ):
-        node.meta["input"] = name
-    return TracedModel(module, weights, constants)
+        node.meta["input"] = input_name
+    return TracedModel(module, weights, values)
 
 
 def _retarget(module: fx.GraphModule, device: torch.device) -> None:
@@ -130,12 +148,12 @@ def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
     return names
 
 
-def _check_attention(module: fx.GraphModule, spec: ModelSpec) -> None:
+def _check_attention(module: fx.GraphModule, name: str, num_layers: int) -> None:
     """A model that bypasses the interface exports well and answers wrongly: refuse it."""
     nodes = [node for node in module.graph.nodes if node.target is ops.paged_attention]
     layers = sorted(node.args[4] for node in nodes)
-    if layers != list(range(spec.num_layers)):
+    if layers != list(range(num_layers)):
         raise ModelError(
-            f"{spec.architecture} routes {len(nodes)} of its {spec.num_layers} attention layers "
+            f"{name} routes {len(nodes)} of its {num_layers} attention layers "
             "through transformers' attention interface; it would answer wrongly and is refused"
         )

@@ -23,6 +23,7 @@ __all__ = [
     "Probe",
     "Requirements",
     "StepBatch",
+    "WeightInfo",
 ]
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -206,3 +207,11 @@ class Capabilities:
             if getattr(need, name) and not getattr(self, name):
                 reasons.append(f"attention {name}")
         return reasons
+
+
+@dataclass(frozen=True, slots=True)
+class WeightInfo:
+    """A tensor that a traced model takes from its checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: DType

@@ -6,7 +6,6 @@ import json
 import struct
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +15,18 @@ from tqdm import tqdm
 
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.errors import ModelError
-from halyard.hal.types import DType
+from halyard.hal.types import DType, WeightInfo
 from halyard.models.source import ModelSource
 from halyard.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["WeightInfo", "check_checkpoint", "load_weights"]
+__all__ = ["check_checkpoint", "load_weights"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20  # bytes; the format's own limit
-
-
-@dataclass(frozen=True, slots=True)
-class WeightInfo:
-    """A tensor that a traced model takes from the checkpoint."""
-
-    shape: tuple[int, ...]
-    dtype: str  # "float32", "bfloat16", ...
 
 
 def load_weights(

@@ -1,0 +1,66 @@
+"""From a traceable model to a compiled program: trace, passes, segments, executables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from halyard.compiler.graph import ModelGraph, WeightRecipe
+from halyard.compiler.pipeline import run_passes
+from halyard.compiler.program import HeadShape, UnboundProgram
+from halyard.compiler.segments import split
+from halyard.compiler.trace import trace
+from halyard.hal.contract import GraphCompiler
+from halyard.hal.types import DeviceInfo
+
+__all__ = ["build_program"]
+
+
+def build_program(
+    model: nn.Module,
+    constants: Mapping[str, Tensor],
+    compiler: GraphCompiler,
+    device: DeviceInfo,
+    *,
+    name: str,
+    num_layers: int,
+    heads: HeadShape,
+    vocab_size: int,
+    dtype: str,
+    torch_device: torch.device,
+    dump_dir: Path | None = None,
+    progress: bool = False,
+) -> UnboundProgram:
+    """Compile a model without its weights. Arguments as for `trace`, errors too."""
+    traced = trace(model, constants, name=name, num_layers=num_layers, device=torch_device)
+    recipes = {key: WeightRecipe((key,)) for key in (*traced.weights, *traced.constants)}
+    graph = ModelGraph(traced.module, recipes)
+    graph.clean()
+    run_passes(graph, compiler.passes(device, dtype), dump_dir)
+    segmented = split(graph)
+    executables = []
+    for segment in tqdm(
+        segmented.segments,
+        desc="Compiling",
+        unit="segment",
+        dynamic_ncols=True,
+        disable=not (progress and sys.stderr.isatty()),
+    ):
+        inputs = [n.meta["val"] for n in segment.module.graph.nodes if n.op == "placeholder"]
+        executables.append(compiler.compile(segment.module, inputs, device))
+    needed = {source for recipe in graph.recipes.values() for source in recipe.sources}
+    return UnboundProgram(
+        executables=tuple(executables),
+        calls=segmented.calls,
+        result=segmented.result,
+        recipes=graph.recipes,
+        weights={key: info for key, info in traced.weights.items() if key in needed},
+        constants={key: value for key, value in traced.constants.items() if key in needed},
+        heads=heads,
+        vocab_size=vocab_size,
+    )

@@ -1,0 +1,40 @@
+"""The passes, in order. A graph compiler names those it wants; the order is this list's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from halyard.compiler.graph import ModelGraph
+from halyard.compiler.passes.fuse_linears_of_one_input import fuse_linears_of_one_input
+from halyard.hal.errors import ConfigError
+
+__all__ = ["PASSES", "run_passes"]
+
+PASSES: dict[str, Callable[[ModelGraph], None]] = {
+    "fuse_linears_of_one_input": fuse_linears_of_one_input,  # q, k, v and gate, up: one product each
+}
+
+
+def run_passes(graph: ModelGraph, wanted: Sequence[str], dump_dir: Path | None = None) -> None:
+    """Run the wanted passes; with `dump_dir`, write the graph before the first and after each."""
+    unknown = sorted(set(wanted) - set(PASSES))
+    if unknown:
+        raise ConfigError(f"unknown pass {', '.join(unknown)}: known are {', '.join(PASSES)}")
+    _dump(graph, dump_dir, 0, "traced")
+    for number, (name, transform) in enumerate(PASSES.items(), start=1):
+        if name in wanted:
+            transform(graph)
+            _dump(graph, dump_dir, number, name)
+
+
+def _dump(graph: ModelGraph, dump_dir: Path | None, number: int, name: str) -> None:
+    if dump_dir is None:
+        return
+    try:
+        dump_dir.mkdir(parents=True, exist_ok=True)
+        recipes = "\n".join(f"# {key} = {recipe}" for key, recipe in graph.recipes.items())
+        text = f"{graph.module.code.strip()}\n\n{recipes}\n"
+        (dump_dir / f"{number:02d}_{name}.py").write_text(text)
+    except OSError as error:
+        raise ConfigError(f"can't write graphs to {dump_dir}: {error}") from error

@@ -1,0 +1,205 @@
+"""Runs segments and attention in order: the traced model on a device, with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halyard.compiler.graph import WeightRecipe
+from halyard.compiler.segments import AttentionCall, SegmentCall
+from halyard.hal.contract import Executable, PagedKernels
+from halyard.hal.types import AttentionLayer, KVPool, StepBatch, WeightInfo
+
+__all__ = ["HeadShape", "Program", "UnboundProgram"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """The heads that the attention calls of a model see."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnboundProgram:
+    """A compiled model without weights: what it runs, what it needs."""
+
+    executables: tuple[Executable, ...]  # one a unique segment
+    calls: tuple[SegmentCall | AttentionCall, ...]
+    result: str
+    recipes: dict[str, WeightRecipe]
+    weights: dict[str, WeightInfo]  # what must come from the checkpoint
+    constants: dict[str, Tensor]
+    heads: HeadShape
+    vocab_size: int
+    from_cache: bool = False  # no segment had to be compiled
+
+    def bind(
+        self,
+        weights: dict[str, Tensor],
+        kernels: PagedKernels,
+        pack: Callable[[Tensor], Tensor] | None = None,
+    ) -> Program:
+        """Make the weight inputs and put the program together.
+
+        `weights` is emptied on the way: a tensor is freed as soon as no recipe needs it any more,
+        so there are never two copies of all weights.
+        """
+        left: dict[str, int] = {}
+        for recipe in self.recipes.values():
+            for source in recipe.sources:
+                left[source] = left.get(source, 0) + 1
+        made: dict[str, Tensor] = {}
+        for name, recipe in self.recipes.items():
+            tensors = []
+            for source in recipe.sources:
+                left[source] -= 1
+                if source in self.constants:
+                    tensors.append(self.constants[source])
+                else:
+                    tensors.append(weights[source] if left[source] else weights.pop(source))
+            made[name] = recipe.make(tensors)
+            del tensors
+            if recipe.packed:
+                if pack is None:
+                    raise AssertionError("a recipe wants packing, but the kernels pack nothing")
+                made[name] = pack(made[name])
+        weights.clear()
+        return Program(self, made, kernels)
+
+
+@dataclass(frozen=True, slots=True)
+class _SegmentStep:
+    run: Executable
+    inputs: tuple[int, ...]  # slots
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]  # slots whose last use this is
+
+
+@dataclass(frozen=True, slots=True)
+class _AttentionStep:
+    layer: AttentionLayer
+    q: int
+    k: int
+    v: int
+    output: int
+    dead: tuple[int, ...]
+
+
+class Program:
+    """A model that can run. `set_pool` must come before the first `run`."""
+
+    def __init__(
+        self, program: UnboundProgram, weights: dict[str, Tensor], kernels: PagedKernels
+    ) -> None:
+        self.vocab_size = program.vocab_size
+        self.weight_bytes = sum(t.numel() * t.element_size() for t in weights.values())
+        self._kernels = kernels
+        self._pool: KVPool | None = None
+        self._slots: dict[str, int] = {}
+        self._initial: list[Tensor | None] = []
+        for name in ("input:input_ids", "input:positions", "input:logit_indices"):
+            self._slot(name)
+        for name, tensor in weights.items():
+            self._initial[self._slot(f"weight:{name}")] = tensor
+        self._num_kept = len(self._initial)  # inputs and weights are never dropped
+        self._steps = self._plan(program, weights)
+        self._result = self._slots[program.result]
+
+    def set_pool(self, pool: KVPool) -> None:
+        """Where keys and values live."""
+        self._pool = pool
+
+    @torch.inference_mode()
+    def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:
+        """One step: input_ids [tokens] int64, logit_indices [rows] int64 -> logits [rows, vocab]."""
+        pool = self._pool
+        if pool is None:
+            raise AssertionError("the program has no KV pool yet")
+        values = list(self._initial)
+        values[0], values[1], values[2] = input_ids, batch.positions, logit_indices
+        attend = self._kernels.attend
+        for step in self._steps:
+            if type(step) is _SegmentStep:
+                results = step.run(*[values[slot] for slot in step.inputs])
+                for slot, value in zip(step.outputs, results, strict=True):
+                    values[slot] = value
+            elif type(step) is _AttentionStep:
+                values[step.output] = attend(
+                    values[step.q],
+                    values[step.k],
+                    values[step.v],
+                    pool,
+                    step.layer,
+                    batch,  # type: ignore[arg-type]
+                )
+            for slot in step.dead:
+                values[slot] = None
+        logits = values[self._result]
+        if logits is None:
+            raise AssertionError("the program made no logits")
+        return logits
+
+    def _slot(self, name: str) -> int:
+        if name not in self._slots:
+            self._slots[name] = len(self._initial)
+            self._initial.append(None)
+        return self._slots[name]
+
+    def _plan(
+        self, program: UnboundProgram, weights: dict[str, Tensor]
+    ) -> list[_SegmentStep | _AttentionStep]:
+        """Names become slots; every slot is dropped after its last use."""
+        uses: list[tuple[set[int], set[int]]] = []
+        for call in program.calls:
+            if isinstance(call, SegmentCall):
+                reads = {self._slot(name) for name in call.inputs}
+                uses.append((reads, {self._slot(name) for name in call.outputs}))
+            else:
+                uses.append(({self._slot(call.q), self._slot(call.k), self._slot(call.v)},
+                             {self._slot(call.output)}))  # fmt: skip
+        last = {
+            slot: position for position, (reads, made) in enumerate(uses) for slot in reads | made
+        }
+        last[self._slots[program.result]] = len(uses)
+        steps: list[_SegmentStep | _AttentionStep] = []
+        for position, (call, (reads, made)) in enumerate(zip(program.calls, uses, strict=True)):
+            dead = tuple(
+                s for s in sorted(reads | made) if s >= self._num_kept and last[s] == position
+            )
+            if isinstance(call, SegmentCall):
+                steps.append(
+                    _SegmentStep(
+                        program.executables[call.segment],
+                        tuple(self._slots[name] for name in call.inputs),
+                        tuple(self._slots[name] for name in call.outputs),
+                        dead,
+                    )
+                )
+            else:
+                layer = AttentionLayer(
+                    index=call.layer,
+                    num_heads=program.heads.num_heads,
+                    num_kv_heads=program.heads.num_kv_heads,
+                    head_dim=program.heads.head_dim,
+                    scale=call.scale,
+                    window=call.window,
+                    softcap=call.softcap,
+                    sinks=weights[call.sinks.removeprefix("weight:")] if call.sinks else None,
+                )
+                steps.append(
+                    _AttentionStep(
+                        layer,
+                        self._slots[call.q],
+                        self._slots[call.k],
+                        self._slots[call.v],
+                        self._slots[call.output],
+                        dead,
+                    )
+                )
+        return steps

@@ -1,0 +1,134 @@
+"""Traced, fused, split and run on the reference kernels, every family gives Hugging Face's logits."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny_models import PROVEN, tiny_model
+
+from halyard.compiler.build import build_program
+from halyard.compiler.graphs.eager import EagerCompiler
+from halyard.compiler.program import HeadShape, Program
+from halyard.compiler.segments import SegmentCall
+from halyard.hal.devices.cpu import CpuDevice
+from halyard.hal.kernels.reference.kernels import ReferenceKernels
+from halyard.hal.types import StepBatch
+from halyard.models.adapter import build_meta_module
+from halyard.models.spec import ModelSpec
+
+BLOCK = 4
+CASES: dict[str, tuple[object, Program, int]] = {}
+
+
+def program_of(family: str) -> tuple[object, Program, int]:
+    """(Hugging Face model, program, unique segments), made once."""
+    if family not in CASES:
+        model = tiny_model(family)
+        spec = ModelSpec.from_hf(model.config)
+        device = CpuDevice()
+        traceable = build_meta_module(spec, "float32")
+        unbound = build_program(
+            traceable,
+            traceable.buffers_by_name,
+            EagerCompiler(),
+            device.info,
+            name=family,
+            num_layers=spec.num_layers,
+            heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            vocab_size=spec.vocab_size,
+            dtype="float32",
+            torch_device=device.torch_device,
+        )
+        state = {k: v for k, v in model.state_dict(keep_vars=False).items() if k in unbound.weights}
+        assert set(state) == set(unbound.weights)
+        kernels = ReferenceKernels(device)
+        program = unbound.bind(dict(state), kernels)
+        pool = device.allocate_kv(kernels.layout(spec.kv_spec("float32", BLOCK)), 64, host=False)
+        pool.data.fill_(float("nan"))  # whoever reads a slot nobody wrote shows it
+        program.set_pool(pool)
+        unique = len({c.segment for c in unbound.calls if isinstance(c, SegmentCall)})
+        CASES[family] = (model, program, unique)
+    return CASES[family]
+
+
+class Batch:
+    """Sequences with blocks handed out in random order."""
+
+    def __init__(self, sequences: list[list[int]]) -> None:
+        self.sequences = sequences
+        self.done = [0] * len(sequences)
+        ids = list(range(64))
+        random.Random(0).shuffle(ids)
+        self.tables = [[ids.pop() for _ in range(-(-len(s) // BLOCK))] for s in sequences]
+
+    def step(self, program: Program, counts: dict[int, int]) -> dict[int, torch.Tensor]:
+        """Compute `counts[sequence]` more tokens; logits of every token computed."""
+        rows = list(counts)
+        tokens, positions, slots, starts = [], [], [], [0]
+        for row in rows:
+            first = self.done[row]
+            for position in range(first, first + counts[row]):
+                tokens.append(self.sequences[row][position])
+                positions.append(position)
+                slots.append(self.tables[row][position // BLOCK] * BLOCK + position % BLOCK)
+            self.done[row] = first + counts[row]
+            starts.append(len(tokens))
+        width = max(len(self.tables[row]) for row in rows)
+        batch = StepBatch(
+            num_tokens=len(tokens),
+            num_rows=len(rows),
+            max_query_len=max(counts.values()),
+            max_seq_len=max(self.done[row] for row in rows),
+            positions=torch.tensor(positions),
+            slot_mapping=torch.tensor(slots),
+            block_tables=torch.tensor(
+                [self.tables[row] + [-1] * (width - len(self.tables[row])) for row in rows],
+                dtype=torch.int32,
+            ),
+            seq_lens=torch.tensor([self.done[row] for row in rows], dtype=torch.int32),
+            query_start=torch.tensor(starts, dtype=torch.int32),
+        )
+        logits = program.run(torch.tensor(tokens), torch.arange(len(tokens)), batch)
+        return {row: logits[starts[i] : starts[i + 1]] for i, row in enumerate(rows)}
+
+
+@pytest.mark.parametrize("family", PROVEN)
+def test_logits(family: str) -> None:
+    model, program, unique = program_of(family)
+    assert unique <= 5
+    generator = random.Random(1)
+    sequences = [[generator.randrange(128) for _ in range(n)] for n in (23, 9, 17)]
+    batch = Batch(sequences)
+    got: list[list[torch.Tensor]] = [[], [], []]
+    for counts in (
+        {0: 10, 1: 8},  # packed prefill
+        {0: 6, 1: 1, 2: 5},  # chunked prefill beside a decode, and a new one
+        {0: 6, 2: 11},  # chunks
+        {0: 1, 2: 1},  # decode, as many rows as tokens
+    ):
+        for row, logits in batch.step(program, counts).items():
+            got[row].append(logits)
+    with torch.no_grad():
+        for row, sequence in enumerate(sequences):
+            length = batch.done[row]
+            expected = model(torch.tensor([sequence[:length]])).logits[0]  # type: ignore[operator]
+            found = torch.cat(got[row])
+            assert torch.equal(found.argmax(-1), expected.argmax(-1))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_one_token_runs_on_the_same_program() -> None:
+    model, program, _ = program_of("llama")
+    batch = Batch([[5, 6]])
+    first = batch.step(program, {0: 1})[0]
+    second = batch.step(program, {0: 1})[0]
+    expected = model(torch.tensor([[5, 6]])).logits[0]  # type: ignore[operator]
+    torch.testing.assert_close(torch.cat([first, second]), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral", "mixtral"])
+def test_alike_layers_share_a_segment(family: str) -> None:
+    _, _, unique = program_of(family)
+    assert unique == 3
