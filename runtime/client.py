@@ -176,7 +176,7 @@ class Client:
     def _abort(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None:
             self._send((request_id, None))
-            self.engine.metrics.observe_cancelled()
+            self.engine.metrics.observe_cancelled(request_id)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hand one step's events to their streams."""

@@ -1,0 +1,189 @@
+"""hw_matrix.yaml: which backends there are, how well each is proven, and which is preferred."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from halyard.hal.errors import ConfigError
+from halyard.hal.types import DType
+
+__all__ = ["STATUSES", "BackendRow", "Matrix", "load_matrix"]
+
+STATUSES = ("verified", "compiles", "untested", "unsupported")
+_TOP = {"backends", "select", "pools"}
+_ROW = {"name", "device", "kernels", "graph", "match", "dtypes", "kv_dtypes", "quantisation",
+        "status", "evidence", "role", "note"}  # fmt: skip
+_MATCH = {"vendor", "arch"}
+
+
+@dataclass(frozen=True, slots=True)
+class BackendRow:
+    """One backend: a device, a kernel set, a graph compiler, and what is known about the three."""
+
+    name: str
+    device: str
+    kernels: str
+    graph: str
+    dtypes: tuple[DType, ...]
+    kv_dtypes: tuple[DType, ...]
+    status: str  # one of STATUSES
+    role: str  # one line for people
+    quantisation: tuple[str, ...] = ()
+    vendors: tuple[str, ...] = ()  # empty: any
+    archs: tuple[str, ...] = ()  # empty: any
+    evidence: Path | None = None  # a conformance report; required when verified
+    note: str = ""
+    line: int = 0  # where it stands in the file
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """The whole file, validated."""
+
+    path: Path
+    rows: tuple[BackendRow, ...]
+    select: tuple[str, ...]  # names in order of preference
+    pools: tuple[dict[str, Any], ...]  # groups of nodes of a cluster
+
+    def row(self, name: str) -> BackendRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise ConfigError(
+            f"no backend {name!r} in {self.path.name}: "
+            f"known are {', '.join(row.name for row in self.rows)}"
+        )
+
+
+def default_path() -> Path:
+    """HALYARD_MATRIX, or the file that ships (beside the package's root, or in the checkout)."""
+    if "HALYARD_MATRIX" in os.environ:
+        return Path(os.environ["HALYARD_MATRIX"])
+    import halyard
+
+    return Path(halyard.__path__[0]) / "hw_matrix.yaml"
+
+
+def load_matrix(path: Path | None = None) -> Matrix:
+    """Read and validate the file.
+
+    Raises:
+        ConfigError: "hw_matrix.yaml:LINE: what is wrong".
+    """
+    path = path or default_path()
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{path.name}:{line}: {getattr(error, 'problem', error)}") from error
+    return _Reader(path).matrix(root)
+
+
+class _Reader:
+    """Turns YAML nodes into values; every complaint names the line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fail(self, node: yaml.Node | None, text: str) -> ConfigError:
+        line = node.start_mark.line + 1 if node is not None else 1
+        return ConfigError(f"{self.path.name}:{line}: {text}")
+
+    def mapping(self, node: yaml.Node | None, known: set[str], what: str) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self.fail(node, f"{what} must be a mapping")
+        found: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            name = str(key.value)
+            if name not in known:
+                raise self.fail(
+                    key, f"unknown key {name!r} in {what} (known: {', '.join(sorted(known))})"
+                )
+            if name in found:
+                raise self.fail(key, f"{name!r} stands twice in {what}")
+            found[name] = value
+        return found
+
+    def text(self, node: yaml.Node, what: str) -> str:
+        if not isinstance(node, yaml.ScalarNode) or not node.value:
+            raise self.fail(node, f"{what} must be a text")
+        return str(node.value)
+
+    def texts(self, node: yaml.Node | None, what: str) -> tuple[str, ...]:
+        if node is None:
+            return ()
+        if not isinstance(node, yaml.SequenceNode):
+            raise self.fail(node, f"{what} must be a list")
+        return tuple(self.text(item, what) for item in node.value)
+
+    def matrix(self, root: yaml.Node | None) -> Matrix:
+        top = self.mapping(root, _TOP, "the file")
+        if "backends" not in top or not isinstance(top["backends"], yaml.SequenceNode):
+            raise self.fail(root, "backends must be a list of backends")
+        rows: dict[str, BackendRow] = {}
+        for node in top["backends"].value:
+            row = self.row(node)
+            if row.name in rows:
+                raise self.fail(
+                    node, f"backend {row.name!r} stands twice (first in line {rows[row.name].line})"
+                )
+            rows[row.name] = row
+        select = self.texts(top.get("select"), "select")
+        for name in select:
+            if name not in rows:
+                raise self.fail(top["select"], f"select names {name!r}, which is no backend")
+        pools = yaml.SafeLoader("").construct_document(top["pools"]) if "pools" in top else []
+        if not isinstance(pools, list):
+            raise self.fail(top["pools"], "pools must be a list")
+        return Matrix(self.path, tuple(rows.values()), select, tuple(pools))
+
+    def row(self, node: yaml.Node) -> BackendRow:
+        fields = self.mapping(node, _ROW, "a backend")
+        for name in ("name", "device", "kernels", "graph", "dtypes", "status"):
+            if name not in fields:
+                raise self.fail(node, f"a backend needs {name!r}")
+        match = self.mapping(fields["match"], _MATCH, "match") if "match" in fields else {}
+        status = self.text(fields["status"], "status")
+        if status not in STATUSES:
+            raise self.fail(fields["status"], f"status must be one of {', '.join(STATUSES)}")
+        evidence = None
+        if "evidence" in fields:
+            evidence = self.path.resolve().parent / self.text(fields["evidence"], "evidence")
+            if not evidence.is_file():
+                raise self.fail(fields["evidence"], f"the evidence {evidence.name} does not exist")
+        if status == "verified" and evidence is None:
+            raise self.fail(fields["status"], "a verified backend needs evidence")
+        dtypes = self.dtypes(fields["dtypes"])
+        return BackendRow(
+            name=self.text(fields["name"], "name"),
+            device=self.text(fields["device"], "device"),
+            kernels=self.text(fields["kernels"], "kernels"),
+            graph=self.text(fields["graph"], "graph"),
+            dtypes=dtypes,
+            kv_dtypes=self.dtypes(fields["kv_dtypes"]) if "kv_dtypes" in fields else dtypes,
+            status=status,
+            role=self.text(fields["role"], "role") if "role" in fields else "",
+            quantisation=self.texts(fields.get("quantisation"), "quantisation"),
+            vendors=self.texts(match.get("vendor"), "vendor"),
+            archs=self.texts(match.get("arch"), "arch"),
+            evidence=evidence,
+            note=self.text(fields["note"], "note") if "note" in fields else "",
+            line=node.start_mark.line + 1,
+        )
+
+    def dtypes(self, node: yaml.Node) -> tuple[DType, ...]:
+        names = self.texts(node, "dtypes")
+        for name in names:
+            if name not in get_args(DType):
+                raise self.fail(node, f"unknown dtype {name!r}")
+        return names  # type: ignore[return-value]

@@ -1,0 +1,120 @@
+"""Runs a plan on a backend: moves, program, sampler. The only part of the runtime with tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halyard.compiler.program import Program
+from halyard.hal.contract import Device, PagedKernels
+from halyard.hal.types import KVPool
+from halyard.runtime.batcher import PackedStep, pack
+from halyard.runtime.plan import StepOutput, StepPlan, TokenLogprob
+from halyard.runtime.sampler import SampledTokens, Sampler, score_tokens
+
+__all__ = ["Executor", "RunningStep"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningStep:
+    """A step that was issued. `wait` brings its results to the host."""
+
+    plan: StepPlan
+    packed: PackedStep
+    sampled: SampledTokens | None  # None: no row reached its end
+    prompt_logprobs: dict[int, tuple[TokenLogprob, ...]]  # by plan row
+    device: Device
+
+    def ready(self) -> bool:
+        """Whether `wait` would return at once. The CPU's work is done when it is issued."""
+        return self.device.info.kind == "cpu"
+
+    def wait(self) -> StepOutput:
+        rows = self.plan.rows
+        tokens: list[list[int]] = [[] for _ in rows]
+        logprobs: list[list[TokenLogprob]] = [[] for _ in rows]
+        errors: dict[int, str] = {}
+        position = {id(row): number for number, row in enumerate(rows)}
+        if self.sampled is not None:
+            ids = self.sampled.token_ids.tolist()
+            bad = self.sampled.bad.tolist()
+            for sample, token, is_bad, scored in zip(
+                self.packed.samples, ids, bad, self.sampled.logprobs, strict=True
+            ):
+                number = position[id(sample.row)]
+                tokens[number].append(token)
+                if scored is not None:
+                    logprobs[number].append(scored)
+                if is_bad:
+                    errors[number] = "the model's logits are not finite: its weights may be damaged"
+        return StepOutput(
+            token_ids=tuple(map(tuple, tokens)),
+            logprobs=tuple(tuple(own) or None for own in logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs.get(i) for i in range(len(rows))),
+            errors=tuple(errors.items()),
+        )
+
+
+class Executor:
+    """One backend with a bound program and its pools."""
+
+    def __init__(
+        self,
+        device: Device,
+        kernels: PagedKernels,
+        program: Program,
+        pool: KVPool,
+        host_pool: KVPool | None,
+        sampler: Sampler,
+    ) -> None:
+        self.device = device
+        self.kernels = kernels
+        self.program = program
+        self.pool = pool
+        self.host_pool = host_pool
+        self.sampler = sampler
+        program.set_pool(pool)
+
+    def run(self, plan: StepPlan) -> RunningStep:
+        """Issue a step's work. Order: swap out, swap in, copies, rows."""
+        with torch.inference_mode():
+            self._move(plan)
+            packed = pack(plan, self.pool.layout.spec.block_size, self.device.torch_device)
+            logits = self.program.run(packed.input_ids, packed.logit_indices, packed.batch)
+            sampled = self.sampler.sample(logits, packed.samples) if packed.samples else None
+            scored = self._score_prompts(plan, packed, logits) if packed.prompt_spans else {}
+        return RunningStep(plan, packed, sampled, scored, self.device)
+
+    def close(self) -> None:
+        self.device.close()
+
+    def _move(self, plan: StepPlan) -> None:
+        if plan.swap_out or plan.swap_in:
+            if self.host_pool is None:
+                raise AssertionError("the plan swaps, but there is no host pool")
+            if plan.swap_out:
+                self.kernels.swap_out(self.pool, self.host_pool, plan.swap_out)
+            if plan.swap_in:
+                self.kernels.swap_in(self.pool, self.host_pool, plan.swap_in)
+        if plan.copies:
+            self.kernels.copy_blocks(self.pool, plan.copies)
+
+    def _score_prompts(
+        self, plan: StepPlan, packed: PackedStep, logits: Tensor
+    ) -> dict[int, tuple[TokenLogprob, ...]]:
+        scored = {}
+        for span in packed.prompt_spans:
+            row = plan.rows[span.plan_row]
+            first = span.first_logits_row
+            targets = row.sequence.token_ids[row.start + 1 : row.start + 1 + span.num_tokens]
+            num_top = row.sequence.request.params.prompt_logprobs or 0
+            scored[span.plan_row] = tuple(
+                score_tokens(
+                    logits[first : first + span.num_tokens],
+                    torch.tensor(targets, device=logits.device),
+                    [num_top] * span.num_tokens,
+                )
+            )
+        return scored
