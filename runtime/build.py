@@ -1,0 +1,185 @@
+"""The composition root: a config becomes a running engine. The one place that knows every layer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from halyard.compiler.program import HeadShape, UnboundProgram
+from halyard.hal.contract import Device, GraphCompiler, PagedKernels
+from halyard.hal.registry import load_part
+from halyard.models.tokenizer import Tokenizer, load_tokenizer
+from halyard.models.weights import load_weights
+from halyard.runtime.config import EngineConfig, SchedulerConfig
+from halyard.runtime.engine import Engine
+from halyard.runtime.executor import Executor
+from halyard.runtime.intake import Intake, Limits
+from halyard.runtime.metrics import Metrics
+from halyard.runtime.planner import ExecutionPlan, make_plan
+from halyard.runtime.sampler import Sampler
+from halyard.runtime.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BuiltEngine", "build_engine"]
+
+logger = logging.getLogger("halyard.build")
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine and what was decided about it."""
+
+    engine: Engine
+    tokenizer: Tokenizer | None  # None: the checkpoint has none; prompts are token ids
+    plan: ExecutionPlan
+    startup_seconds: float
+    phases: dict[str, float]  # seconds by phase
+
+
+class _Clock:
+    """Times the phases of a start and tells someone which is under way."""
+
+    def __init__(self, tell: Callable[[str], None] | None) -> None:
+        self.started = time.perf_counter()
+        self.phases: dict[str, float] = {}
+        self._tell = tell
+        self._name: str | None = None
+        self._since = self.started
+
+    def phase(self, name: str | None) -> None:
+        now = time.perf_counter()
+        if self._name is not None:
+            self.phases[self._name] = now - self._since
+        self._name, self._since = name, now
+        if name is not None:
+            logger.info("%s", name)
+            if self._tell is not None:
+                self._tell(name)
+
+
+def build_engine(config: EngineConfig, tell: Callable[[str], None] | None = None) -> BuiltEngine:
+    """Plan, compile, load, allocate.
+
+    Args:
+        tell: is called with the name of each phase as it begins.
+
+    Raises:
+        HalyardError: the model can't be served here; one line says why.
+    """
+    clock = _Clock(tell)
+    clock.phase("planning")
+    plan = make_plan(config)
+    row, memory = plan.selection.row, plan.memory
+    clock.phase("reading the tokenizer")
+    tokenizer = load_tokenizer(plan.source) if plan.source is not None else None
+    device: Device = load_part("devices", row.device)()
+    try:
+        kernels: PagedKernels = load_part("kernels", row.kernels)(device)
+        graph: GraphCompiler = load_part("graphs", row.graph)()
+        executor = _build_executor(config, plan, device, kernels, graph, clock)
+    except BaseException:
+        device.close()
+        raise
+    clock.phase(None)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_blocks=memory.num_blocks,
+            max_model_len=memory.max_model_len,
+            block_size=config.block_size,
+            num_host_blocks=memory.num_host_blocks,
+            max_num_sequences=config.max_num_sequences,
+            max_batched_tokens=plan.max_batched_tokens,
+            prefix_cache=config.prefix_cache,
+            preemption=config.preemption,
+            cost=plan.cost,
+        )
+    )
+    eos = set(plan.spec.eos_token_ids)
+    if not eos and tokenizer is not None:
+        eos.update(tokenizer.eos_token_ids)
+    limits = Limits(
+        vocab_size=plan.spec.vocab_size,
+        max_model_len=memory.max_model_len,
+        eos_token_ids=frozenset(eos),
+        max_num_sequences=config.max_num_sequences,
+    )
+    engine = Engine(
+        scheduler,
+        executor,
+        Intake(limits, config.seed),
+        Metrics(plan.spec.name, row.name, executor.pool.layout.bytes_per_block),
+        config.max_queue_len,
+    )
+    seconds = time.perf_counter() - clock.started
+    return BuiltEngine(engine, tokenizer, plan, seconds, clock.phases)
+
+
+def _build_executor(
+    config: EngineConfig,
+    plan: ExecutionPlan,
+    device: Device,
+    kernels: PagedKernels,
+    graph: GraphCompiler,
+    clock: _Clock,
+) -> Executor:
+    spec, memory = plan.spec, plan.memory
+    if graph.name == "null":
+        from halyard.compiler.null_program import NullProgram
+
+        program = NullProgram(spec.vocab_size)
+    else:
+        clock.phase("compiling")
+        unbound = _compile(config, plan, device.torch_device, device, graph)
+        clock.phase("loading weights")
+        weights = load_weights(
+            plan.source,
+            spec,
+            unbound.weights,
+            plan.dtype,
+            load_format=config.load_format,
+            seed=config.seed,
+            progress=config.progress,
+        )
+        clock.phase("preparing weights")
+        program = unbound.bind(weights, kernels)  # type: ignore[assignment]
+    clock.phase("allocating KV blocks")
+    layout = kernels.layout(spec.kv_spec(plan.dtype, config.block_size))
+    pool = device.allocate_kv(layout, memory.num_blocks, host=False)
+    host_pool = None
+    if memory.num_host_blocks:
+        host_pool = device.allocate_kv(layout, memory.num_host_blocks, host=True)
+    return Executor(device, kernels, program, pool, host_pool, Sampler(spec.vocab_size))
+
+
+def _compile(
+    config: EngineConfig,
+    plan: ExecutionPlan,
+    torch_device: torch.device,
+    device: Device,
+    graph: GraphCompiler,
+) -> UnboundProgram:
+    # Imported here: both are heavy, and a cached program needs neither.
+    from halyard.compiler.build import build_program
+    from halyard.models.adapter import build_meta_module
+
+    spec = plan.spec
+    model = build_meta_module(spec, plan.dtype)
+    return build_program(
+        model,
+        model.buffers_by_name,
+        graph,
+        device.info,
+        name=spec.architecture,
+        num_layers=spec.num_layers,
+        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+        vocab_size=spec.vocab_size,
+        dtype=plan.dtype,
+        torch_device=torch_device,
+        dump_dir=config.dump_dir,
+        progress=config.progress,
+    )

@@ -1,0 +1,254 @@
+"""What will run, on what, with how much memory: decided before any weight is read.
+
+The engine is built from the same plan that `halyard plan` prints.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from halyard.hal.errors import CapacityError, ConfigError
+from halyard.hal.matrix import load_matrix
+from halyard.hal.selection import Selection, select_backend
+from halyard.hal.types import ITEM_SIZE, DeviceInfo, DType, KVSpec
+from halyard.models.source import ModelSource, resolve_source
+from halyard.models.spec import ModelSpec
+from halyard.models.weights import check_checkpoint
+from halyard.runtime.config import EngineConfig
+from halyard.runtime.cost_model import PreemptionCost
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["ExecutionPlan", "MemoryPlan", "fit_memory", "make_plan", "resolve_model"]
+
+GIB = 1 << 30
+# On the CPU the pool shares memory with everything else on the machine, so it doesn't take all of
+# its share by default; --kv-blocks asks for more.
+CPU_KV_BYTES = 4 * GIB
+CPU_BATCHED_TOKENS = 512
+GPU_BATCHED_TOKENS = 8192
+# The host tier on a CPU is memory of the same kind: a copy there saves computing, not space.
+HOST_SHARE = 0.25  # of the device's blocks
+# Rates for the preemption cost model where nothing is measured: an order of magnitude is enough.
+CPU_FLOPS_PER_CORE = 3e10
+GPU_FLOPS = 2e14
+CPU_COPY_BYTES_PER_SECOND = 5e9
+GPU_LINK_BYTES_PER_SECOND = 2e10
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes and blocks."""
+
+    total_bytes: int  # the device's
+    budget_bytes: int  # memory_utilization of it
+    weight_bytes: int
+    activation_bytes: int  # estimate of a step's largest intermediates
+    kv_bytes_per_token: int
+    num_blocks: int
+    num_host_blocks: int
+    max_model_len: int
+    concurrency: float  # sequences of max_model_len that fit at once
+    limited_by: str  # what decided num_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionPlan:
+    """Everything decided about an engine before it is built."""
+
+    source: ModelSource | None  # None: a config object with random weights
+    spec: ModelSpec
+    selection: Selection
+    memory: MemoryPlan
+    num_parameters: int
+    max_batched_tokens: int
+    cost: PreemptionCost
+
+    @property
+    def dtype(self) -> DType:
+        return self.selection.dtype
+
+    def to_dict(self, bandwidth: float | None = None) -> dict[str, Any]:
+        """Plain data for --json. `bandwidth` in bytes a second adds the limit it sets."""
+        row, spec, memory = self.selection.row, self.spec, self.memory
+        facts: dict[str, Any] = {
+            "model": {
+                "name": spec.name,
+                "architecture": spec.architecture,
+                "parameters": self.num_parameters,
+                "layers": spec.num_layers,
+                "heads": spec.num_heads,
+                "kv_heads": spec.num_kv_heads,
+                "head_dim": spec.head_dim,
+                "vocab_size": spec.vocab_size,
+                "context": spec.max_model_len,
+                "checkpoint_dtype": spec.dtype,
+            },
+            "backend": row.name,
+            "status": row.status,
+            "device": asdict(self.selection.device),
+            "dtype": {"name": self.dtype, "reason": self.selection.dtype_reason},
+            "kernels": {
+                "paged attention": row.kernels,
+                "block moves": row.kernels,
+                "between attentions": row.graph,
+            },
+            "rejected": [
+                {"backend": r.row.name, "reasons": list(r.reasons) or ["later in the order"]}
+                for r in self.selection.others
+            ],
+            "memory": asdict(memory),
+            "max_batched_tokens": self.max_batched_tokens,
+        }
+        if bandwidth:
+            per_token = memory.weight_bytes
+            facts["limits"] = {
+                "read_bytes_per_second": bandwidth,
+                "decode_tokens_per_second_at_one_sequence": bandwidth / max(per_token, 1),
+                "what": "a decode step reads all weights once",
+            }
+        return facts
+
+
+def resolve_model(model: Any, revision: str | None = None) -> tuple[ModelSource | None, ModelSpec]:
+    """A name, a folder or a transformers config object -> its source (None for the last) and spec."""
+    if isinstance(model, str) or hasattr(model, "__fspath__"):
+        source = resolve_source(model, revision)
+        return source, ModelSpec.load(source)
+    config: PretrainedConfig = model
+    return None, ModelSpec.from_hf(config)
+
+
+def make_plan(config: EngineConfig) -> ExecutionPlan:
+    """Decide everything that can be decided without weights.
+
+    Raises:
+        HalyardError: no such model or backend, or it doesn't fit; one line says what to do.
+    """
+    source, spec = resolve_model(config.model, config.revision)
+    if source is None and config.load_format != "dummy":
+        raise ConfigError('a config object has no weights: use load_format="dummy"')
+    matrix = load_matrix(config.matrix)
+    selection = select_backend(
+        matrix,
+        spec.requirements("float32", config.block_size),
+        spec.dtype,
+        requested=config.backend,
+        dtype=config.dtype,
+    )
+    dtype = selection.dtype
+    parameters = _count_parameters(source, spec, config.load_format)
+    computes = selection.row.kernels != "null"
+    on_cpu = selection.device.kind == "cpu"
+    batched = config.max_batched_tokens or max(
+        CPU_BATCHED_TOKENS if on_cpu else GPU_BATCHED_TOKENS, config.max_num_sequences
+    )
+    kv = spec.kv_spec(dtype, config.block_size)
+    memory = fit_memory(
+        config,
+        spec,
+        kv,
+        selection.device,
+        weight_bytes=parameters * ITEM_SIZE[dtype] if computes else 0,
+        max_batched_tokens=batched,
+        bytes_per_block=kv.bytes_per_block if computes else kv.num_layers * ITEM_SIZE[dtype],
+    )
+    flops = selection.device.num_cores * CPU_FLOPS_PER_CORE if on_cpu else GPU_FLOPS
+    link = CPU_COPY_BYTES_PER_SECOND if on_cpu else GPU_LINK_BYTES_PER_SECOND
+    cost = PreemptionCost(
+        bytes_per_block=kv.bytes_per_block,
+        link_bytes_per_second=selection.device.link_bytes_per_second or link,
+        prefill_tokens_per_second=flops / (2.0 * max(parameters, 1)),
+    )
+    return ExecutionPlan(source, spec, selection, memory, parameters, batched, cost)
+
+
+def fit_memory(
+    config: EngineConfig,
+    spec: ModelSpec,
+    kv: KVSpec,
+    device: DeviceInfo,
+    *,
+    weight_bytes: int,
+    max_batched_tokens: int,
+    bytes_per_block: int,
+) -> MemoryPlan:
+    """Size the KV pools. A pure function of its arguments.
+
+    Raises:
+        ConfigError: max_model_len is more than the model was made for.
+        CapacityError: not even one sequence fits.
+    """
+    size = config.block_size
+    asked_len = config.max_model_len
+    if asked_len is not None and asked_len > spec.max_model_len:
+        raise ConfigError(
+            f"max_model_len {asked_len} is more than the {spec.max_model_len} positions "
+            f"{spec.name} was made for"
+        )
+    wanted_len = asked_len or spec.max_model_len
+    budget = int(device.memory_bytes * config.memory_utilization)
+    activations = max_batched_tokens * 4 * (8 * spec.hidden_size + 3 * spec.intermediate_size)
+    activations += config.max_num_sequences * spec.vocab_size * 4 * 3
+    left = budget - weight_bytes - activations
+    if config.kv_blocks is not None:
+        blocks, limited = config.kv_blocks, "kv_blocks"
+    else:
+        enough = config.max_num_sequences * math.ceil(wanted_len / size)
+        choices = {
+            "the memory budget": left // bytes_per_block,
+            "max_num_sequences x max_model_len": enough,
+        }
+        if device.kind == "cpu":
+            choices["the CPU's default of 4 GiB"] = max(
+                CPU_KV_BYTES // bytes_per_block, math.ceil(wanted_len / size)
+            )
+        limited = min(choices, key=lambda key: choices[key])
+        blocks = choices[limited]
+    needed = math.ceil(wanted_len / size)
+    if (asked_len is not None and blocks < needed) or blocks < 1:
+        have = max(0, blocks) * size
+        raise CapacityError(
+            f"one sequence of {wanted_len} tokens needs {needed * bytes_per_block / GIB:.2f} GiB of "
+            f"KV beside {weight_bytes / GIB:.2f} GiB of weights, but {budget / GIB:.2f} GiB may be "
+            f"used: lower --max-model-len to {have} or less, or raise --memory-utilization"
+            if have
+            else f"{weight_bytes / GIB:.2f} GiB of weights and {activations / GIB:.2f} GiB for a "
+            f"step leave no room for KV in {budget / GIB:.2f} GiB: use a smaller model or dtype, "
+            "or raise --memory-utilization"
+        )
+    max_len = min(wanted_len, blocks * size)
+    host = config.host_kv_blocks
+    if host is None:
+        host = min(int(blocks * HOST_SHARE), max(0, left // bytes_per_block - blocks))
+    return MemoryPlan(
+        total_bytes=device.memory_bytes,
+        budget_bytes=budget,
+        weight_bytes=weight_bytes,
+        activation_bytes=activations,
+        kv_bytes_per_token=kv.bytes_per_token,
+        num_blocks=blocks,
+        num_host_blocks=host,
+        max_model_len=max_len,
+        concurrency=blocks / max(1, math.ceil(max_len / size)),
+        limited_by=limited,
+    )
+
+
+def _count_parameters(source: ModelSource | None, spec: ModelSpec, load_format: str) -> int:
+    """Exact from the checkpoint's headers; estimated from the config for random weights."""
+    if source is not None and load_format != "dummy":
+        headers = check_checkpoint(source)
+        return sum(math.prod(shape) for header in headers.values() for _, shape in header)
+    config = spec.config.get_text_config(decoder=True)
+    experts = (
+        getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    )
+    width = getattr(config, "moe_intermediate_size", None) or spec.intermediate_size
+    attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+    mlp = 3 * spec.hidden_size * width * experts
+    embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2)
+    return spec.num_layers * (attention + mlp) + embeddings
