@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from halyard.compiler.graph import ModelGraph
+from halyard.compiler.passes.drop_no_ops import drop_no_ops
 from halyard.compiler.passes.fuse_linears_of_one_input import fuse_linears_of_one_input
+from halyard.compiler.passes.merge_equal_nodes import merge_equal_nodes
 from halyard.hal.errors import ConfigError
 
 __all__ = ["PASSES", "run_passes"]
 
 PASSES: dict[str, Callable[[ModelGraph], None]] = {
+    "drop_no_ops": drop_no_ops,  # what tracing leaves behind
+    "merge_equal_nodes": merge_equal_nodes,  # every layer's views of the rotary tables
     "fuse_linears_of_one_input": fuse_linears_of_one_input,  # q, k, v and gate, up: one product each
 }
 

@@ -24,7 +24,7 @@ class EagerCompiler:
         return Probe(True)
 
     def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
-        return ("fuse_linears_of_one_input",)
+        return ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
 
     def compile(
         self, segment: fx.GraphModule, inputs: Sequence[Tensor], device: DeviceInfo

@@ -1,0 +1,135 @@
+"""TorchInductor, ahead of time: every unique segment becomes one shared library for any batch size.
+
+Ahead of time rather than just in time because a call then costs no Python, there are no guards and
+so no recompiles (one token, as many rows as tokens: the same code), and what is kept on disk is
+loaded in a millisecond. The libraries name libgomp by its soname, so that they share the one
+OpenMP runtime that torch has loaded, and with it its threads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from halyard.hal.contract import CONTRACT_VERSION, Executable
+from halyard.hal.errors import BackendUnavailableError
+from halyard.hal.types import DeviceInfo, Probe
+
+__all__ = ["InductorCompiler"]
+
+_LIBRARY = "segment.so"
+_EXTERN = "segment.json"  # which custom operators the library calls; absent if none
+_INSTALL = "apt-get install g++, or dnf install gcc-c++, or set CXX to a C++ compiler"
+
+
+class _Library:
+    """A compiled segment: positional tensors in, a tuple of tensors out."""
+
+    def __init__(self, directory: Path, owner: tempfile.TemporaryDirectory[str] | None) -> None:
+        self.directory = directory
+        self._owner = owner  # the folder lives as long as this does
+        self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(  # type: ignore[attr-defined]
+            str(directory / _LIBRARY), 1
+        )
+        self._run = self._runner.run
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._run(inputs))
+
+
+class InductorCompiler:
+    """Compiles with Inductor's C++ backend; needs a C++ compiler where it compiles."""
+
+    contract_version = CONTRACT_VERSION
+    name = "inductor"
+
+    @classmethod
+    def probe(cls, device: DeviceInfo) -> Probe:
+        reasons = []
+        if device.kind != "cpu":
+            reasons.append(f"inductor compiles for the cpu here, not for {device.kind}")
+        compiler = _compiler()
+        if compiler is None:
+            reasons.append(f"no C++ compiler ({_INSTALL})")
+        return Probe(not reasons, tuple(reasons), versions={"torch": torch.__version__})
+
+    def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
+        return ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
+
+    def fingerprint(self) -> str:
+        """What, beside torch and the device, decides the code that comes out."""
+        compiler = _compiler()
+        if compiler is None:
+            return "none"
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+        return done.stdout.split("\n")[0]
+
+    def compile(
+        self, segment: fx.GraphModule, inputs: Sequence[Tensor], device: DeviceInfo
+    ) -> Executable:
+        owner = tempfile.TemporaryDirectory(prefix="halyard-segment-")
+        _compile_into(segment, inputs, Path(owner.name))
+        return _Library(Path(owner.name), owner)
+
+    def save(self, executable: Executable, directory: Path) -> bool:
+        if not isinstance(executable, _Library):
+            return False
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (_LIBRARY, _EXTERN):
+            if (executable.directory / name).is_file():
+                shutil.copyfile(executable.directory / name, directory / name)
+        return True
+
+    def load(self, directory: Path, device: DeviceInfo) -> Executable:
+        return _Library(directory, None)
+
+
+def _compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+def _compile_into(segment: fx.GraphModule, inputs: Sequence[Tensor], directory: Path) -> None:
+    """Compile to `directory`/segment.so (and .json). `inputs` are fake, with symbolic sizes."""
+    from torch._inductor.compile_fx import compile_fx_aot
+
+    compiler = _compiler()
+    if compiler is None:
+        raise BackendUnavailableError(f"inductor needs a C++ compiler: {_INSTALL}")
+    build = directory / "build"
+    options = {
+        "aot_inductor.package": False,
+        "aot_inductor.output_path": str(build / _LIBRARY),
+        # Parsing the headers once for all segments costs more than it saves for three of them.
+        "aot_inductor.precompile_headers": False,
+        "aot_inductor.enable_line_tables": False,
+        "cpp_cache_precompile_headers": False,
+        "compile_threads": 1,  # no pool of subprocesses that outlives us
+        "cpp.cxx": (None, compiler),
+        # Believe the CPU's own flags: Inductor's check builds a test program for each of them.
+        "cpp.vec_isa_ok": True,
+    }
+    known = {key: value for key, value in options.items() if _known_option(key)}
+    with torch.no_grad():
+        library = Path(str(compile_fx_aot(segment, list(inputs), config_patches=known)))
+    shutil.move(library, directory / _LIBRARY)
+    extern = library.with_suffix(".json")
+    if extern.is_file():
+        shutil.move(extern, directory / _EXTERN)
+    shutil.rmtree(build, ignore_errors=True)
+
+
+def _known_option(key: str) -> bool:
+    """Whether this torch has the option: they come and go between releases."""
+    from torch._inductor import config
+
+    return key in config._config  # type: ignore[attr-defined]
