@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from halyard.compiler.cache import ArtefactCache
 from halyard.compiler.graph import ModelGraph, WeightRecipe
 from halyard.compiler.pipeline import run_passes
 from halyard.compiler.program import HeadShape, UnboundProgram
@@ -18,7 +19,33 @@ from halyard.compiler.trace import trace
 from halyard.hal.contract import GraphCompiler
 from halyard.hal.types import DeviceInfo
 
-__all__ = ["build_program"]
+__all__ = ["build_program", "load_or_build"]
+
+
+def load_or_build(
+    cache: ArtefactCache | None,
+    facts: Mapping[str, str],
+    build: Callable[[], UnboundProgram],
+    compiler: GraphCompiler,
+    device: DeviceInfo,
+) -> UnboundProgram:
+    """The program from the cache; if it isn't there, `build` makes it and the cache keeps it.
+
+    Args:
+        facts: what decides the program beside our code, the compiler and the device.
+    """
+    if cache is None:
+        return build()
+    key = cache.key(facts, compiler, device)
+    found = cache.load(key, compiler, device)
+    if found is not None:
+        return found
+    with cache.locked(key):
+        found = cache.load(key, compiler, device)  # another process may have made it meanwhile
+        if found is None:
+            found = build()
+            cache.store(key, found, compiler)
+    return found
 
 
 def build_program(
@@ -43,16 +70,27 @@ def build_program(
     graph.clean()
     run_passes(graph, compiler.passes(device, dtype), dump_dir)
     segmented = split(graph)
-    executables = []
-    for segment in tqdm(
-        segmented.segments,
+    examples = [
+        (
+            segment.module,
+            [n.meta["val"] for n in segment.module.graph.nodes if n.op == "placeholder"],
+        )
+        for segment in segmented.segments
+    ]
+    with tqdm(
+        total=len(examples),
         desc="Compiling",
         unit="segment",
         dynamic_ncols=True,
         disable=not (progress and sys.stderr.isatty()),
-    ):
-        inputs = [n.meta["val"] for n in segment.module.graph.nodes if n.op == "placeholder"]
-        executables.append(compiler.compile(segment.module, inputs, device))
+    ) as bar:
+        if hasattr(compiler, "compile_all"):  # optional: several at once
+            executables = compiler.compile_all(examples, device, bar.update)
+        else:
+            executables = []
+            for module, inputs in examples:
+                executables.append(compiler.compile(module, inputs, device))
+                bar.update()
     needed = {source for recipe in graph.recipes.values() for source in recipe.sources}
     return UnboundProgram(
         executables=tuple(executables),

@@ -8,12 +8,19 @@ OpenMP runtime that torch has loaded, and with it its threads.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +31,9 @@ from halyard.hal.types import DeviceInfo, Probe
 
 __all__ = ["InductorCompiler"]
 
+logger = logging.getLogger("halyard.inductor")
+
+_TIMEOUT = 600  # seconds a segment
 _LIBRARY = "segment.so"
 _EXTERN = "segment.json"  # which custom operators the library calls; absent if none
 _INSTALL = "apt-get install g++, or dnf install gcc-c++, or set CXX to a C++ compiler"
@@ -78,6 +88,29 @@ class InductorCompiler:
         _compile_into(segment, inputs, Path(owner.name))
         return _Library(Path(owner.name), owner)
 
+    def compile_all(
+        self,
+        segments: Sequence[tuple[fx.GraphModule, Sequence[Tensor]]],
+        device: DeviceInfo,
+        done: Callable[[], object],
+    ) -> list[Executable]:
+        """Compile several at once, one process a core; `done` is called after each.
+
+        Nine tenths of the time goes to the C++ compiler and to Python that holds one lock, so this
+        divides a first start by the number of cores. The processes are gone when it returns.
+        """
+        owners = [tempfile.TemporaryDirectory(prefix="halyard-segment-") for _ in segments]
+        jobs = [
+            (module, inputs, Path(owner.name))
+            for (module, inputs), owner in zip(segments, owners, strict=True)
+        ]
+        compiled = _compile_in_processes(jobs, device.num_cores, done)
+        for (module, inputs, directory), is_done in zip(jobs, compiled, strict=True):
+            if not is_done:  # here an error shows itself whole
+                _compile_into(module, inputs, directory)
+                done()
+        return [_Library(Path(owner.name), owner) for owner in owners]
+
     def save(self, executable: Executable, directory: Path) -> bool:
         if not isinstance(executable, _Library):
             return False
@@ -98,8 +131,78 @@ def _compiler() -> str | None:
     return None
 
 
-def _compile_into(segment: fx.GraphModule, inputs: Sequence[Tensor], directory: Path) -> None:
+_Job = tuple[fx.GraphModule, Sequence[Tensor], Path]
+
+
+def _compile_in_processes(
+    jobs: Sequence[_Job], num_processes: int, done: Callable[[], object]
+) -> list[bool]:
+    """Fork for each job; which of them succeeded. All False where forking is no good idea."""
+    compiled = [False] * len(jobs)
+    if len(jobs) < 2 or num_processes < 2 or not _may_fork():
+        return compiled
+    import torch._inductor.compile_fx  # once, not in each process
+
+    num_threads = torch.get_num_threads()
+    running: dict[int, tuple[int, float]] = {}  # process id -> job, deadline
+    waiting = list(range(len(jobs)))
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_processes:
+                job = waiting.pop(0)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)  # see _may_fork
+                    process = os.fork()
+                if process == 0:
+                    _compile_and_exit(jobs[job], num_threads)
+                running[process] = (job, time.monotonic() + _TIMEOUT)
+            time.sleep(0.02)
+            for process, (job, deadline) in list(running.items()):
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    del running[process]
+                    compiled[job] = status == 0
+                    if status == 0:
+                        done()
+                elif time.monotonic() > deadline:
+                    logger.warning("a segment took over %d s to compile", _TIMEOUT)
+                    break  # those that run are ended below, and their jobs done here
+            else:
+                continue
+            break
+    finally:
+        for process in running:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    return compiled
+
+
+def _may_fork() -> bool:
+    """Only while no thread of ours could hold a lock that the copy would wait for."""
+    others = [t for t in threading.enumerate() if t.name != "tqdm_monitor"]  # it only sleeps
+    return hasattr(os, "fork") and others == [threading.main_thread()]
+
+
+def _compile_and_exit(job: _Job, num_threads: int) -> NoReturn:
+    status = 1
+    try:
+        torch.set_num_threads(1)  # the OpenMP threads of the parent don't exist here
+        _compile_into(*job, num_threads=num_threads)
+        status = 0
+    except BaseException:  # noqa: BLE001 - reported here; the parent compiles it again
+        logger.debug("compiling in a process failed: %s", traceback.format_exc())
+    finally:
+        os._exit(status)
+
+
+def _compile_into(
+    segment: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    directory: Path,
+    num_threads: int | None = None,
+) -> None:
     """Compile to `directory`/segment.so (and .json). `inputs` are fake, with symbolic sizes."""
+    num_threads = num_threads or torch.get_num_threads()
     from torch._inductor.compile_fx import compile_fx_aot
 
     compiler = _compiler()
@@ -114,12 +217,15 @@ def _compile_into(segment: fx.GraphModule, inputs: Sequence[Tensor], directory: 
         "aot_inductor.enable_line_tables": False,
         "cpp_cache_precompile_headers": False,
         "compile_threads": 1,  # no pool of subprocesses that outlives us
+        # What the kernels are made for; the process that compiles may itself use fewer.
+        "cpp.threads": num_threads,
         "cpp.cxx": (None, compiler),
         # Believe the CPU's own flags: Inductor's check builds a test program for each of them.
         "cpp.vec_isa_ok": True,
     }
     known = {key: value for key, value in options.items() if _known_option(key)}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the library's own
         library = Path(str(compile_fx_aot(segment, list(inputs), config_patches=known)))
     shutil.move(library, directory / _LIBRARY)
     extern = library.with_suffix(".json")
