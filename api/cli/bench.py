@@ -57,11 +57,13 @@ def run(args: argparse.Namespace) -> int:
     # Imported here: torch takes seconds, and a wrong command line should not wait for it.
     from halyard.runtime.bench import measure_throughput, report
     from halyard.runtime.llm import LLM
-    from halyard.runtime.workloads import load_workload
+    from halyard.runtime.workloads import WorkloadSize, load_workload
 
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     with LLM(**fields) as llm:
-        size = args.size or ("cpu" if llm.engine.executor.device.info.kind == "cpu" else "gpu")
+        size: WorkloadSize = args.size or (
+            "cpu" if llm.engine.executor.device.info.kind == "cpu" else "gpu"
+        )
         workload = load_workload(args.workload, llm.plan.spec.vocab_size, size)
         print(
             f"{llm.plan.spec.name} on {llm.plan.selection.row.name}, workload {workload.name}: "
