@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from halyard.compiler.cache import ArtefactCache
 from halyard.compiler.graph import ModelGraph, WeightRecipe
 from halyard.compiler.pipeline import run_passes
 from halyard.compiler.program import HeadShape, UnboundProgram
@@ -19,33 +18,7 @@ from halyard.compiler.trace import trace
 from halyard.hal.contract import GraphCompiler
 from halyard.hal.types import DeviceInfo
 
-__all__ = ["build_program", "load_or_build"]
-
-
-def load_or_build(
-    cache: ArtefactCache | None,
-    facts: Mapping[str, str],
-    build: Callable[[], UnboundProgram],
-    compiler: GraphCompiler,
-    device: DeviceInfo,
-) -> UnboundProgram:
-    """The program from the cache; if it isn't there, `build` makes it and the cache keeps it.
-
-    Args:
-        facts: what decides the program beside our code, the compiler and the device.
-    """
-    if cache is None:
-        return build()
-    key = cache.key(facts, compiler, device)
-    found = cache.load(key, compiler, device)
-    if found is not None:
-        return found
-    with cache.locked(key):
-        found = cache.load(key, compiler, device)  # another process may have made it meanwhile
-        if found is None:
-            found = build()
-            cache.store(key, found, compiler)
-    return found
+__all__ = ["build_program"]
 
 
 def build_program(

@@ -22,7 +22,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from halyard.compiler.stored import structure_of, with_structure
 from halyard.hal.contract import GraphCompiler
 from halyard.hal.types import DeviceInfo
 
-__all__ = ["ArtefactCache", "default_directory"]
+__all__ = ["ArtefactCache", "default_directory", "load_or_build"]
 
 logger = logging.getLogger("halyard.cache")
 
@@ -171,6 +171,32 @@ class ArtefactCache:
                 break
             shutil.rmtree(entry, ignore_errors=True)
             total -= size
+
+
+def load_or_build(
+    cache: ArtefactCache | None,
+    facts: Mapping[str, str],
+    build: Callable[[], UnboundProgram],
+    compiler: GraphCompiler,
+    device: DeviceInfo,
+) -> UnboundProgram:
+    """The program from the cache; if it isn't there, `build` makes it and the cache keeps it.
+
+    Args:
+        facts: what decides the program beside our code, the compiler and the device.
+    """
+    if cache is None:
+        return build()
+    key = cache.key(facts, compiler, device)
+    found = cache.load(key, compiler, device)
+    if found is not None:
+        return found
+    with cache.locked(key):
+        found = cache.load(key, compiler, device)  # another process may have made it meanwhile
+        if found is None:
+            found = build()
+            cache.store(key, found, compiler)
+    return found
 
 
 def _digest(file: Path) -> str:

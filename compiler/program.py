@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ class Program:
         pool = self._pool
         if pool is None:
             raise AssertionError("the program has no KV pool yet")
-        values = list(self._initial)
+        values: list[Any] = list(self._initial)  # of Tensor; None where dropped or not yet made
         values[0], values[1], values[2] = input_ids, batch.positions, logit_indices
         attend = self._kernels.attend
         for step in self._steps:
@@ -136,13 +137,11 @@ class Program:
                     values[step.v],
                     pool,
                     step.layer,
-                    batch,  # type: ignore[arg-type]
+                    batch,
                 )
             for slot in step.dead:
                 values[slot] = None
-        logits = values[self._result]
-        if logits is None:
-            raise AssertionError("the program made no logits")
+        logits: Tensor = values[self._result]
         return logits
 
     def _slot(self, name: str) -> int:

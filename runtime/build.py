@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.program import HeadShape, UnboundProgram
 from halyard.hal.contract import Device, GraphCompiler, PagedKernels
 from halyard.hal.registry import load_part
@@ -163,23 +164,30 @@ def _compile(
     device: Device,
     graph: GraphCompiler,
 ) -> UnboundProgram:
-    # Imported here: both are heavy, and a cached program needs neither.
-    from halyard.compiler.build import build_program
-    from halyard.models.adapter import build_meta_module
-
     spec = plan.spec
-    model = build_meta_module(spec, plan.dtype)
-    return build_program(
-        model,
-        model.buffers_by_name,
-        graph,
-        device.info,
-        name=spec.architecture,
-        num_layers=spec.num_layers,
-        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
-        vocab_size=spec.vocab_size,
-        dtype=plan.dtype,
-        torch_device=torch_device,
-        dump_dir=config.dump_dir,
-        progress=config.progress,
-    )
+
+    def build() -> UnboundProgram:
+        # Imported here: both are heavy, and a cached program needs neither.
+        from halyard.compiler.build import build_program
+        from halyard.models.adapter import build_meta_module
+
+        model = build_meta_module(spec, plan.dtype)
+        return build_program(
+            model,
+            model.buffers_by_name,
+            graph,
+            device.info,
+            name=spec.architecture,
+            num_layers=spec.num_layers,
+            heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            vocab_size=spec.vocab_size,
+            dtype=plan.dtype,
+            torch_device=torch_device,
+            dump_dir=config.dump_dir,
+            progress=config.progress,
+        )
+
+    # Dumping graphs means going through the passes, so a cached program is of no use then.
+    cache = ArtefactCache(config.cache_dir) if config.dump_dir is None else None
+    facts = {"model": spec.digest(), "dtype": plan.dtype}
+    return load_or_build(cache, facts, build, graph, device.info)

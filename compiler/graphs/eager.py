@@ -29,7 +29,7 @@ class EagerCompiler:
     def compile(
         self, segment: fx.GraphModule, inputs: Sequence[Tensor], device: DeviceInfo
     ) -> Executable:
-        return segment.forward  # type: ignore[no-any-return]
+        return segment.forward
 
     def save(self, executable: Executable, directory: Path) -> bool:
         return False

@@ -45,13 +45,11 @@ class _Library:
     def __init__(self, directory: Path, owner: tempfile.TemporaryDirectory[str] | None) -> None:
         self.directory = directory
         self._owner = owner  # the folder lives as long as this does
-        self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(  # type: ignore[attr-defined]
-            str(directory / _LIBRARY), 1
-        )
+        self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(directory / _LIBRARY), 1)
         self._run = self._runner.run
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._run(inputs))
+        return tuple(self._run(list(inputs)))
 
 
 class InductorCompiler:
