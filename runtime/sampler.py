@@ -161,7 +161,8 @@ def uniform(rows: Rows[SampleRow]) -> Tensor:
 def _mix(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    mixed: np.ndarray = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 def _draw(logits: Tensor, params: list[SamplingParams], numbers: Tensor) -> Tensor:
