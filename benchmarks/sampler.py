@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,12 +41,12 @@ def main() -> None:
     for vocab in args.vocab:
         for rows in args.rows:
             logits = torch.randn(rows, vocab, device=args.device) * args.scale
-            base = _median(lambda: logits.argmax(-1), args.device)
+            base = _median(partial(torch.argmax, logits, -1), args.device)
             print(f"{vocab:>7} {rows:>5}  {'(argmax)':<20} {base * 1e3:>9.3f} {1:>9.1f}")
             for name, options in CASES.items():
                 batch = [_row(index, vocab, options) for index in range(rows)]
                 sampler = Sampler(vocab)
-                seconds = _median(lambda: sampler.sample(logits, batch), args.device)
+                seconds = _median(partial(sampler.sample, logits, batch), args.device)
                 print(
                     f"{vocab:>7} {rows:>5}  {name:<20} {seconds * 1e3:>9.3f} {seconds / base:>9.1f}",
                     flush=True,

@@ -21,7 +21,7 @@ from halyard.runtime.sequence import Sequence
 
 __all__ = ["SampledTokens", "Sampler", "score_tokens", "uniform"]
 
-_FIRST_CANDIDATES = 256  # most likely tokens looked at before the whole vocabulary is sorted
+_CANDIDATES = (256, 4096)  # most likely tokens looked at before the whole vocabulary is sorted
 _SCORE_ROWS = 256  # rows of log-softmax at a time: bounds memory for prompt log-probabilities
 
 
@@ -207,12 +207,33 @@ def _draw(logits: Tensor, params: list[SamplingParams], numbers: Tensor) -> Tens
         last = keep.sum(dim=-1, keepdim=True) - 1  # kept tokens are a prefix
         return ids.gather(1, torch.minimum(place, last))[:, 0], decided
 
-    rows = torch.arange(len(params), device=device)
-    chosen, decided = pick(rows, min(_FIRST_CANDIDATES, vocab))
-    if not bool(decided.all()):
-        left = rows[~decided]
-        chosen[left] = pick(left, vocab)[0]
+    chosen = torch.empty(len(params), dtype=torch.int64, device=device)
+    free = [i for i, own in enumerate(params) if not _filters(own, vocab)]
+    if free:  # any order of the tokens serves, so nothing is sorted
+        chosen[free] = _draw_unfiltered(weight[free], threshold[free])
+    left = torch.tensor(
+        [i for i, own in enumerate(params) if _filters(own, vocab)],
+        dtype=torch.int64,
+        device=device,
+    )
+    for count in (*(few for few in _CANDIDATES if few < vocab), vocab):
+        if len(left):
+            chosen[left], decided = pick(left, count)
+            left = left[~decided]
     return chosen
+
+
+def _filters(params: SamplingParams, vocab: int) -> bool:
+    return 0 < params.top_k < vocab or params.top_p < 1 or params.min_p > 0
+
+
+def _draw_unfiltered(weight: Tensor, numbers: Tensor) -> Tensor:
+    """Tokens by inverse distribution over weight [rows, vocab] in vocabulary order."""
+    cumulative = weight.cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    place = torch.searchsorted(cumulative, numbers * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # the last token that can come
+    return torch.minimum(place, last)[:, 0]
 
 
 def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> list[TokenLogprob]:
