@@ -1,0 +1,99 @@
+"""The application: routes, errors, request ids. No engine is built here."""
+
+import re
+import secrets
+from collections.abc import Sequence
+
+from litestar import Litestar
+from litestar.config.cors import CORSConfig
+from litestar.datastructures import State
+from litestar.di import Provide
+from litestar.enums import ScopeType
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from halyard import __version__
+from halyard.api.controllers.chat import ChatController
+from halyard.api.controllers.completions import CompletionController
+from halyard.api.controllers.models import ModelController
+from halyard.api.controllers.page import PageController
+from halyard.api.controllers.server import ServerController
+from halyard.api.deps import provide_host
+from halyard.api.errors import exception_handler
+from halyard.api.host import EngineHost
+
+__all__ = ["MAX_BODY_BYTES", "create_app"]
+
+MAX_BODY_BYTES = 32 << 20
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+def create_app(
+    host: EngineHost,
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    allowed_origins: Sequence[str] = (),
+) -> Litestar:
+    """The server around an engine that `host` loads once the server has started.
+
+    Args:
+        max_body_bytes: a larger request body is refused with 413.
+        allowed_origins: web sites whose scripts may call the API (CORS).
+    """
+
+    async def start(_: Litestar) -> None:
+        host.start()
+
+    async def stop(_: Litestar) -> None:
+        await host.close(0.0)
+
+    return Litestar(
+        route_handlers=[
+            ChatController,
+            CompletionController,
+            ModelController,
+            ServerController,
+            PageController,
+        ],
+        state=State({"host": host}),
+        dependencies={"host": Provide(provide_host, sync_to_thread=False)},
+        exception_handlers={Exception: exception_handler},
+        middleware=[_with_request_id],
+        on_startup=[start],
+        on_shutdown=[stop],
+        request_max_body_size=max_body_bytes,
+        cors_config=CORSConfig(allow_origins=list(allowed_origins)) if allowed_origins else None,
+        openapi_config=OpenAPIConfig(
+            title="Halyard",
+            version=__version__,
+            path="/schema",
+            render_plugins=[
+                JsonRenderPlugin(path=["/", "/openapi.json"]),
+                YamlRenderPlugin(path="/openapi.yaml"),
+            ],
+        ),
+        logging_config=None,
+        debug=False,
+    )
+
+
+def _with_request_id(app: ASGIApp) -> ASGIApp:
+    """Every answer carries X-Request-Id: the client's own, or a new one."""
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        fine = _REQUEST_ID.fullmatch(given) is not None
+        request_id = given if fine else f"req-{secrets.token_hex(8)}".encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await app(scope, receive, send_with_id)
+
+    return middleware

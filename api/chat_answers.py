@@ -1,0 +1,146 @@
+"""Deltas become chat completions: whole ones and streamed ones."""
+
+from collections.abc import AsyncIterator
+
+from msgspec import UNSET, UnsetType
+
+from halyard.api.deps import FINGERPRINT, now
+from halyard.api.generation import Generation
+from halyard.api.schemas.chat import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionRequest,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+)
+from halyard.api.schemas.common import CompletionUsage, TokenDistribution
+from halyard.api.sse import DONE, event
+from halyard.api.tokens import TokenWriter
+from halyard.runtime.outputs import CompletionDelta
+
+__all__ = ["ChatAnswers"]
+
+
+class ChatAnswers:
+    """Writes one request's answers."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        request: ChatCompletionRequest,
+        model: str,
+        writer: TokenWriter,
+    ) -> None:
+        self._generation = generation
+        self._request = request
+        self._model = model
+        self._writer = writer
+        self._created = now()
+
+    async def whole(self) -> ChatCompletion:
+        generation, request = self._generation, self._request
+        parts = [_Parts() for _ in range(generation.params.n)]
+        prompt_logprobs: list[dict[str, TokenDistribution] | None] | UnsetType = UNSET
+        async for _, delta in generation.deltas():
+            if delta.prompt_logprobs is not None:
+                prompt_logprobs = self._writer.distributions(delta.prompt_logprobs)
+            for new in delta.completions:
+                parts[new.index].add(new, self._logprobs(new))
+        return ChatCompletion(
+            id=generation.answer_id,
+            created=self._created,
+            model=self._model,
+            system_fingerprint=FINGERPRINT,
+            choices=[
+                part.choice(index, bool(request.return_token_ids))
+                for index, part in enumerate(parts)
+            ],
+            usage=generation.usage(),
+            prompt_logprobs=prompt_logprobs,
+            prompt_token_ids=generation.prompts[0] if request.return_token_ids else UNSET,
+        )
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Role first, then text, then the finish reason, usage if asked for, and [DONE]."""
+        generation, request = self._generation, self._request
+        options = request.stream_options
+        wants_usage = options is not None and bool(options.include_usage)
+        always = options is not None and bool(options.continuous_usage_stats)
+        started: set[int] = set()
+        async for _, delta in generation.deltas():
+            choices = []
+            for new in delta.completions:
+                first = new.index not in started
+                started.add(new.index)
+                if not (first or new.text or new.finish_reason or new.logprobs
+                        or request.return_token_ids):  # fmt: skip
+                    continue  # the text is held back until a character or stop string is decided
+                choices.append(self._chunk_choice(new, first))
+            if choices:
+                usage = generation.usage() if always else (None if wants_usage else UNSET)
+                yield event(self._chunk(choices, usage))
+        if wants_usage:
+            yield event(self._chunk([], generation.usage()))
+        yield DONE
+
+    def _chunk_choice(self, new: CompletionDelta, first: bool) -> ChatChunkChoice:
+        return ChatChunkChoice(
+            index=new.index,
+            delta=ChatDelta(
+                role="assistant" if first else UNSET,
+                content=new.text if new.text or first else UNSET,
+            ),
+            finish_reason=new.finish_reason,
+            logprobs=self._logprobs(new),
+            stop_reason=UNSET if new.stop_reason is None else new.stop_reason,
+            token_ids=list(new.token_ids) if self._request.return_token_ids else UNSET,
+        )
+
+    def _chunk(
+        self, choices: list[ChatChunkChoice], usage: CompletionUsage | UnsetType | None
+    ) -> ChatChunk:
+        return ChatChunk(
+            id=self._generation.answer_id,
+            created=self._created,
+            model=self._model,
+            system_fingerprint=FINGERPRINT,
+            choices=choices,
+            usage=usage,
+        )
+
+    def _logprobs(self, new: CompletionDelta) -> ChatLogprobs | None:
+        return None if new.logprobs is None else self._writer.chat(new.logprobs)
+
+
+class _Parts:
+    """One answer as it grows."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: ChatLogprobs | None = None
+        self._finish_reason: str | None = None
+        self._stop_reason: int | str | None = None
+
+    def add(self, new: CompletionDelta, logprobs: ChatLogprobs | None) -> None:
+        self._texts.append(new.text)
+        self._token_ids.extend(new.token_ids)
+        if logprobs is not None:
+            if self._logprobs is None:
+                self._logprobs = ChatLogprobs([])
+            self._logprobs.content.extend(logprobs.content)
+        if new.finish_reason is not None:
+            self._finish_reason, self._stop_reason = new.finish_reason, new.stop_reason
+
+    def choice(self, index: int, with_token_ids: bool) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            message=ChatMessage("".join(self._texts)),
+            finish_reason=self._finish_reason,
+            logprobs=self._logprobs,
+            stop_reason=self._stop_reason,
+            token_ids=self._token_ids if with_token_ids else UNSET,
+        )

@@ -1,0 +1,36 @@
+"""GET /v1/models."""
+
+from litestar import Controller, get
+
+from halyard.api.host import EngineHost
+from halyard.api.schemas.server import ModelCard, ModelList
+
+__all__ = ["ModelController"]
+
+
+class ModelController(Controller):
+    """What is served."""
+
+    path = "/v1/models"
+    tags = ("OpenAI",)
+
+    @get()
+    async def list_models(self, host: EngineHost) -> ModelList:
+        """The model and its aliases."""
+        return ModelList([_card(host, name) for name in self._names(host)])
+
+    @get("/{model_id:path}")
+    async def get_model(self, host: EngineHost, model_id: str) -> ModelCard:
+        """One of them; a hub id with its slash is fine."""
+        self._names(host)
+        return _card(host, host.check_model(model_id.removeprefix("/")))
+
+    @staticmethod
+    def _names(host: EngineHost) -> tuple[str, ...]:
+        _ = host.client  # refuses while there is nothing to describe
+        return host.served_names
+
+
+def _card(host: EngineHost, name: str) -> ModelCard:
+    client = host.client
+    return ModelCard(name, host.created, client.max_model_len, client.model_name)

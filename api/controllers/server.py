@@ -1,0 +1,42 @@
+"""Health, readiness, metrics, version, status."""
+
+from litestar import Controller, Response, get
+
+from halyard import __version__
+from halyard.api.host import EngineHost
+from halyard.api.schemas.server import Health, Readiness, Status, VersionInfo
+from halyard.runtime.metrics import CONTENT_TYPE
+
+__all__ = ["ServerController"]
+
+
+class ServerController(Controller):
+    """For operators and the page."""
+
+    tags = ("Server",)
+
+    @get("/health")
+    async def health(self) -> Health:
+        """The process is up."""
+        return Health()
+
+    @get("/ready")
+    async def ready(self, host: EngineHost) -> Response[Readiness]:
+        """200 when requests are answered, else 503 with the reason."""
+        readiness = host.readiness()
+        return Response(readiness, status_code=200 if readiness.ready else 503)
+
+    @get("/metrics")
+    async def metrics(self, host: EngineHost) -> Response[bytes]:
+        """Prometheus' text format."""
+        return Response(host.metrics(), media_type=CONTENT_TYPE)
+
+    @get("/version")
+    async def version(self) -> VersionInfo:
+        """This server's version."""
+        return VersionInfo(__version__)
+
+    @get("/status")
+    async def status(self, host: EngineHost) -> Status:
+        """What runs now, for the page."""
+        return host.status()

@@ -1,0 +1,266 @@
+"""Wire requests become prompts and SamplingParams. What would change the answer but isn't served is refused."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from halyard.api.schemas.chat import ChatCompletionRequest, InputMessage
+from halyard.api.schemas.common import SamplingFields
+from halyard.api.schemas.completions import CompletionRequest
+from halyard.hal.errors import RequestError
+from halyard.models.tokenizer import Tokenizer
+from halyard.runtime.request import MAX_LOGPROBS, SamplingParams
+
+__all__ = [
+    "chat_params",
+    "chat_prompt",
+    "completion_params",
+    "completion_prompts",
+    "decode_body",
+]
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+# Below that many characters, tokenising on the event loop is cheaper than a thread's round trip.
+_SHORT_TEXT = 2000
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_UNSUPPORTED = (
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "use_beam_search",
+    "bad_words",
+    "allowed_token_ids",
+    "truncate_prompt_tokens",
+    "logits_processors",
+    "prompt_embeds",
+)
+_RESERVED_TEMPLATE_OPTIONS = (
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages",
+    "return_dict", "return_tensors", "self", "tokenize",
+)  # fmt: skip
+_UNSUPPORTED_IN_CHAT = ("audio", "web_search_options", "documents", "chat_template")
+
+
+def decode_body(body: bytes, kind: type[T]) -> T:
+    """Parse JSON strictly: "5" is no number.
+
+    Raises:
+        RequestError: malformed JSON, a wrong type or a missing field, named.
+    """
+    try:
+        return msgspec.json.decode(body or b" ", type=kind)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$")
+        param = path.removesuffix("`").lstrip(".") or None
+        if param is None and "missing required field" in text:
+            param = text.split("`")[1]
+        where = f" (at {param})" if param else ""
+        raise RequestError(f"{text}{where}", param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RequestError(f"the body is not valid JSON: {reason}") from None
+
+
+def completion_params(request: CompletionRequest) -> SamplingParams:
+    """Sampling for a text completion. `max_tokens` 0 with `echo` becomes 1: the caller drops it."""
+    _refuse_unsupported(request)
+    if request.suffix:
+        raise RequestError("suffix is not supported: leave it out", "suffix")
+    if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
+        raise RequestError(
+            f"logprobs must be between 0 and {MAX_LOGPROBS}, got {request.logprobs}", "logprobs"
+        )
+    max_tokens = 16 if request.max_tokens is None else request.max_tokens
+    prompt_logprobs = request.prompt_logprobs
+    if request.echo:
+        max_tokens = 1 if max_tokens == 0 else max_tokens
+        if request.logprobs is not None:
+            prompt_logprobs = max(request.logprobs, prompt_logprobs or 0)
+    return _params(
+        request, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs
+    )
+
+
+def chat_params(request: ChatCompletionRequest) -> SamplingParams:
+    """Sampling for a chat completion. Without a limit the answer may fill the context."""
+    _refuse_unsupported(request)
+    for name in _UNSUPPORTED_IN_CHAT:
+        if getattr(request, name):
+            raise RequestError(f"{name} is not supported: leave it out", name)
+    if request.tools and request.tool_choice != "none":
+        raise RequestError(
+            'tools are not supported: leave them out or set tool_choice to "none"', "tools"
+        )
+    if request.tool_choice not in (None, "none", "auto"):
+        raise RequestError("tool_choice is not supported: leave it out", "tool_choice")
+    if request.functions and request.function_call != "none":
+        raise RequestError("functions are not supported: leave them out", "functions")
+    if request.modalities is not None and request.modalities != ["text"]:
+        raise RequestError('modalities must be ["text"]: this model writes text', "modalities")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+        raise RequestError(
+            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {logprobs}", "top_logprobs"
+        )
+    name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens: int | None = getattr(request, name)
+    if max_tokens is not None and max_tokens < 1:
+        raise RequestError(f"{name} must be at least 1, got {max_tokens}", name)
+    return _params(
+        request,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+    )
+
+
+def _refuse_unsupported(request: SamplingFields) -> None:
+    for name in _UNSUPPORTED:
+        if getattr(request, name):
+            raise RequestError(f"{name} is not supported: leave it out", name)
+    if request.length_penalty not in (None, 1.0):
+        raise RequestError("length_penalty is not supported: leave it out", "length_penalty")
+    kind = (request.response_format or {}).get("type", "text")
+    if kind != "text":
+        raise RequestError(
+            f"response_format {kind!r} is not supported: leave it out or ask for text",
+            "response_format",
+        )
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise RequestError("best_of other than n is not supported: set n instead", "best_of")
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options needs stream: true", "stream_options")
+
+
+def _params(
+    request: SamplingFields,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    given: dict[str, Any] = {
+        name: value
+        for name in (
+            "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature",
+            "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos",
+            "min_tokens", "include_stop_str_in_output", "skip_special_tokens",
+        )
+        if (value := getattr(request, name)) is not None
+    }  # fmt: skip
+    return SamplingParams(
+        **given,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        logit_bias=_logit_bias(request.logit_bias),
+    )
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
+    if not bias:
+        return None
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError:
+        raise RequestError("the keys of logit_bias must be token ids", "logit_bias") from None
+
+
+async def completion_prompts(
+    request: CompletionRequest, tokenizer: Tokenizer | None
+) -> list[list[int]]:
+    """Token ids of every prompt.
+
+    Raises:
+        RequestError: mixed or empty, or text where the checkpoint has no tokenizer.
+    """
+    prompt = request.prompt
+    singles: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
+    if not singles:
+        raise RequestError("the prompt is empty: give at least one token", "prompt")
+    if all(isinstance(single, int) for single in singles):
+        return [list(singles)]  # type: ignore[arg-type]
+    if all(isinstance(single, list) for single in singles):
+        return list(singles)  # type: ignore[arg-type]
+    if not all(isinstance(single, str) for single in singles):
+        raise RequestError("prompt mixes texts and token ids: give one kind", "prompt")
+    if tokenizer is None:
+        raise RequestError(
+            "this checkpoint has no tokenizer: give the prompt as token ids", "prompt"
+        )
+    texts: list[str] = list(singles)  # type: ignore[arg-type]
+    special = request.add_special_tokens is not False
+
+    def encode() -> list[list[int]]:
+        return [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+
+    if sum(map(len, texts)) <= _SHORT_TEXT:
+        return encode()
+    return await asyncio.to_thread(encode)
+
+
+async def chat_prompt(request: ChatCompletionRequest, tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids of a conversation, by the checkpoint's template.
+
+    Raises:
+        RequestError: no tokenizer or template, or the messages don't suit it.
+    """
+    if tokenizer is None:
+        raise RequestError(
+            "this checkpoint has no tokenizer: use /v1/completions with token ids", "messages"
+        )
+    messages = [
+        _plain_message(message, f"messages[{index}]")
+        for index, message in enumerate(request.messages)
+    ]
+    options = dict(request.chat_template_kwargs or {})
+    for name in _RESERVED_TEMPLATE_OPTIONS:
+        if name in options:
+            raise RequestError(f"chat_template_kwargs can't set {name}", "chat_template_kwargs")
+    if request.reasoning_effort is not None:
+        options.setdefault("reasoning_effort", request.reasoning_effort)
+    generation = request.add_generation_prompt
+    if request.continue_final_message:
+        options["continue_final_message"] = True
+        if generation:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt exclude each other",
+                "continue_final_message",
+            )
+        generation = False
+    # A template is code of unknown cost, so it never runs on the event loop.
+    return await asyncio.to_thread(
+        tokenizer.apply_chat_template, messages, generation is not False, **options
+    )
+
+
+def _plain_message(message: InputMessage, where: str) -> dict[str, Any]:
+    if message.role not in _ROLES:
+        raise RequestError(f"role must be one of {', '.join(_ROLES)}, got {message.role!r}",
+                           f"{where}.role")  # fmt: skip
+    content = message.content
+    if isinstance(content, list):
+        texts = []
+        for index, part in enumerate(content):
+            if part.type != "text" or part.text is None:
+                raise RequestError(
+                    f"content of type {part.type!r} is not supported: this model reads text",
+                    f"{where}.content[{index}]",
+                )
+            texts.append(part.text)
+        content = "\n".join(texts)
+    if content is None and message.role != "assistant":
+        raise RequestError(f"a {message.role} message needs content", f"{where}.content")
+    plain: dict[str, Any] = {"role": message.role, "content": content or ""}
+    for name in ("name", "reasoning_content", "tool_call_id", "tool_calls"):
+        value = getattr(message, name)
+        if value is not None:
+            plain[name] = value
+    return plain

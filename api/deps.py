@@ -1,0 +1,52 @@
+"""What controllers are given, and small things they share."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from litestar import Request
+from litestar.datastructures import State
+
+from halyard import __version__
+from halyard.api.errors import to_api_error
+from halyard.api.host import EngineHost
+from halyard.hal.errors import HalyardError
+
+__all__ = ["FINGERPRINT", "error_observer", "new_id", "now", "provide_host"]
+
+logger = logging.getLogger("halyard.api")
+
+FINGERPRINT = f"halyard-{__version__}"
+
+
+def provide_host(state: State) -> EngineHost:
+    """Litestar dependency `host`."""
+    host: EngineHost = state.host
+    return host
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def error_observer(
+    host: EngineHost, request: Request[Any, Any, Any]
+) -> Callable[[BaseException], None]:
+    """Counts and logs a failure after the handler has returned."""
+    path = request.url.path
+
+    def observe(error: BaseException) -> None:
+        told = to_api_error(error)
+        host.observe_error(told.code or told.type)
+        if isinstance(error, HalyardError):
+            logger.warning("%s: %s", path, error)
+        else:
+            logger.error("%s failed", path, exc_info=error)
+
+    return observe

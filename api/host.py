@@ -1,0 +1,212 @@
+"""Owns the engine's client for a server: loads it in the background, says how far it is, ends it."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from halyard import __version__
+from halyard.api.errors import ModelNotFoundError, NotReadyError
+from halyard.api.schemas.server import Readiness, Status
+from halyard.hal.errors import EngineDeadError
+from halyard.runtime.client import Client
+
+__all__ = ["EngineHost", "Loaded", "Loader"]
+
+logger = logging.getLogger("halyard.api")
+
+_RATE_SECONDS = 5.0  # tokens per second are averaged over that long
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine that answers, and what the page says about it."""
+
+    client: Client
+    device: str
+    dtype: str
+
+
+Loader = Callable[[Callable[[str], None]], Loaded]
+"""Loads an engine; tells the name of each phase as it begins. Runs in a thread of its own."""
+
+
+class EngineHost:
+    """The engine as the server sees it: loading, ready, draining or dead.
+
+    Args:
+        loader: makes the engine; may take minutes.
+        served_names: what clients may call the model, the first is shown; empty: the model's own.
+        on_failure: is called on the event loop with the error that ended loading.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        served_names: Sequence[str] = (),
+        on_failure: Callable[[BaseException], None] | None = None,
+        on_ready: Callable[[Loaded], None] | None = None,
+    ) -> None:
+        self.created = int(time.time())
+        self.draining = False
+        self.loading = False
+        self._loader = loader
+        self._served_names = tuple(served_names)
+        self._on_failure = on_failure
+        self._on_ready = on_ready
+        self._phase = "starting"
+        self._failure: str | None = None
+        self._loaded: Loaded | None = None
+        self._samples: deque[tuple[float, int]] = deque(maxlen=64)
+
+    def start(self) -> None:
+        """Begin to load. Called on the event loop that will serve."""
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            try:
+                loaded = self._loader(self._tell)
+            except BaseException as error:  # noqa: BLE001  # reported by whoever waits, a thread can't raise
+                outcome: Callable[[], None] = partial(self._fail, error)
+            else:
+                outcome = partial(self._succeed, loaded)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(outcome)
+
+        self.loading = True
+        # Daemon: Ctrl-C must not wait for a download or a compiler.
+        threading.Thread(target=run, name="halyard-load", daemon=True).start()
+
+    @property
+    def client(self) -> Client:
+        """The client, if requests can be answered now.
+
+        Raises:
+            NotReadyError: still loading, or shutting down.
+            EngineDeadError: the engine has failed.
+        """
+        readiness = self.readiness()
+        if self._loaded is None or self.draining:
+            raise NotReadyError(f"the server is not ready: {readiness.reason}")
+        if not readiness.ready:
+            raise EngineDeadError(readiness.reason)
+        return self._loaded.client
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        if self._served_names:
+            return self._served_names
+        return (self._loaded.client.model_name,) if self._loaded is not None else ()
+
+    def check_model(self, model: str | None) -> str:
+        """The name to answer with.
+
+        Raises:
+            ModelNotFoundError: another model is meant.
+        """
+        names = self.served_names
+        if not model:
+            return names[0]
+        if model not in names:
+            raise ModelNotFoundError(
+                f"no model {model!r} is served here: known are {', '.join(names)}"
+            )
+        return model
+
+    def readiness(self) -> Readiness:
+        if self.draining:
+            return Readiness(False, "shutting down")
+        if self._failure is not None:
+            return Readiness(False, self._failure)
+        if self._loaded is None:
+            return Readiness(False, f"loading: {self._phase}")
+        client = self._loaded.client
+        if not client.alive:
+            return Readiness(False, client.error or "the engine stopped")
+        return Readiness(True, "ready")
+
+    def status(self) -> Status:
+        """A picture for the page."""
+        readiness = self.readiness()
+        if self._loaded is None:
+            return Status(readiness.ready, readiness.reason, __version__)
+        client = self._loaded.client
+        stats = client.stats()
+        scheduler = stats.scheduler
+        return Status(
+            ready=readiness.ready,
+            reason=readiness.reason,
+            version=__version__,
+            model=self.served_names[0],
+            backend=client.backend_name,
+            device=self._loaded.device,
+            dtype=self._loaded.dtype,
+            max_model_len=client.max_model_len,
+            has_chat_template=client.tokenizer is not None and client.tokenizer.has_chat_template,
+            kv_blocks_total=scheduler.blocks_total,
+            kv_blocks_used=scheduler.blocks_used,
+            kv_blocks_cached=scheduler.blocks_cached,
+            host_blocks_total=scheduler.host_blocks_total,
+            host_blocks_used=scheduler.host_blocks_used,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting + scheduler.num_swapped,
+            tokens_per_second=self._rate(stats.generated_tokens),
+            generated_tokens=stats.generated_tokens,
+            uptime_seconds=stats.uptime_seconds,
+        )
+
+    def metrics(self) -> bytes:
+        """Prometheus' text; only whether it is up until the engine is loaded."""
+        if self._loaded is None:
+            return b"# HELP halyard_ready Whether requests are answered\n" \
+                   b"# TYPE halyard_ready gauge\nhalyard_ready 0\n"  # fmt: skip
+        client = self._loaded.client
+        return client.engine.metrics.render(client.stats())
+
+    def observe_error(self, kind: str) -> None:
+        """Count a refused or failed request."""
+        if self._loaded is not None:
+            self._loaded.client.engine.metrics.observe_error(kind)
+
+    async def close(self, grace_seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Refuse new requests, give running ones that long, answer the rest with an error, stop.
+
+        Args:
+            hurry: polled; True ends the wait at once.
+        """
+        self.draining = True
+        if self._loaded is None:
+            return
+        client = self._loaded.client
+        deadline = time.monotonic() + grace_seconds
+        while client.num_requests and client.alive and time.monotonic() < deadline and not hurry():
+            await asyncio.sleep(0.02)
+        await client.close(0.0)
+
+    def _rate(self, generated: int) -> float:
+        now = time.monotonic()
+        self._samples.append((now, generated))
+        while len(self._samples) > 2 and now - self._samples[0][0] > _RATE_SECONDS:
+            self._samples.popleft()
+        since, before = self._samples[0]
+        return (generated - before) / (now - since) if now > since else 0.0
+
+    def _tell(self, phase: str) -> None:
+        self._phase = phase
+
+    def _succeed(self, loaded: Loaded) -> None:
+        self.loading = False
+        self._loaded = loaded
+        if self._on_ready is not None:
+            self._on_ready(loaded)
+
+    def _fail(self, error: BaseException) -> None:
+        self.loading = False
+        self._failure = f"loading failed: {error}"
+        logger.error("loading failed", exc_info=error)
+        if self._on_failure is not None:
+            self._on_failure(error)

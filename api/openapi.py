@@ -1,0 +1,51 @@
+"""Documents bodies that handlers parse themselves."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
+from litestar.openapi.spec.enums import OpenAPIType
+
+__all__ = ["body_of"]
+
+
+@dataclass
+class _RawSchema(Schema):
+    """A JSON schema that was made elsewhere."""
+
+    raw: dict[str, Any] | None = None
+
+    def to_schema(self) -> dict[str, Any]:
+        return dict(self.raw or {})
+
+
+def body_of(kind: type[msgspec.Struct]) -> type[Operation]:
+    """An OpenAPI operation whose body is `kind`, described inline."""
+    _, components = msgspec.json.schema_components([kind])
+    schema = _inline(components[kind.__name__], components)
+    body = RequestBody(
+        content={
+            "application/json": OpenAPIMediaType(
+                schema=_RawSchema(type=OpenAPIType.OBJECT, raw=schema)
+            )
+        },
+        required=True,
+    )
+
+    @dataclass
+    class DocumentedOperation(Operation):
+        def __post_init__(self) -> None:
+            self.request_body = body
+
+    return DocumentedOperation
+
+
+def _inline(node: Any, components: dict[str, Any]) -> Any:
+    if isinstance(node, dict):
+        if "$ref" in node:
+            return _inline(components[node["$ref"].rsplit("/", 1)[1]], components)
+        return {key: _inline(value, components) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_inline(item, components) for item in node]
+    return node

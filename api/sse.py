@@ -1,0 +1,130 @@
+"""Answers on the wire that notice when the client goes away."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from litestar.types import Receive, Scope, Send
+
+from halyard.api.errors import to_api_error
+
+__all__ = ["DONE", "EventStream", "JsonAnswer", "event"]
+
+logger = logging.getLogger("halyard.api")
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+_encoder = msgspec.json.Encoder()
+
+
+def event(value: msgspec.Struct) -> bytes:
+    """One server-sent event."""
+    return b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+class JsonAnswer:
+    """ASGI: computes a value while watching the connection; answers with it as JSON.
+
+    Args:
+        cancel: called at the end in any case; frees what the request still holds.
+        on_error: told about every failure.
+    """
+
+    def __init__(
+        self,
+        work: Coroutine[Any, Any, msgspec.Struct],
+        cancel: Callable[[], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._work = work
+        self._cancel = cancel
+        self._on_error = on_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {}
+        try:
+            value = await _unless_gone(self._work, receive)
+            if value is None:
+                return  # nobody is there to read an answer
+            status, body = 200, _encoder.encode(value)
+        except Exception as error:  # noqa: BLE001  # the boundary: told to the client, logged, counted
+            self._on_error(error)
+            told = to_api_error(error)
+            status, body, headers = told.status, told.body(), told.headers
+        finally:
+            self._cancel()
+        await _start(send, status, b"application/json", headers, len(body))
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class EventStream:
+    """ASGI: sends events as they come; an error becomes the last event.
+
+    Args:
+        events: encoded events.
+        cancel: called at the end in any case, at once when the client goes away.
+        on_error: told about every failure.
+    """
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        cancel: Callable[[], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._events = events
+        self._cancel = cancel
+        self._on_error = on_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _unless_gone(self._send_all(send), receive)
+        finally:
+            self._cancel()
+
+    async def _send_all(self, send: Send) -> bool:
+        await _start(send, 200, b"text/event-stream; charset=utf-8", {"cache-control": "no-cache",
+                                                                      "x-accel-buffering": "no"})  # fmt: skip
+        try:
+            async for chunk in self._events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except Exception as error:  # noqa: BLE001  # the boundary: told to the client, logged, counted
+            self._on_error(error)
+            body = b"data: " + to_api_error(error).body() + b"\n\n"
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return True
+
+
+async def _start(
+    send: Send, status: int, media_type: bytes, headers: dict[str, str], length: int | None = None
+) -> None:
+    raw = [(b"content-type", media_type)]
+    if length is not None:
+        raw.append((b"content-length", str(length).encode()))
+    raw += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+async def _unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
+    """The result of `work`; None, and `work` cancelled, if the client disconnects before."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return None
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
