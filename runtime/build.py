@@ -12,6 +12,7 @@ from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.program import HeadShape, UnboundProgram
 from halyard.hal.contract import Device, GraphCompiler, PagedKernels
 from halyard.hal.registry import load_part
+from halyard.models import experts as _experts  # noqa: F401 - its operator is called by cached programs
 from halyard.models.tokenizer import Tokenizer, load_tokenizer
 from halyard.models.weights import load_weights
 from halyard.runtime.config import EngineConfig, SchedulerConfig

@@ -226,9 +226,9 @@ def _compile_into(
         warnings.simplefilter("ignore", FutureWarning)  # the library's own
         library = Path(str(compile_fx_aot(segment, list(inputs), config_patches=known)))
     shutil.move(library, directory / _LIBRARY)
-    extern = library.with_suffix(".json")
-    if extern.is_file():
-        shutil.move(extern, directory / _EXTERN)
+    for extern in build.glob("*.json"):
+        if not extern.stem.endswith("_metadata"):  # the other files are for people
+            shutil.move(extern, directory / _EXTERN)
     shutil.rmtree(build, ignore_errors=True)
 
 

@@ -1,0 +1,124 @@
+"""Compiled segments answer as eager ones do, at every size of batch, fresh and from the cache."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from test_program_matches_hf import Batch
+from tiny_models import tiny_model
+
+from halyard.compiler.build import build_program
+from halyard.compiler.cache import ArtefactCache, load_or_build
+from halyard.compiler.graphs.inductor import InductorCompiler
+from halyard.compiler.program import HeadShape, Program, UnboundProgram
+from halyard.hal.devices.cpu import CpuDevice
+from halyard.hal.kernels.reference.kernels import ReferenceKernels
+from halyard.models.adapter import build_meta_module
+from halyard.models.spec import ModelSpec
+
+DEVICE = CpuDevice()
+COMPILER = InductorCompiler()
+
+pytestmark = pytest.mark.skipif(
+    not COMPILER.probe(DEVICE.info).available, reason="no C++ compiler here"
+)
+
+
+def obtain(family: str, cache: ArtefactCache, *, may_build: bool = True) -> UnboundProgram:
+    spec = ModelSpec.from_hf(tiny_model(family).config)
+
+    def build() -> UnboundProgram:
+        assert may_build, "the cache should have held it"
+        traceable = build_meta_module(spec, "float32")
+        return build_program(
+            traceable,
+            traceable.buffers_by_name,
+            COMPILER,
+            DEVICE.info,
+            name=family,
+            num_layers=spec.num_layers,
+            heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            vocab_size=spec.vocab_size,
+            dtype="float32",
+            torch_device=DEVICE.torch_device,
+        )
+
+    facts = {"model": spec.digest(), "dtype": "float32"}
+    return load_or_build(cache, facts, build, COMPILER, DEVICE.info)
+
+
+def bound(family: str, unbound: UnboundProgram) -> Program:
+    spec = ModelSpec.from_hf(tiny_model(family).config)
+    state = tiny_model(family).state_dict()
+    kernels = ReferenceKernels(DEVICE)
+    program = unbound.bind({name: state[name].clone() for name in unbound.weights}, kernels)
+    layout = kernels.layout(spec.kv_spec("float32", 4))
+    program.set_pool(DEVICE.allocate_kv(layout, 64, host=False))
+    return program
+
+
+def check(family: str, program: Program) -> None:
+    """Prefill, a mixed step, as many rows as tokens, and one token alone: Hugging Face's logits."""
+    model = tiny_model(family)
+    sequences = [[5 * i % 128 for i in range(20)], [7 * i % 128 for i in range(11)]]
+    batch = Batch(sequences)
+    got: list[list[torch.Tensor]] = [[], []]
+    for counts in ({0: 9, 1: 8}, {0: 8, 1: 1}, {0: 1, 1: 1}, {0: 1}, {1: 1}, {0: 1}):
+        for row, logits in batch.step(program, counts).items():
+            got[row].append(logits)
+    with torch.no_grad():
+        for sequence, found in zip(sequences, got, strict=True):
+            expected = model(torch.tensor([sequence])).logits[0]
+            torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ArtefactCache:
+    return ArtefactCache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])  # mixtral: with an operator of our own
+def test_compiled_program_gives_hugging_face_logits(family: str, cache: ArtefactCache) -> None:
+    fresh = obtain(family, cache)
+    assert not fresh.from_cache
+    check(family, bound(family, fresh))
+    again = obtain(family, cache, may_build=False)
+    assert again.from_cache
+    check(family, bound(family, again))
+
+
+def test_rows_do_not_depend_on_tokens(cache: ArtefactCache) -> None:
+    program = bound("llama", obtain("llama", cache))
+    batch = Batch([[1, 2, 3, 4, 5, 6]])
+    whole = batch.step(program, {0: 6})[0]
+    assert whole.shape == (6, 128)
+
+
+def test_cut_short_library_is_discarded(
+    cache: ArtefactCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    obtain("llama", cache)
+    spec = ModelSpec.from_hf(tiny_model("llama").config)
+    key = cache.key({"model": spec.digest(), "dtype": "float32"}, COMPILER, DEVICE.info)
+    library: Path = cache.directory / key / "segment-1" / "segment.so"
+    library.write_bytes(library.read_bytes()[:1000])
+    with caplog.at_level(logging.WARNING, logger="halyard.cache"):
+        assert cache.load(key, COMPILER, DEVICE.info) is None
+    assert len(caplog.records) == 1
+    assert not (cache.directory / key).exists()
+
+
+def test_one_openmp_runtime() -> None:
+    """A second one would have threads of its own, and both would fight for the cores."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    paths = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
+    loaded = {Path(path).name.split(".so")[0].split("-")[0] for path in paths if "omp" in path}
+    runtimes = [
+        path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))
+    ]
+    assert len(runtimes) == 1, (loaded, runtimes)
