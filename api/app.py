@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from litestar import Litestar
 from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
-from litestar.di import Provide
 from litestar.enums import ScopeType
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
@@ -19,7 +18,6 @@ from halyard.api.controllers.completions import CompletionController
 from halyard.api.controllers.models import ModelController
 from halyard.api.controllers.page import PageController
 from halyard.api.controllers.server import ServerController
-from halyard.api.deps import provide_host
 from halyard.api.errors import exception_handler
 from halyard.api.host import EngineHost
 
@@ -34,7 +32,7 @@ def create_app(
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
     allowed_origins: Sequence[str] = (),
-) -> Litestar:
+) -> ASGIApp:
     """The server around an engine that `host` loads once the server has started.
 
     Args:
@@ -48,7 +46,7 @@ def create_app(
     async def stop(_: Litestar) -> None:
         await host.close(0.0)
 
-    return Litestar(
+    app = Litestar(
         route_handlers=[
             ChatController,
             CompletionController,
@@ -57,9 +55,7 @@ def create_app(
             PageController,
         ],
         state=State({"host": host}),
-        dependencies={"host": Provide(provide_host, sync_to_thread=False)},
         exception_handlers={Exception: exception_handler},
-        middleware=[_with_request_id],
         on_startup=[start],
         on_shutdown=[stop],
         request_max_body_size=max_body_bytes,
@@ -76,6 +72,8 @@ def create_app(
         logging_config=None,
         debug=False,
     )
+    # Around Litestar, not inside: its middleware doesn't see requests without a route.
+    return _with_request_id(app)
 
 
 def _with_request_id(app: ASGIApp) -> ASGIApp:

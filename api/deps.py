@@ -7,23 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 from litestar import Request
-from litestar.datastructures import State
 
 from halyard import __version__
 from halyard.api.errors import to_api_error
 from halyard.api.host import EngineHost
 from halyard.hal.errors import HalyardError
 
-__all__ = ["FINGERPRINT", "error_observer", "new_id", "now", "provide_host"]
+__all__ = ["FINGERPRINT", "error_observer", "host_of", "new_id", "now"]
 
 logger = logging.getLogger("halyard.api")
 
 FINGERPRINT = f"halyard-{__version__}"
 
 
-def provide_host(state: State) -> EngineHost:
-    """Litestar dependency `host`."""
-    host: EngineHost = state.host
+def host_of(request: Request[Any, Any, Any]) -> EngineHost:
+    """The engine's host that the application was made around."""
+    host: EngineHost = request.app.state.host
     return host
 
 

@@ -117,6 +117,11 @@ class EngineHost:
             )
         return model
 
+    @property
+    def num_requests(self) -> int:
+        """Requests without a final answer yet."""
+        return self._loaded.client.num_requests if self._loaded is not None else 0
+
     def readiness(self) -> Readiness:
         if self.draining:
             return Readiness(False, "shutting down")

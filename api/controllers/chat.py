@@ -8,9 +8,8 @@ from litestar.types import ASGIApp
 
 from halyard.api.chat_answers import ChatAnswers
 from halyard.api.convert import chat_params, chat_prompt, decode_body
-from halyard.api.deps import error_observer, new_id
+from halyard.api.deps import error_observer, host_of, new_id
 from halyard.api.generation import Generation
-from halyard.api.host import EngineHost
 from halyard.api.openapi import body_of
 from halyard.api.schemas.chat import ChatCompletion, ChatCompletionRequest
 from halyard.api.schemas.common import ErrorEnvelope
@@ -34,8 +33,9 @@ class ChatController(Controller):
             400: ResponseSpec(ErrorEnvelope, description="The request is invalid"),
         },
     )
-    async def create(self, request: Request[Any, Any, Any], host: EngineHost) -> ASGIApp:
+    async def create(self, request: Request[Any, Any, Any]) -> ASGIApp:
         """Answer a conversation."""
+        host = host_of(request)
         asked = decode_body(await request.body(), ChatCompletionRequest)
         client = host.client
         model = host.check_model(asked.model)

@@ -8,9 +8,8 @@ from litestar.types import ASGIApp
 
 from halyard.api.completion_answers import CompletionAnswers
 from halyard.api.convert import completion_params, completion_prompts, decode_body
-from halyard.api.deps import error_observer, new_id
+from halyard.api.deps import error_observer, host_of, new_id
 from halyard.api.generation import Generation
-from halyard.api.host import EngineHost
 from halyard.api.openapi import body_of
 from halyard.api.schemas.common import ErrorEnvelope
 from halyard.api.schemas.completions import Completion, CompletionRequest
@@ -33,8 +32,9 @@ class CompletionController(Controller):
             400: ResponseSpec(ErrorEnvelope, description="The request is invalid"),
         },
     )
-    async def create(self, request: Request[Any, Any, Any], host: EngineHost) -> ASGIApp:
+    async def create(self, request: Request[Any, Any, Any]) -> ASGIApp:
         """Complete one prompt or several."""
+        host = host_of(request)
         asked = decode_body(await request.body(), CompletionRequest)
         client = host.client
         model = host.check_model(asked.model)

@@ -1,7 +1,10 @@
 """GET /v1/models."""
 
-from litestar import Controller, get
+from typing import Any
 
+from litestar import Controller, Request, get
+
+from halyard.api.deps import host_of
 from halyard.api.host import EngineHost
 from halyard.api.schemas.server import ModelCard, ModelList
 
@@ -15,15 +18,17 @@ class ModelController(Controller):
     tags = ("OpenAI",)
 
     @get()
-    async def list_models(self, host: EngineHost) -> ModelList:
+    async def list_models(self, request: Request[Any, Any, Any]) -> ModelList:
         """The model and its aliases."""
+        host = host_of(request)
         return ModelList([_card(host, name) for name in self._names(host)])
 
     @get("/{model_id:path}")
-    async def get_model(self, host: EngineHost, model_id: str) -> ModelCard:
+    async def get_model(self, request: Request[Any, Any, Any]) -> ModelCard:
         """One of them; a hub id with its slash is fine."""
+        host = host_of(request)
         self._names(host)
-        return _card(host, host.check_model(model_id.removeprefix("/")))
+        return _card(host, host.check_model(request.path_params["model_id"].removeprefix("/")))
 
     @staticmethod
     def _names(host: EngineHost) -> tuple[str, ...]:

@@ -1,9 +1,11 @@
 """Health, readiness, metrics, version, status."""
 
-from litestar import Controller, Response, get
+from typing import Any
+
+from litestar import Controller, Request, Response, get
 
 from halyard import __version__
-from halyard.api.host import EngineHost
+from halyard.api.deps import host_of
 from halyard.api.schemas.server import Health, Readiness, Status, VersionInfo
 from halyard.runtime.metrics import CONTENT_TYPE
 
@@ -21,15 +23,15 @@ class ServerController(Controller):
         return Health()
 
     @get("/ready")
-    async def ready(self, host: EngineHost) -> Response[Readiness]:
+    async def ready(self, request: Request[Any, Any, Any]) -> Response[Readiness]:
         """200 when requests are answered, else 503 with the reason."""
-        readiness = host.readiness()
+        readiness = host_of(request).readiness()
         return Response(readiness, status_code=200 if readiness.ready else 503)
 
     @get("/metrics")
-    async def metrics(self, host: EngineHost) -> Response[bytes]:
+    async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         """Prometheus' text format."""
-        return Response(host.metrics(), media_type=CONTENT_TYPE)
+        return Response(host_of(request).metrics(), media_type=CONTENT_TYPE)
 
     @get("/version")
     async def version(self) -> VersionInfo:
@@ -37,6 +39,6 @@ class ServerController(Controller):
         return VersionInfo(__version__)
 
     @get("/status")
-    async def status(self, host: EngineHost) -> Status:
+    async def status(self, request: Request[Any, Any, Any]) -> Status:
         """What runs now, for the page."""
-        return host.status()
+        return host_of(request).status()

@@ -1,0 +1,51 @@
+"""`halyard serve`: an OpenAI-compatible server for one model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from halyard.api.cli import options
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", default="embedded", help="folder or Hugging Face id (default: embedded)"
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    group.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+    group.add_argument("--served-model-name", nargs="+", default=(), metavar="NAME",
+                       help="what clients call the model; more names are aliases")  # fmt: skip
+    group.add_argument("--grace-seconds", type=float, default=5.0, metavar="S",
+                       help="running requests get that long at Ctrl-C (%(default)s)")  # fmt: skip
+    group.add_argument("--access-log", action="store_true", help="log one line a request")
+    group.add_argument("--allow-origin", nargs="+", default=(), metavar="ORIGIN",
+                       help="web sites whose scripts may call the API")  # fmt: skip
+
+    options.add_engine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    # Imported here: a wrong command line should not wait for the web framework.
+    from halyard.api.server import ServerConfig, serve
+
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+    )
+    server = ServerConfig(
+        host=args.host,
+        port=args.port,
+        served_model_names=tuple(args.served_model_name),
+        grace_seconds=args.grace_seconds,
+        access_log=args.access_log,
+        allowed_origins=tuple(args.allow_origin),
+    )
+    if args.access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    return serve(options.engine_config(args), server, lambda line: print(line, flush=True))

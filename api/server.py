@@ -1,0 +1,220 @@
+"""The HTTP server in front of one engine: port, start, welcome, shutdown. No torch until the port is taken."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from types import FrameType
+
+import uvicorn
+
+from halyard.api.host import EngineHost, Loaded
+from halyard.hal.errors import ConfigError, HalyardError
+from halyard.runtime.config import EngineConfig
+
+__all__ = ["ServerConfig", "bind", "serve"]
+
+logger = logging.getLogger("halyard.api")
+
+_FAILED = 2  # exit status of a start that could not work
+_INTERRUPTED = 130  # exit status after a second Ctrl-C
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What a user chooses about the server itself."""
+
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 for every network
+    port: int = 8000  # 0: a free one
+    served_model_names: tuple[str, ...] = ()  # what clients may call it; empty: the model's name
+    grace_seconds: float = 5.0  # running requests get that long when the server is stopped
+    access_log: bool = False  # one line a request
+    allowed_origins: tuple[str, ...] = ()  # web sites that may call the API (CORS)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the port.
+
+    Raises:
+        ConfigError: it is taken, not allowed, or the host is not an address of this machine.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port must be between 0 and 65535, got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"can't listen on host {host!r}: {_reason(error)}") from None
+    taken = socket.socket(family, kind, protocol)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+        # Listening now, not when the server starts: a second server must fail at once.
+        taken.listen(2048)
+    except OSError as error:
+        taken.close()
+        hint = "choose another with --port" if error.errno in (13, 98, 48) else "check --host"
+        raise ConfigError(f"can't listen on {host} port {port}: {_reason(error)}; {hint}") from None
+    return taken
+
+
+def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None] = print) -> int:
+    """Serve until stopped. Returns the process's exit status.
+
+    Args:
+        say: prints a line for the user.
+
+    Raises:
+        ConfigError: the port can't be had; nothing was loaded then.
+    """
+    from halyard.api.app import create_app
+
+    listener = bind(server.host, server.port)
+    url = _url(server.host, listener.getsockname()[1])
+    say(f"Halyard listens on {url} and loads {config.model} ...")
+    failures: list[BaseException] = []
+
+    def on_failure(error: BaseException) -> None:
+        failures.append(error)
+        process.should_exit = True
+
+    def on_ready(loaded: Loaded) -> None:
+        for line in _welcome(url, host, loaded):
+            say(line)
+
+    def load(tell: Callable[[str], None]) -> Loaded:
+        def told(phase: str) -> None:
+            tell(phase)
+            say(f"  {phase}")
+
+        return load_engine(config, told)
+
+    host = EngineHost(load, server.served_model_names, on_failure, on_ready)
+    app = create_app(host, allowed_origins=server.allowed_origins)
+    process = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=server.access_log,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=2,
+            lifespan="on",
+        ),
+        host,
+        server.grace_seconds,
+        say,
+    )
+    process.run(sockets=[listener])
+    status = _INTERRUPTED if process.force_exit else 0
+    if failures:
+        error = failures[0]
+        if not isinstance(error, HalyardError):
+            logger.error("loading failed", exc_info=error)
+        print(f"halyard: {_one_line(error)}", file=sys.stderr, flush=True)
+        status = _FAILED
+    if host.loading:
+        # A compiler or a download still runs in its thread; the interpreter would wait for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def load_engine(config: EngineConfig, tell: Callable[[str], None]) -> Loaded:
+    """Build the engine and its client. Takes seconds to minutes."""
+    from halyard.runtime.build import build_engine
+    from halyard.runtime.client import Client
+
+    built = build_engine(replace(config, progress=config.progress and sys.stderr.isatty()), tell)
+    plan = built.plan
+    client = Client(built.engine, built.tokenizer, plan.spec.name, plan.selection.row.name)
+    return Loaded(client, plan.selection.device.name, plan.selection.dtype)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, with a shutdown that gives every running request an answer."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        host: EngineHost,
+        grace_seconds: float,
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(config)
+        self._host = host
+        self._grace_seconds = grace_seconds
+        self._say = say
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Like uvicorn's, but the signal is not raised again at the end: stopping is no failure."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        caught = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in caught}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listening in self.servers:
+            listening.close()
+        if self._host.num_requests:
+            self._say(
+                f"Stopping: {self._host.num_requests} requests get {self._grace_seconds:g} s to "
+                "finish; Ctrl-C again stops at once"
+            )
+        await self._host.close(self._grace_seconds, lambda: self.force_exit)
+        await asyncio.sleep(0)  # answers that the close made possible
+        await super().shutdown(sockets)
+
+
+def _welcome(url: str, host: EngineHost, loaded: Loaded) -> list[str]:
+    client = loaded.client
+    name = host.served_names[0]
+    chat = client.tokenizer is not None and client.tokenizer.has_chat_template
+    if chat:
+        path, body = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
+    else:
+        prompt = '"def "' if client.tokenizer is not None else "[1, 2, 3]"
+        path, body = "completions", f'"prompt": {prompt}'
+    return [
+        f"Ready: {name} on {client.backend_name} ({loaded.device}, {loaded.dtype}), "
+        f"context {client.max_model_len} tokens",
+        f"  chat in a browser   {url}/",
+        f"  OpenAI base URL     {url}/v1",
+        f"  try                 curl {url}/v1/{path} -H 'content-type: application/json' "
+        f'-d \'{{"model": "{name}", {body}}}\'',
+        "  Ctrl-C stops; log lines go to standard error",
+    ]
+
+
+def _url(host: str, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
+    return f"http://{f'[{shown}]' if ':' in shown and shown[0] != '[' else shown}:{port}"
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, HalyardError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,85 @@
+"""A real uvicorn on a real port, in a thread, over an engine that says what it is told to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from scripted_engine import ScriptedEngine, scripted_client
+
+from halyard.api.app import create_app
+from halyard.api.host import EngineHost, Loaded
+from halyard.api.server import bind
+
+
+@dataclass
+class Served:
+    """A server under test."""
+
+    engine: ScriptedEngine
+    port: int
+    host: EngineHost
+    http: httpx.Client
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            time.sleep(0.01)
+        return condition()
+
+
+@pytest.fixture
+def serve_engine() -> Iterator[Callable[..., Served]]:
+    """Starts servers; all end with the test."""
+    stops: list[Callable[[], None]] = []
+
+    def start(
+        engine: ScriptedEngine, *, tokenizer: Any = None, wait: bool = True, **app: Any
+    ) -> Served:
+        host = EngineHost(
+            app.pop("loader", None)
+            or (lambda tell: Loaded(scripted_client(engine, tokenizer), "thin air", "float32")),
+            app.pop("names", ()),
+        )
+        listener = bind("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(host, **app), log_config=None, lifespan="on", timeout_graceful_shutdown=1
+            )
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
+        served = Served(engine, port, host, http)
+
+        def stop() -> None:
+            http.close()
+            server.should_exit = True
+            thread.join(10)
+
+        stops.append(stop)
+        assert served.until(lambda: server.started)
+        if wait:
+            assert served.until(lambda: http.get("/ready").status_code == 200)
+        return served
+
+    yield start
+    for stop in stops:
+        stop()
+
+
+@pytest.fixture
+def served(serve_engine: Callable[..., Served]) -> Served:
+    return serve_engine(ScriptedEngine())
