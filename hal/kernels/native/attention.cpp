@@ -1,0 +1,525 @@
+// Paged attention for the CPU. Written once in 16-wide vector types, which the compiler maps to
+// AVX-512, AVX2, SSE or NEON; where AVX512-BF16 is there, bf16 products use its dot instruction.
+//
+// One block of one layer holds, for each kv head, keys and then values of `block` tokens:
+//   fp32  K [head_dim][block]            V [block][head_dim]
+//   bf16  K [head_dim / 2][block][2]     V [block / 2][head_dim][2]      pairs, as the dot wants them
+// Keys are transposed so that a vector holds one coordinate of 16 tokens: scores of 16 keys come
+// without a sum across lanes.
+//
+// A work item is a tile of queries that share a kv head (the group of query heads times a few
+// tokens) against a range of keys. Short rows against long contexts are cut into key ranges of fixed
+// length and merged by log-sum-exp: one long context keeps all cores busy, and what a row computes
+// does not depend on what else is in the batch.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr int W = 16;             // lanes; tokens a sub-block
+constexpr int CHUNK = 8;          // sub-blocks between two updates of the softmax
+constexpr int TILE = 32;          // queries a work item, at most
+constexpr int REGISTERS = 8;      // queries a register tile
+constexpr int SPLIT = 1024;       // keys a work item of a short row
+constexpr int SHORT_ROW = 8;      // query tokens up to which a row is cut along its keys
+constexpr float NEG_INF = -INFINITY;
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef float vf_u __attribute__((vector_size(W * 4), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint32_t vu_u __attribute__((vector_size(W * 4), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
+inline vu load_u32(const void* p) { return *reinterpret_cast<const vu_u*>(p); }
+inline void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
+inline vf splat(float x) { return x - vf{}; }
+inline vf low_half(vu x) { return (vf)(x << 16); }           // first of each bf16 pair
+inline vf high_half(vu x) { return (vf)(x & 0xffff0000u); }  // second
+
+inline float bf16_to_float(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline uint16_t float_to_bf16(float f) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t x) { return bf16_to_float(x); }
+inline void from_float(float* p, float x) { *p = x; }
+inline void from_float(uint16_t* p, float x) { *p = float_to_bf16(x); }
+
+// exp(x) for x <= 0 (and moderately above); relative error about 2e-7. -inf gives 0.
+inline vf vexp(vf x) {
+    vi dead = x < -87.0f;
+    x = dead ? splat(-87.0f) : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    vf n = x * 1.44269504f + magic;
+    vi exponent = (vi)n - (vi)splat(magic);
+    n = n - magic;
+    vf r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vf result = (vf)((vi)p + (exponent << 23));
+    return dead ? vf{} : result;
+}
+
+struct Args {
+    const void* q;
+    const void* k;
+    const void* v;
+    void* out;
+    void* pool;  // this layer's blocks
+    const int64_t* slot_mapping;
+    const int32_t* block_tables;
+    const int32_t* seq_lens;
+    const int32_t* query_start;
+    const float* sinks;  // or null
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides in elements
+    int64_t num_tokens, num_rows, max_blocks;
+    int64_t num_heads, num_kv_heads, head_dim, block;
+    int64_t window;
+    float scale, softcap;
+    int64_t threads;
+};
+
+struct Item {
+    int row, kv_head;
+    int first_query, num_queries;  // tokens within the row
+    int first_head, num_heads;     // query heads within the group
+    int first_key, last_key;       // keys [first, last)
+    int part;                      // index into partial results, or -1
+};
+
+struct Span {  // partial results of one tile, to be merged
+    int item;
+    int count;
+};
+
+template <typename T>
+struct Store;
+
+// ---- fp32 ---------------------------------------------------------------------------------------
+
+template <>
+struct Store<float> {
+    typedef float Query;  // queries as the score kernel reads them: [m][head_dim]
+    typedef float Weight;
+    static int64_t query_len(int64_t dim) { return dim; }
+    static int64_t weight_len(int64_t keys) { return keys; }
+    static void prepare_query(const float* q, float* out, int64_t dim) {
+        std::memcpy(out, q, dim * sizeof(float));
+    }
+    static void write_key(float* k_base, const float* k, int64_t t, int64_t dim, int64_t block) {
+        for (int64_t d = 0; d < dim; d++) k_base[d * block + t] = k[d];
+    }
+    static void write_value(float* v_base, const float* v, int64_t t, int64_t dim) {
+        std::memcpy(v_base + t * dim, v, dim * sizeof(float));
+    }
+    static const float* keys(const float* k_base, int64_t t) { return k_base + t; }
+    static const float* values(const float* v_base, int64_t t, int64_t dim) { return v_base + t * dim; }
+
+    template <int M>
+    static void scores(const float* q, int64_t ldq, const float* k, int64_t dim, int64_t block,
+                       float* s, int64_t lds) {
+        vf acc[M] = {};
+        for (int64_t d = 0; d < dim; d++) {
+            vf key = load(k + d * block);
+            for (int m = 0; m < M; m++) acc[m] += q[m * ldq + d] * key;
+        }
+        for (int m = 0; m < M; m++) store(s + m * lds, acc[m]);
+    }
+    static void prepare_weights(const float*, float*, int64_t, int) {}
+    static const float* weights(const float* p, const float*) { return p; }
+
+    template <int M>
+    static void mix(const float* p, int64_t ldp, const float* const* v, int num_keys, int64_t dim,
+                    float* o) {
+        for (int64_t d = 0; d < dim; d += W) {
+            vf acc[M];
+            for (int m = 0; m < M; m++) acc[m] = load(o + m * dim + d);
+            for (int t = 0; t < num_keys; t++) {
+                vf value = load(v[t / W] + (t % W) * dim + d);
+                for (int m = 0; m < M; m++) acc[m] += p[m * ldp + t] * value;
+            }
+            for (int m = 0; m < M; m++) store(o + m * dim + d, acc[m]);
+        }
+    }
+};
+
+// ---- bf16 ---------------------------------------------------------------------------------------
+
+template <>
+struct Store<uint16_t> {
+#if defined(__AVX512BF16__)
+    typedef uint32_t Query;   // bf16 pairs: [m][head_dim / 2]
+    typedef uint32_t Weight;  // bf16 pairs of probabilities: [m][keys / 2]
+    static int64_t query_len(int64_t dim) { return dim / 2; }
+    static int64_t weight_len(int64_t keys) { return keys / 2; }
+    static void prepare_query(const uint16_t* q, uint32_t* out, int64_t dim) {
+        std::memcpy(out, q, dim * 2);
+    }
+#else
+    typedef float Query;
+    typedef float Weight;
+    static int64_t query_len(int64_t dim) { return dim; }
+    static int64_t weight_len(int64_t keys) { return keys; }
+    static void prepare_query(const uint16_t* q, float* out, int64_t dim) {
+        for (int64_t d = 0; d < dim; d++) out[d] = bf16_to_float(q[d]);
+    }
+#endif
+    static void write_key(uint16_t* k_base, const uint16_t* k, int64_t t, int64_t dim, int64_t block) {
+        for (int64_t d = 0; d < dim; d++) k_base[((d / 2) * block + t) * 2 + d % 2] = k[d];
+    }
+    static void write_value(uint16_t* v_base, const uint16_t* v, int64_t t, int64_t dim) {
+        uint16_t* row = v_base + (t / 2) * dim * 2 + t % 2;
+        for (int64_t d = 0; d < dim; d++) row[d * 2] = v[d];
+    }
+    static const uint16_t* keys(const uint16_t* k_base, int64_t t) { return k_base + t * 2; }
+    static const uint16_t* values(const uint16_t* v_base, int64_t t, int64_t dim) {
+        return v_base + t * dim;  // t is a multiple of 16
+    }
+
+    template <int M>
+    static void scores(const Query* q, int64_t ldq, const uint16_t* k, int64_t dim, int64_t block,
+                       float* s, int64_t lds) {
+        vf acc[M] = {};
+        for (int64_t d = 0; d < dim / 2; d++) {
+            vu pair = load_u32(k + d * block * 2);
+#if defined(__AVX512BF16__)
+            for (int m = 0; m < M; m++)
+                acc[m] = (vf)_mm512_dpbf16_ps((__m512)acc[m], (__m512bh)pair,
+                                              (__m512bh)_mm512_set1_epi32(int(q[m * ldq + d])));
+#else
+            vf even = low_half(pair), odd = high_half(pair);
+            for (int m = 0; m < M; m++) {
+                acc[m] += q[m * ldq + 2 * d] * even;
+                acc[m] += q[m * ldq + 2 * d + 1] * odd;
+            }
+#endif
+        }
+        for (int m = 0; m < M; m++) store(s + m * lds, acc[m]);
+    }
+
+#if defined(__AVX512BF16__)
+    static void prepare_weights(const float* p, uint32_t* out, int64_t stride, int num_queries) {
+        for (int m = 0; m < num_queries; m++)
+            for (int64_t t = 0; t < stride; t += W) {
+                __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(p + m * stride + t));
+                std::memcpy(reinterpret_cast<uint16_t*>(out + m * stride / 2) + t, &rounded, 32);
+            }
+    }
+    static const uint32_t* weights(const float*, const uint32_t* prepared) { return prepared; }
+#else
+    static void prepare_weights(const float*, float*, int64_t, int) {}
+    static const float* weights(const float* p, const float*) { return p; }
+#endif
+
+    template <int M>
+    static void mix(const Weight* p, int64_t ldp, const uint16_t* const* v, int num_keys, int64_t dim,
+                    float* o) {
+        for (int64_t d = 0; d < dim; d += W) {
+            vf acc[M];
+            for (int m = 0; m < M; m++) acc[m] = load(o + m * dim + d);
+            for (int t = 0; t < num_keys; t += 2) {
+                vu pair = load_u32(v[t / W] + ((t % W) / 2 * dim + d) * 2);
+                if (t + 1 == num_keys) pair &= 0xffffu;  // the slot behind the last key holds anything
+#if defined(__AVX512BF16__)
+                for (int m = 0; m < M; m++)
+                    acc[m] = (vf)_mm512_dpbf16_ps((__m512)acc[m], (__m512bh)pair,
+                                                  (__m512bh)_mm512_set1_epi32(int(p[m * (ldp / 2) + t / 2])));
+#else
+                vf first = low_half(pair), second = high_half(pair);
+                for (int m = 0; m < M; m++) {
+                    acc[m] += p[m * ldp + t] * first;
+                    acc[m] += p[m * ldp + t + 1] * second;
+                }
+#endif
+            }
+            for (int m = 0; m < M; m++) store(o + m * dim + d, acc[m]);
+        }
+    }
+};
+
+template <typename T, int M>
+void scores_tile(const typename Store<T>::Query* q, int64_t ldq, const T* const* k, int num_sub,
+                 int64_t dim, int64_t block, float* s) {
+    for (int j = 0; j < num_sub; j++)
+        Store<T>::template scores<M>(q, ldq, k[j], dim, block, s + j * W, CHUNK * W);
+}
+
+// Calls a register-tile function for all queries: full tiles, then the rest one size at a time.
+#define FOR_TILES(num, CALL)                                  \
+    {                                                         \
+        int m = 0;                                            \
+        for (; m + REGISTERS <= (num); m += REGISTERS) CALL(REGISTERS) \
+        if ((num) - m >= 4) { CALL(4) m += 4; }               \
+        if ((num) - m >= 2) { CALL(2) m += 2; }               \
+        if ((num) - m >= 1) { CALL(1) }                       \
+    }
+
+template <typename T>
+struct Scratch {
+    std::vector<typename Store<T>::Query> q;
+    std::vector<typename Store<T>::Weight> w;
+    std::vector<float> s, o;
+    explicit Scratch(int64_t dim)
+        : q(TILE * dim), w(TILE * CHUNK * W), s(TILE * CHUNK * W), o(TILE * dim) {}
+};
+
+template <typename T>
+void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* partial) {
+    const int64_t dim = a.head_dim, block = a.block;
+    const int row_first = a.query_start[item.row];
+    const int query_len = a.query_start[item.row + 1] - row_first;
+    const int position0 = a.seq_lens[item.row] - query_len + item.first_query;
+    const int num = item.num_queries * item.num_heads;
+    const int64_t group = a.num_heads / a.num_kv_heads;
+    const int64_t head0 = item.kv_head * group + item.first_head;
+    const int64_t ldq = Store<T>::query_len(dim);
+    const T* q = static_cast<const T*>(a.q);
+    for (int i = 0; i < item.num_queries; i++)
+        for (int h = 0; h < item.num_heads; h++)
+            Store<T>::prepare_query(
+                q + (row_first + item.first_query + i) * a.q_token + (head0 + h) * a.q_head,
+                scratch.q.data() + (i * item.num_heads + h) * ldq, dim);
+
+    float max[TILE], sum[TILE];
+    std::fill(max, max + num, NEG_INF);
+    std::fill(sum, sum + num, 0.0f);
+    float* o = scratch.o.data();
+    std::fill(o, o + num * dim, 0.0f);
+    float* s = scratch.s.data();
+    const int32_t* table = a.block_tables + item.row * a.max_blocks;
+    const int64_t half = a.num_kv_heads * dim * block;  // keys of all heads, then values
+    const T* pool = static_cast<const T*>(a.pool);
+    const int stride = CHUNK * W;
+    const int last_position = position0 + item.num_queries - 1;
+
+    // Keys before every window of the tile are not read at all.
+    int first_key = item.first_key;
+    if (a.window > 0) first_key = std::max(first_key, int(position0 - a.window + 1));
+    first_key = first_key / W * W;
+    const int end_key = std::min(item.last_key, last_position + 1);
+    for (int key0 = first_key; key0 < end_key; key0 += stride) {
+        const int num_keys = std::min(stride, end_key - key0);
+        const int num_sub = (num_keys + W - 1) / W;
+        const T* keys[CHUNK];
+        const T* values[CHUNK];
+        for (int j = 0; j < num_sub; j++) {
+            const int64_t token = key0 + j * W;
+            const T* base = pool + table[token / block] * 2 * half + item.kv_head * dim * block;
+            keys[j] = Store<T>::keys(base, token % block);
+            values[j] = Store<T>::values(base + half, token % block, dim);
+        }
+#define CALL(M) scores_tile<T, M>(scratch.q.data() + m * ldq, ldq, keys, num_sub, dim, block, s + m * stride);
+        FOR_TILES(num, CALL)
+#undef CALL
+        const bool masked = key0 + num_keys - 1 > position0 || num_keys % W != 0 ||
+                            (a.window > 0 && key0 < last_position - a.window + 1);
+        for (int m = 0; m < num; m++) {
+            float* row = s + m * stride;
+            const int position = position0 + m / item.num_heads;
+            vf top = splat(NEG_INF);
+            for (int j = 0; j < num_sub; j++) {
+                vf x = load(row + j * W) * a.scale;
+                if (a.softcap > 0) {  // c * tanh(x / c)
+                    vf y = x * (2.0f / a.softcap);
+                    y = y > 40.0f ? splat(40.0f) : y;
+                    y = y < -40.0f ? splat(-40.0f) : y;
+                    x = a.softcap - 2.0f * a.softcap / (vexp(y) + 1.0f);
+                }
+                if (masked) {
+                    vi key = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (key0 + j * W);
+                    vi hidden = (key > position) | (key >= key0 + num_keys);
+                    if (a.window > 0) hidden |= (key <= int(position - a.window));
+                    hidden |= (key < item.first_key);
+                    x = hidden ? splat(NEG_INF) : x;
+                }
+                store(row + j * W, x);
+                top = x > top ? x : top;
+            }
+            float highest = max[m];
+            for (int lane = 0; lane < W; lane++) highest = std::max(highest, top[lane]);
+            if (highest == NEG_INF) {  // nothing of this chunk is visible to this query
+                std::fill(row, row + num_sub * W, 0.0f);
+                continue;
+            }
+            const float keep = max[m] == NEG_INF ? 0.0f : std::exp(max[m] - highest);
+            vf total = {};
+            for (int j = 0; j < num_sub; j++) {
+                vf e = vexp(load(row + j * W) - highest);
+                store(row + j * W, e);
+                total += e;
+            }
+            float added = 0.0f;
+            for (int lane = 0; lane < W; lane++) added += total[lane];
+            sum[m] = sum[m] * keep + added;
+            max[m] = highest;
+            if (keep != 1.0f)
+                for (int64_t d = 0; d < dim; d += W) store(o + m * dim + d, load(o + m * dim + d) * keep);
+        }
+        Store<T>::prepare_weights(s, scratch.w.data(), stride, num);
+        auto weights = Store<T>::weights(s, scratch.w.data());
+        const int64_t ldw = Store<T>::weight_len(stride);
+#define CALL(M) Store<T>::template mix<M>(weights + m * ldw, stride, values, num_keys, dim, o + m * dim);
+        FOR_TILES(num, CALL)
+#undef CALL
+    }
+
+    if (partial) {  // [num][dim] sums, then maxima, then denominators
+        std::memcpy(partial, o, num * dim * sizeof(float));
+        std::memcpy(partial + TILE * dim, max, num * sizeof(float));
+        std::memcpy(partial + TILE * dim + TILE, sum, num * sizeof(float));
+        return;
+    }
+    T* out = static_cast<T*>(a.out);
+    for (int m = 0; m < num; m++) {
+        const int64_t head = head0 + m % item.num_heads;
+        const int64_t token = row_first + item.first_query + m / item.num_heads;
+        float divisor = sum[m];
+        if (a.sinks) divisor += std::exp(a.sinks[head] - max[m]);
+        const float scale = divisor > 0 ? 1.0f / divisor : 0.0f;
+        T* target = out + (token * a.num_heads + head) * dim;
+        for (int64_t d = 0; d < dim; d++) from_float(target + d, o[m * dim + d] * scale);
+    }
+}
+
+template <typename T>
+void merge(const Args& a, const Item& item, const float* parts, int count) {
+    const int64_t dim = a.head_dim, size = TILE * (dim + 2);
+    const int64_t group = a.num_heads / a.num_kv_heads;
+    const int64_t head0 = item.kv_head * group + item.first_head;
+    const int num = item.num_queries * item.num_heads;
+    T* out = static_cast<T*>(a.out);
+    std::vector<float> total(dim);
+    for (int m = 0; m < num; m++) {
+        float highest = NEG_INF;
+        for (int i = 0; i < count; i++) highest = std::max(highest, parts[i * size + TILE * dim + m]);
+        std::fill(total.begin(), total.end(), 0.0f);
+        const int64_t head = head0 + m % item.num_heads;
+        float divisor = a.sinks ? std::exp(a.sinks[head] - highest) : 0.0f;
+        for (int i = 0; i < count; i++) {
+            const float* part = parts + i * size;
+            const float top = part[TILE * dim + m];
+            if (top == NEG_INF) continue;
+            const float weight = std::exp(top - highest);
+            divisor += weight * part[TILE * dim + TILE + m];
+            for (int64_t d = 0; d < dim; d++) total[d] += weight * part[m * dim + d];
+        }
+        const int64_t token = a.query_start[item.row] + item.first_query + m / item.num_heads;
+        const float scale = divisor > 0 ? 1.0f / divisor : 0.0f;
+        T* target = out + (token * a.num_heads + head) * dim;
+        for (int64_t d = 0; d < dim; d++) from_float(target + d, total[d] * scale);
+    }
+}
+
+template <typename T>
+void attend(const Args& a) {
+    const int64_t dim = a.head_dim, block = a.block;
+    const int64_t half = a.num_kv_heads * dim * block;
+    const int64_t group = a.num_heads / a.num_kv_heads;
+    T* pool = static_cast<T*>(a.pool);
+    const T* k = static_cast<const T*>(a.k);
+    const T* v = static_cast<const T*>(a.v);
+
+    std::vector<Item> items;
+    std::vector<Span> spans;
+    int num_parts = 0;
+    for (int row = 0; row < a.num_rows; row++) {
+        const int query_len = a.query_start[row + 1] - a.query_start[row];
+        const int seq_len = a.seq_lens[row];
+        const int heads = int(std::min<int64_t>(group, TILE));
+        const int tokens = std::max(1, TILE / heads);
+        const bool cut = query_len <= SHORT_ROW && seq_len > SPLIT;
+        for (int first = 0; first < query_len; first += tokens)
+            for (int h = 0; h < group; h += heads)
+                for (int head = 0; head < a.num_kv_heads; head++) {
+                    Item item = {row, head, first, std::min(tokens, query_len - first),
+                                 h, int(std::min<int64_t>(heads, group - h)), 0, seq_len, -1};
+                    if (!cut) {
+                        items.push_back(item);
+                        continue;
+                    }
+                    const int count = (seq_len + SPLIT - 1) / SPLIT;
+                    spans.push_back({int(items.size()), count});
+                    for (int i = 0; i < count; i++) {
+                        item.first_key = i * SPLIT;
+                        item.last_key = std::min(seq_len, (i + 1) * SPLIT);
+                        item.part = num_parts++;
+                        items.push_back(item);
+                    }
+                }
+    }
+    const int64_t part_size = TILE * (dim + 2);
+    std::vector<float> parts(num_parts * part_size);
+    const int num_items = int(items.size()), num_spans = int(spans.size());
+
+#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < a.num_tokens; token++) {
+            const int64_t slot = a.slot_mapping[token];
+            if (slot < 0) continue;
+            T* base = pool + slot / block * 2 * half;
+            for (int64_t head = 0; head < a.num_kv_heads; head++) {
+                T* own = base + head * dim * block;
+                Store<T>::write_key(own, k + token * a.k_token + head * a.k_head, slot % block, dim, block);
+                Store<T>::write_value(own + half, v + token * a.v_token + head * a.v_head, slot % block, dim);
+            }
+        }
+        Scratch<T> scratch(dim);
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < num_items; i++) {
+            const Item& item = items[i];
+            run_item<T>(a, item, scratch, item.part < 0 ? nullptr : parts.data() + item.part * part_size);
+        }
+#pragma omp for schedule(static)
+        for (int i = 0; i < num_spans; i++) {
+            const Item& first = items[spans[i].item];
+            merge<T>(a, first, parts.data() + first.part * part_size, spans[i].count);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void halyard_attend_float32(const Args* args) { attend<float>(*args); }
+void halyard_attend_bfloat16(const Args* args) { attend<uint16_t>(*args); }
+int halyard_args_size() { return int(sizeof(Args)); }
+
+// Whole blocks, all layers: data is [layers][blocks][bytes]; moves are (source, target) pairs.
+void halyard_move_blocks(const char* source, char* target, int64_t layers, int64_t source_blocks,
+                         int64_t target_blocks, int64_t bytes, const int64_t* moves, int64_t num_moves,
+                         int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) if (threads > 1 && layers * num_moves * bytes > (1 << 20))
+    for (int64_t i = 0; i < layers * num_moves; i++) {
+        const int64_t layer = i / num_moves, move = i % num_moves;
+        std::memcpy(target + (layer * target_blocks + moves[2 * move + 1]) * bytes,
+                    source + (layer * source_blocks + moves[2 * move]) * bytes, bytes);
+    }
+}
+}

@@ -1,0 +1,119 @@
+"""Builds the C++ library where it runs and loads it. No torch headers: seconds, and any C++17 compiler.
+
+The library is kept in the user's cache under a digest of source, flags and compiler, so that it is
+built once a machine; writing is atomic, so two processes can race.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from halyard.hal.errors import BackendUnavailableError
+
+__all__ = ["ISA_LEVELS", "best_isa", "find_compiler", "load_library", "supported_isas"]
+
+_SOURCE = Path(__file__).parent / "attention.cpp"
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
+
+# name -> (features the CPU must have, compiler flags); best first.
+ISA_LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "avx512bf16": (
+        (*_AVX512, "avx512bf16"),
+        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx512bf16"),
+    ),
+    "avx512": (_AVX512, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")),
+    "avx2": (("avx2", "fma"), ("-mavx2", "-mfma")),
+    "portable": ((), ()),
+}
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno")
+
+
+def supported_isas(features: tuple[str, ...]) -> tuple[str, ...]:
+    """Levels that a CPU with these features can run, best first."""
+    return tuple(name for name, (need, _) in ISA_LEVELS.items() if set(need) <= set(features))
+
+
+def best_isa(features: tuple[str, ...]) -> str:
+    """The best level, or what HALYARD_NATIVE_ISA asks for."""
+    return os.environ.get("HALYARD_NATIVE_ISA") or supported_isas(features)[0]
+
+
+def find_compiler() -> str | None:
+    """$CXX, or the first C++ compiler on the path."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    return None
+
+
+def _cache_dir() -> Path:
+    root = os.environ.get("HALYARD_CACHE_DIR")
+    return (Path(root) if root else Path.home() / ".cache" / "halyard") / "native"
+
+
+@cache
+def load_library(isa: str) -> ctypes.CDLL:
+    """The library for an ISA level, built if need be. Loading it releases the GIL in calls.
+
+    Raises:
+        BackendUnavailableError: there is no compiler, or it fails.
+    """
+    import torch  # first: its OpenMP runtime is then the one that ours binds to
+
+    if isa not in ISA_LEVELS:
+        raise BackendUnavailableError(
+            f"no ISA level {isa!r} (HALYARD_NATIVE_ISA): known are {', '.join(ISA_LEVELS)}"
+        )
+    compiler = find_compiler()
+    if compiler is None:
+        raise BackendUnavailableError("the native kernels need a C++ compiler: apt install g++")
+    flags = [*_FLAGS, *(ISA_LEVELS[isa][1] if platform.machine() in ("x86_64", "AMD64") else ())]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    content = [_SOURCE.read_bytes(), " ".join(flags).encode(), version.stdout.encode()]
+    digest = hashlib.sha256(b"\0".join([*content, torch.__version__.encode()])).hexdigest()[:16]
+    path = _cache_dir() / f"attention-{isa}-{digest}.so"
+    if not path.exists():
+        _build(compiler, flags, path)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:  # cut short or of another machine: build it anew
+        path.unlink()
+        _build(compiler, flags, path)
+        library = ctypes.CDLL(str(path))
+    library.halyard_args_size.restype = ctypes.c_int
+    for name in ("halyard_attend_float32", "halyard_attend_bfloat16", "halyard_move_blocks"):
+        getattr(library, name).restype = None
+    return library
+
+
+def _build(compiler: str, flags: list[str], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"can't write the native kernels to {path.parent} ({error.strerror}): "
+            "set HALYARD_CACHE_DIR to a folder that can be written"
+        ) from error
+    os.close(handle)
+    last = ""
+    # Without OpenMP the kernels run on one thread, which is still better than not at all.
+    for openmp in (["-fopenmp"], []):
+        command = [compiler, *flags, *openmp, "-w", str(_SOURCE), "-o", scratch]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            os.replace(scratch, path)
+            return
+        last = done.stderr.strip().split("\n")[0]
+    os.unlink(scratch)
+    raise BackendUnavailableError(f"{compiler} can't build the native kernels: {last}")
