@@ -212,6 +212,7 @@ class EngineHost:
     def _fail(self, error: BaseException) -> None:
         self.loading = False
         self._failure = f"loading failed: {error}"
-        logger.error("loading failed", exc_info=error)
         if self._on_failure is not None:
-            self._on_failure(error)
+            self._on_failure(error)  # it tells the user
+        else:
+            logger.error("loading failed", exc_info=error)
