@@ -105,6 +105,7 @@ def _from_http(error: HTTPException) -> ApiError:
 def exception_handler(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """Litestar's way in: for errors of handlers, of routing and of reading the body."""
     told = to_api_error(error)
+    request.app.state.host.observe_error(told.code or told.type)
     if told.status >= 500 and not isinstance(error, NotReadyError | EngineDeadError):
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     if isinstance(error, HTTPException) and told.status in _PLAIN_WORDS:

@@ -89,6 +89,7 @@ def test_bad_chats_name_the_field(served: Served, body: Any, param: str) -> None
 def test_a_prompt_longer_than_the_context_has_its_own_code(served: Served) -> None:
     error = refused(served.post("/v1/completions", prompt="x" * 300), 400)
     assert error["code"] == "context_length_exceeded"
+    assert 'type="context_length_exceeded"} 1.0' in served.http.get("/metrics").text
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"\xff", b"[]", b"null", b"[" * 100_000])
