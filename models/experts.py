@@ -6,6 +6,7 @@ token (not affordable). This one sorts tokens by expert and runs each expert onc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,11 @@ _library.define(
     "str activation) -> Tensor"
 )
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 def _experts(
@@ -112,7 +117,7 @@ def _forward(
         module.down_proj,
         top_k_index,
         top_k_weights,
-        module._halyard_activation,  # type: ignore[arg-type]
+        module._halyard_activation,
     )
     return out
 

@@ -54,12 +54,13 @@ def shape_config(shape: str) -> PretrainedConfig:
         raise ConfigError(f"unknown shape {shape!r}: known are {', '.join(SHAPES)}")
     from transformers import LlamaConfig
 
-    return LlamaConfig(
+    config = LlamaConfig(
         **SHAPES[shape],
         dtype="bfloat16",
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         bos_token_id=None,
         eos_token_id=None,
         architectures=["LlamaForCausalLM"],
-        name_or_path=f"shape-{shape}",
     )
+    config.name_or_path = f"shape-{shape}"
+    return config

@@ -126,9 +126,7 @@ class ModelSpec:
                 getattr(text, "tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
             ),
             dtype=dtype if dtype in _DTYPES else "bfloat16",  # type: ignore[arg-type]
-            eos_token_ids=tuple(eos)
-            if isinstance(eos, list | tuple)
-            else (eos,) * (eos is not None),
+            eos_token_ids=_ids(eos),
             bos_token_id=getattr(text, "bos_token_id", None),
             config=text if text is config else config,
         )
@@ -166,6 +164,13 @@ def _need(config: PretrainedConfig, field: str) -> int:
     return value
 
 
+def _ids(value: Any) -> tuple[int, ...]:
+    """Configs give one id, several or none."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+
+
 def _head_dim(config: PretrainedConfig, num_heads: int) -> int:
     """The cache's head dim. Where keys and values differ (MLA), values are padded."""
     qk = (getattr(config, "qk_nope_head_dim", 0) or 0) + (
@@ -173,7 +178,7 @@ def _head_dim(config: PretrainedConfig, num_heads: int) -> int:
     )
     if qk:
         return max(qk, getattr(config, "v_head_dim", 0) or 0)
-    return getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
 
 
 def _windows(config: PretrainedConfig, types: list[str], num_layers: int) -> tuple[int, ...]:

@@ -32,7 +32,8 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        return self._inner.bos_token_id
+        bos: int | None = self._inner.bos_token_id
+        return bos
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -48,12 +49,12 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        text: str = self._inner.decode(
+        text: Any = self._inner.decode(
             list(token_ids),
             skip_special_tokens=skip_special_tokens,
             clean_up_tokenization_spaces=False,
         )
-        return text
+        return str(text)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself, special ones included; broken bytes as U+FFFD."""
@@ -61,7 +62,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, also of one that is part of a character."""
-        piece = self._inner.convert_ids_to_tokens(token_id)
+        piece: Any = self._inner.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
         if token_id not in self._special_ids and self._is_byte_level:
@@ -92,7 +93,7 @@ class Tokenizer:
         if not messages:
             raise RequestError("messages is empty: give at least one", "messages")
         try:
-            text = self._inner.apply_chat_template(
+            text: Any = self._inner.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,

@@ -162,7 +162,7 @@ def _convert(
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=torch_dtype(dtype),
             output_loading_info=True,
@@ -172,6 +172,7 @@ def _convert(
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"can't load the weights of {source.name}: {reason}") from error
+    model, info = loaded
     problems = [
         *(f"{name} is missing" for name in sorted(info["missing_keys"])),
         *(f"{item[0]} has another shape" for item in sorted(map(tuple, info["mismatched_keys"]))),

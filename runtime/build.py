@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halyard.compiler.cache import ArtefactCache, load_or_build
-from halyard.compiler.program import HeadShape, UnboundProgram
+from halyard.compiler.null_program import NullProgram
+from halyard.compiler.program import HeadShape, Program, UnboundProgram
 from halyard.hal.contract import Device, GraphCompiler, PagedKernels
 from halyard.hal.registry import load_part
 from halyard.models import experts as _experts  # noqa: F401 - its operator is called by cached programs
@@ -130,9 +131,8 @@ def _build_executor(
     clock: _Clock,
 ) -> Executor:
     spec, memory = plan.spec, plan.memory
+    program: Program | NullProgram
     if graph.name == "null":
-        from halyard.compiler.null_program import NullProgram
-
         program = NullProgram(spec.vocab_size)
     else:
         clock.phase("compiling")
@@ -148,7 +148,7 @@ def _build_executor(
             progress=config.progress,
         )
         clock.phase("preparing weights")
-        program = unbound.bind(weights, kernels)  # type: ignore[assignment]
+        program = unbound.bind(weights, kernels)
     clock.phase("allocating KV blocks")
     layout = kernels.layout(spec.kv_spec(plan.dtype, config.block_size))
     pool = device.allocate_kv(layout, memory.num_blocks, host=False)

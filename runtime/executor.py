@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import Program
 from halyard.hal.contract import Device, PagedKernels
 from halyard.hal.types import KVPool
@@ -64,7 +65,7 @@ class Executor:
         self,
         device: Device,
         kernels: PagedKernels,
-        program: Program,
+        program: Program | NullProgram,
         pool: KVPool,
         host_pool: KVPool | None,
         sampler: Sampler,

@@ -194,7 +194,9 @@ class KVManager:
 
     def swap_in(self, sequence: Sequence) -> None:
         """Bring a swapped sequence back and give its host blocks up."""
-        pairs = [(self.host.digest(block), block) for block in sequence.host_block_ids]
+        pairs: list[tuple[bytes | None, int | None]] = [
+            (self.host.digest(block), block) for block in sequence.host_block_ids
+        ]
         self._take(sequence, pairs)
         for block in sequence.host_block_ids:
             self.host.release(block)

@@ -144,7 +144,7 @@ class LLM:
                 raise RequestError(
                     'a prompt given as a dict needs "prompt_token_ids" or "prompt"', "prompt"
                 )
-            prompt = prompt["prompt"]
+            return self._token_ids(prompt["prompt"])
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
          f"{memory.activation_bytes / GIB:.2f} GiB of it for a step's intermediates")  # fmt: skip
     line("concurrency", f"{memory.concurrency:,.0f} sequences of {memory.max_model_len} tokens, "
          f"{plan.max_batched_tokens} tokens a step")  # fmt: skip
-    if "limits" in facts:
+    if bandwidth:
         rate = facts["limits"]["decode_tokens_per_second_at_one_sequence"]
         line("limit", f"one sequence: at most {rate:,.0f} tokens a second, for every token reads all "
              f"weights at {bandwidth / 1e9:.0f} GB/s")  # fmt: skip

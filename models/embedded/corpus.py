@@ -33,9 +33,9 @@ def documents() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if any(part in name for part in _SKIPPED) or path.stat().st_size > _MAX_BYTES:
-            if name != "pydoc_data/topics.py":  # the language reference, worth its size
-                continue
+        left_out = any(part in name for part in _SKIPPED) or path.stat().st_size > _MAX_BYTES
+        if left_out and name != "pydoc_data/topics.py":  # the language reference, worth its size
+            continue
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:  # a few tests are in other encodings on purpose

@@ -14,6 +14,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 320,
     "intermediate_size": 832,
     "num_hidden_layers": 8,
@@ -40,7 +41,7 @@ SHAPE = {
 
 def make_data(work: Path) -> None:
     """Write tokenizer.json, train.npy and held_out.npy (uint16) to `work`."""
-    import corpus  # beside this file: works as a script where the package isn't installed
+    import corpus  # type: ignore[import-not-found]  # beside this file, which runs as a script
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     work.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,8 @@ def train(
         attention_dropout=dropout,
         **SHAPE,
     )
-    model = LlamaForCausalLM(config).to(device)
+    model: Any = LlamaForCausalLM(config)
+    model.to(device)
     model.train()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -154,7 +156,7 @@ def train(
         model.train()
         return total / len(rows)
 
-    best = (math.inf, {})
+    best: tuple[float, dict[str, Any]] = (math.inf, {})
     if device == "cuda":  # compile before the clock starts
         step_loss(tokens[: batch * (CONTEXT + 1)].view(batch, -1)).backward()
         optimiser.zero_grad(set_to_none=True)
@@ -203,18 +205,18 @@ def train(
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _copy(model: object) -> dict[str, object]:
-    state = model.state_dict()  # type: ignore[attr-defined]
+def _copy(model: Any) -> dict[str, Any]:
+    state = model.state_dict()
     return {key: value.detach().clone() for key, value in state.items()}
 
 
-def export(model: object, work: Path, out: Path) -> None:
+def export(model: Any, work: Path, out: Path) -> None:
     """Write a Hugging Face checkpoint in bfloat16 with its tokenizer."""
     import torch
     from transformers import PreTrainedTokenizerFast
 
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).cpu().save_pretrained(out)  # type: ignore[attr-defined]
+    model.to(torch.bfloat16).cpu().save_pretrained(out)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(work / "tokenizer.json"),
         eos_token="<|endoftext|>",
