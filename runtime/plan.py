@@ -23,9 +23,12 @@ __all__ = [
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRow:
-    """One sequence's share of a step: tokens start .. start + num_tokens of its token list."""
+class PlanRow(NamedTuple):
+    """One sequence's share of a step: tokens start .. start + num_tokens of its token list.
+
+    Like TokenEvent a named tuple: there are hundreds a step, and a frozen dataclass takes several
+    times as long to make.
+    """
 
     sequence: Sequence  # read-only for everyone but the scheduler
     start: int  # tokens whose KV exists already; the first position computed in this step
@@ -81,12 +84,11 @@ class StepResult(Protocol):
         """Block until the step is done. Raises what the device raised."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """News about one sequence of a request, in order; the last one has a finish reason."""
 
     request_id: str
-    index: int  # which of the request's n answers
+    index: int  # type: ignore[assignment]  # which of the n answers; hides tuple.index on purpose
     token_ids: tuple[int, ...] = ()  # new answer tokens (a stop token is included)
     logprobs: tuple[TokenLogprob, ...] | None = None  # one a new token
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # all of them, once, on index 0

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.kv_manager import KVCounters, KVManager
-from halyard.runtime.plan import FinishReason, PlanRow, StepOutput, StepPlan, TokenEvent
+from halyard.runtime.plan import (
+    FinishReason,
+    PlanRow,
+    StepOutput,
+    StepPlan,
+    TokenEvent,
+    TokenLogprob,
+)
 from halyard.runtime.request import Request
 from halyard.runtime.sequence import Sequence, SequenceStatus
 
@@ -39,7 +46,7 @@ class SchedulerStats:
     kv_waste: float  # share of slots in used blocks that hold no token, averaged over all steps
     preemptions_swap: int
     preemptions_recompute: int
-    counters: KVCounters
+    counters: KVCounters  # a copy
 
 
 class Scheduler:
@@ -89,6 +96,7 @@ class Scheduler:
             token_ids=list(request.prompt_token_ids),
             num_prompt_tokens=len(request.prompt_token_ids),
             num_forks=request.params.n - 1,
+            prompt_logprobs_sent=request.params.prompt_logprobs is None,
         )
         self._by_request[request.request_id] = [sequence]
         insort(self._waiting, sequence, key=_ORDER)
@@ -109,10 +117,10 @@ class Scheduler:
             raise AssertionError("the last plan has not been committed")
         rows: list[PlanRow] = []
         preempted = self._plan_running(rows)
-        if not preempted:
+        if not preempted and self._swapped:
             self._resume_swapped(rows)
-            if not self._swapped:
-                self._admit_waiting(rows)
+        if not preempted and self._waiting and not self._swapped:
+            self._admit_waiting(rows)
         if not rows:
             if self._running or self._waiting or self._swapped:
                 raise AssertionError("there is work but nothing could be scheduled")
@@ -135,11 +143,18 @@ class Scheduler:
         preempted = False
         budget = self.config.max_batched_tokens
         position = 0
+        has_slot = self.kv.has_slot
         while position < len(self._running):
             sequence = self._running[position]
-            remaining = len(sequence.token_ids) - sequence.num_computed_tokens
+            start = sequence.num_computed_tokens
+            remaining = len(sequence.token_ids) - start
+            position += 1
+            if remaining == 1 and has_slot(sequence):  # most rows of most steps: keep it short
+                rows.append(PlanRow(sequence, start, 1, 1 + sequence.num_forks))
+                budget -= 1
+                continue
             if remaining > 1:  # leave one token for each sequence behind
-                behind = len(self._running) - position - 1
+                behind = len(self._running) - position
                 remaining = min(remaining, max(1, budget - behind))
             while self.kv.blocks_to_grow(sequence, remaining) > self.kv.device.num_free:
                 preempted = True
@@ -149,7 +164,6 @@ class Scheduler:
                     return True
             self._plan_row(rows, sequence, remaining)
             budget -= remaining
-            position += 1
         return preempted
 
     def _plan_row(self, rows: list[PlanRow], sequence: Sequence, num_tokens: int) -> None:
@@ -265,26 +279,30 @@ class Scheduler:
         self._plan = None
         events: list[TokenEvent] = []
         ended: list[Sequence] = []
-        for index, row in enumerate(plan.rows):
-            sequence = row.sequence
+        size = self.config.block_size
+        for row, tokens, logprobs, prompt_logprobs in zip(
+            plan.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True
+        ):
+            sequence, start, num_tokens, num_samples = row
             sequence.in_flight = False
             if sequence.aborted:
                 self.kv.release(sequence)
                 continue
-            sequence.num_computed_tokens = row.end
-            for digest in self.kv.publish(sequence, row.start):
-                self._in_progress.pop(digest, None)
-            if output.prompt_logprobs[index] is not None and not sequence.prompt_logprobs_sent:
-                sequence.prompt_logprobs.extend(output.prompt_logprobs[index] or ())
-            if row.num_samples:
-                answers = [sequence, *self._fork(sequence)]
-                logprobs = output.logprobs[index]
-                for position, answer in enumerate(answers):
-                    token = output.token_ids[index][position]
-                    event = self._append(answer, token, logprobs and logprobs[position])
-                    events.append(event)
-                    if event.finish_reason is not None:
-                        ended.append(answer)
+            end = sequence.num_computed_tokens = start + num_tokens
+            if start // size != end // size:
+                for digest in self.kv.publish(sequence, start):
+                    self._in_progress.pop(digest, None)
+            if prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
+                sequence.prompt_logprobs.extend(prompt_logprobs)
+            if not num_samples:
+                continue
+            answers = [sequence, *self._fork(sequence)] if sequence.num_forks else (sequence,)
+            for position, answer in enumerate(answers):
+                logprob = logprobs[position] if logprobs else None
+                event = self._append(answer, tokens[position], logprob)
+                events.append(event)
+                if event.finish_reason is not None:
+                    ended.append(answer)
         self._count_waste()
         for sequence in ended:
             self._remove(sequence)
@@ -314,35 +332,37 @@ class Scheduler:
         parent.num_forks = 0
         return children
 
-    def _append(self, sequence: Sequence, token: int, logprob: object) -> TokenEvent:
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenEvent:
         request = sequence.request
         sequence.token_ids.append(token)
         reason, stop = self._finish_reason(sequence, token)
         prompt_logprobs = None
-        if request.params.prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
+        if not sequence.prompt_logprobs_sent:
             sequence.prompt_logprobs_sent = True
             prompt_logprobs = tuple(sequence.prompt_logprobs)
             sequence.prompt_logprobs = []
         return TokenEvent(
-            request_id=request.request_id,
-            index=sequence.index,
-            token_ids=(token,),
-            logprobs=(logprob,) if logprob is not None else None,  # type: ignore[arg-type]
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=reason,
-            stop_reason=stop,
-            num_cached_tokens=sequence.num_cached_tokens,
+            request.request_id,
+            sequence.index,
+            (token,),
+            (logprob,) if logprob is not None else None,
+            prompt_logprobs,
+            reason,
+            stop,
+            sequence.num_cached_tokens,
         )
 
     def _finish_reason(
         self, sequence: Sequence, token: int
     ) -> tuple[FinishReason | None, int | None]:
         request = sequence.request
-        count = sequence.num_answer_tokens
-        if count >= request.params.min_tokens:
-            if token in request.eos_token_ids and not request.params.ignore_eos:
+        count = len(sequence.token_ids) - sequence.num_prompt_tokens
+        ends = token in request.eos_token_ids
+        stops = token in request.stop_token_ids
+        if (ends or stops) and count >= request.params.min_tokens:
+            if ends and not request.params.ignore_eos:
                 return "stop", None
-            if token in request.stop_token_ids:
+            if stops:
                 return "stop", token
         return ("length", None) if count >= request.max_tokens else (None, None)
 
@@ -397,7 +417,7 @@ class Scheduler:
             kv_waste=self._slots_wasted / self._slots_used if self._slots_used else 0.0,
             preemptions_swap=self._preemptions["swap"],
             preemptions_recompute=self._preemptions["recompute"],
-            counters=self.kv.counters,
+            counters=replace(self.kv.counters),
         )
 
     def check_integrity(self) -> None:

@@ -45,7 +45,7 @@ class Sequence:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache, first admission
     num_forks: int = 0  # answers still to be split off at the first sampled token
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # gathered over chunks
-    prompt_logprobs_sent: bool = False
+    prompt_logprobs_sent: bool = False  # or never asked for
     in_flight: bool = False  # part of a plan that is not committed yet
     aborted: bool = False  # given up while in flight: freed at commit
     waits_for: bytes | None = None  # digest of a block that another sequence is computing
