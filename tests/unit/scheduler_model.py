@@ -145,6 +145,7 @@ class Fuzzer:
         self.device = SimulatedDevice(self.scheduler)
         self.config = config
         self.live: dict[str, set[int]] = {}
+        self.begun: set[tuple[str, int]] = set()  # answers with a token, not ended
         self.ended: dict[str, str] = {}
         self.count = 0
         self.prefixes = [
@@ -181,17 +182,29 @@ class Fuzzer:
             assert not self.scheduler.abort(name)
             del self.live[name]
             self.ended[name] = "aborted"
+            self.begun = {key for key in self.begun if key[0] != name}
             self.scheduler.check_integrity()
+        if self.begun and self.random.random() < 0.03:  # one answer of n, as a stop string does
+            name, index = self.random.choice(sorted(self.begun))
+            assert self.scheduler.abort(name, index)
+            assert not self.scheduler.abort(name, index)
+            self._close(name, index, "aborted")
+            self.scheduler.check_integrity()
+
+    def _close(self, name: str, index: int, how: str) -> None:
+        self.begun.discard((name, index))
+        self.live[name].remove(index)
+        if not self.live[name]:
+            del self.live[name]
+            self.ended[name] = how
 
     def take(self, events: list[TokenEvent]) -> None:
         for event in events:
-            open_answers = self.live[event.request_id]  # KeyError: an event after the end
-            assert event.index in open_answers
+            # A KeyError here is an event after the end.
+            assert event.index in self.live[event.request_id]
+            self.begun.add((event.request_id, event.index))
             if event.finish_reason:
-                open_answers.remove(event.index)
-                if not open_answers:
-                    del self.live[event.request_id]
-                    self.ended[event.request_id] = "finished"
+                self._close(event.request_id, event.index, "finished")
 
     def step(self) -> None:
         if self.random.random() < 0.25 and len(self.live) < 30:

@@ -1,5 +1,7 @@
 """The scheduler against a simulated device that knows what every slot must hold."""
 
+import random
+
 import pytest
 from scheduler_model import Fuzzer, SimulatedDevice, request, run_all
 
@@ -34,7 +36,7 @@ def test_fuzz(policy: str, host_blocks: int) -> None:
             preemption=policy,
             cost=PreemptionCost(1, 1.0, 4.0),
         ),
-        seed=hash((policy, host_blocks)) % 1000 + host_blocks,
+        seed=len(policy) * 100 + host_blocks,
     )
     for _ in range(1200):
         fuzzer.step()
@@ -48,6 +50,31 @@ def test_fuzz(policy: str, host_blocks: int) -> None:
         assert stats.counters.blocks_swapped_in > 0
     if policy == "recompute":
         assert stats.preemptions_swap == 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_fuzz_over_random_configurations(seed: int) -> None:
+    """Blocks of one token, a single seat, a budget of one token a step, no host tier ..."""
+    rng = random.Random(seed)
+    block_size, num_blocks = rng.choice([1, 2, 3, 4, 16]), rng.randrange(6, 20)
+    seats = rng.randrange(1, 7)
+    fuzzer = Fuzzer(
+        SchedulerConfig(
+            num_blocks=num_blocks,
+            max_model_len=rng.randrange(6, min(60, num_blocks * block_size) + 1),
+            block_size=block_size,
+            num_host_blocks=rng.choice([0, 1, 3, 8, 40]),
+            max_num_sequences=seats,
+            max_batched_tokens=seats + rng.randrange(12),
+            prefix_cache=rng.random() < 0.8,
+            preemption=rng.choice(["auto", "swap", "recompute"]),  # type: ignore[arg-type]
+            cost=PreemptionCost(1, 1.0, rng.choice([0.1, 4.0, 100.0])),
+        ),
+        seed,
+    )
+    for _ in range(120):
+        fuzzer.step()
+    fuzzer.drain()
 
 
 def test_fuzz_without_prefix_cache() -> None:
