@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from halyard.hal.contract import CONTRACT_VERSION, Device
-from halyard.hal.kernels.native.library import best_isa, find_compiler, load_library, supported_isas
+from halyard.hal.kernels.native.library import (
+    MIN_PARALLEL_WORK,
+    best_isa,
+    find_compiler,
+    load_library,
+    supported_isas,
+)
 from halyard.hal.types import (
     AttentionLayer,
     BlockMove,
@@ -40,6 +46,11 @@ class _Args(ctypes.Structure):
         ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int64),
     )
+
+
+def _threads(batch: StepBatch, layer: AttentionLayer) -> int:
+    work = batch.num_tokens * batch.max_seq_len * layer.num_heads * layer.head_dim
+    return torch.get_num_threads() if work >= MIN_PARALLEL_WORK else 1
 
 
 class NativeKernels:
@@ -100,7 +111,7 @@ class NativeKernels:
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             batch.num_tokens, batch.num_rows, batch.block_tables.shape[1],
             layer.num_heads, layer.num_kv_heads, layer.head_dim, pool.layout.spec.block_size,
-            layer.window, layer.scale, layer.softcap, torch.get_num_threads(),
+            layer.window, layer.scale, layer.softcap, _threads(batch, layer),
         )  # fmt: skip
         self._attend[q.dtype](ctypes.byref(args))
         return out

@@ -18,9 +18,18 @@ from pathlib import Path
 
 from halyard.hal.errors import BackendUnavailableError
 
-__all__ = ["ISA_LEVELS", "best_isa", "find_compiler", "load_library", "supported_isas"]
+__all__ = [
+    "ISA_LEVELS",
+    "MIN_PARALLEL_WORK",
+    "best_isa",
+    "find_compiler",
+    "load_library",
+    "supported_isas",
+]
 
-_SOURCE = Path(__file__).parent / "attention.cpp"
+_FOLDER = Path(__file__).parent
+_SOURCES = (_FOLDER / "attention.cpp", _FOLDER / "linear.cpp")
+_HEADERS = (_FOLDER / "vectors.h",)
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 
 # name -> (features the CPU must have, compiler flags); best first.
@@ -33,6 +42,10 @@ ISA_LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx2": (("avx2", "fma"), ("-mavx2", "-mfma")),
     "portable": ((), ()),
 }
+# Products below which one thread does a call alone: waking others costs tens of microseconds, and
+# on a busy machine waiting for them costs a time slice.
+MIN_PARALLEL_WORK = 1 << 21
+
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno")
 
 
@@ -79,9 +92,10 @@ def load_library(isa: str) -> ctypes.CDLL:
         raise BackendUnavailableError("the native kernels need a C++ compiler: apt install g++")
     flags = [*_FLAGS, *(ISA_LEVELS[isa][1] if platform.machine() in ("x86_64", "AMD64") else ())]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    content = [_SOURCE.read_bytes(), " ".join(flags).encode(), version.stdout.encode()]
+    sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
+    content = [*sources, " ".join(flags).encode(), version.stdout.encode()]
     digest = hashlib.sha256(b"\0".join([*content, torch.__version__.encode()])).hexdigest()[:16]
-    path = _cache_dir() / f"attention-{isa}-{digest}.so"
+    path = _cache_dir() / f"kernels-{isa}-{digest}.so"
     if not path.exists():
         _build(compiler, flags, path)
     try:
@@ -90,9 +104,11 @@ def load_library(isa: str) -> ctypes.CDLL:
         path.unlink()
         _build(compiler, flags, path)
         library = ctypes.CDLL(str(path))
-    library.halyard_args_size.restype = ctypes.c_int
-    for name in ("halyard_attend_float32", "halyard_attend_bfloat16", "halyard_move_blocks"):
-        getattr(library, name).restype = None
+    for name in ("halyard_args_size", "halyard_linear_args_size"):
+        getattr(library, name).restype = ctypes.c_int
+    for name in ("attend_float32", "attend_bfloat16", "linear_float32", "linear_bfloat16"):
+        getattr(library, f"halyard_{name}").restype = None
+    library.halyard_move_blocks.restype = None
     return library
 
 
@@ -109,7 +125,7 @@ def _build(compiler: str, flags: list[str], path: Path) -> None:
     last = ""
     # Without OpenMP the kernels run on one thread, which is still better than not at all.
     for openmp in (["-fopenmp"], []):
-        command = [compiler, *flags, *openmp, "-w", str(_SOURCE), "-o", scratch]
+        command = [compiler, *flags, *openmp, "-w", *map(str, _SOURCES), "-o", scratch]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             os.replace(scratch, path)

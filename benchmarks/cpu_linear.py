@@ -1,0 +1,82 @@
+"""Packed linear against torch's own, in one interleaved run. Usage: python benchmarks/cpu_linear.py
+
+Columns: microseconds a call and the ratio to ours (above 1: ours is faster). `onednn` multiplies
+with weights that oneDNN packed beforehand, where this torch has that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halyard.hal.kernels.native.linear import pack_linear, packed_linear
+
+SHAPES = [(2304, 768), (4096, 768), (768, 2048), (8192, 2048)]
+ROWS = [1, 4, 16, 64, 512]
+
+
+def best_of(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, float]:
+    """The fastest of many runs of each call in seconds, all calls taking turns."""
+    best = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        call()
+    stop = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < stop:
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - started)
+    return best
+
+
+def onednn(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """A call with prepacked weights, or None where this build of torch has no such operator."""
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    except (AttributeError, RuntimeError):
+        return None
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=0.15, help="a cell and competitor")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            for dtype in (torch.float32, torch.bfloat16):
+                for outputs, inputs in SHAPES:
+                    weight = torch.randn(outputs, inputs).mul_(inputs**-0.5).to(dtype)
+                    packed, library = pack_linear(weight), onednn(weight)
+                    for rows in ROWS:
+                        x = torch.randn(rows, inputs).to(dtype)
+                        calls: dict[str, Callable[[], Tensor]] = {
+                            "ours": lambda: packed_linear(x, packed, None, outputs),  # noqa: B023
+                            "torch": lambda: functional.linear(x, weight),  # noqa: B023
+                        }
+                        if library is not None:
+                            calls["onednn"] = lambda: library(x)  # noqa: B023
+                        best = best_of(calls, options.seconds)
+                        text = "  ".join(
+                            f"{name} {t * 1e6:9.1f} us ({t / best['ours']:5.2f}x)"
+                            for name, t in best.items()
+                        )
+                        rate = weight.numel() * weight.element_size() / best["ours"] / 1e9
+                        work = 2 * rows * weight.numel() / best["ours"] / 1e9
+                        print(
+                            f"{threads} thr {str(dtype)[6:]:8} {outputs:5}x{inputs:<5} "
+                            f"rows {rows:4}  {text}  {rate:6.1f} GB/s {work:7.1f} GFLOP/s",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+// 16-wide vectors that the compiler maps to AVX-512, AVX2, SSE or NEON, and bf16 conversions.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr int W = 16;  // lanes
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef float vf_u __attribute__((vector_size(W * 4), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint32_t vu_u __attribute__((vector_size(W * 4), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
+inline vu load_u32(const void* p) { return *reinterpret_cast<const vu_u*>(p); }
+inline void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
+inline vf splat(float x) { return x - vf{}; }
+inline vf low_half(vu x) { return (vf)(x << 16); }           // first of each bf16 pair
+inline vf high_half(vu x) { return (vf)(x & 0xffff0000u); }  // second
+
+inline float bf16_to_float(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline uint16_t float_to_bf16(float f) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t x) { return bf16_to_float(x); }
+inline void from_float(float* p, float x) { *p = x; }
+inline void from_float(uint16_t* p, float x) { *p = float_to_bf16(x); }
+
+}  // namespace
