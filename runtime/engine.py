@@ -71,7 +71,18 @@ class Engine:
         return self.scheduler.has_work()
 
     def step(self) -> list[TokenEvent]:
-        """Run one step. Empty if there was nothing to run."""
+        """Run one step. Empty if there was nothing to run.
+
+        If it breaks off (Ctrl-C, a failing device), all requests are given up before the exception
+        goes on: the engine has no work then and, if its device has not died, can be used again.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self.scheduler.reset()
+            raise
+
+    def _step(self) -> list[TokenEvent]:
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan is None:

@@ -109,6 +109,26 @@ class Scheduler:
             self._remove(sequence)
         return bool(chosen)
 
+    def reset(self) -> None:
+        """Give up all requests and forget all prefixes: for when a step broke off half-way.
+
+        What blocks hold then is unknown, and so is how far the books of that step got. Totals stay.
+        """
+        counters = self.kv.counters
+        self.kv = KVManager(
+            self.config.num_blocks,
+            self.config.num_host_blocks,
+            self.config.block_size,
+            self.config.prefix_cache,
+        )
+        self.kv.counters = counters
+        for queue in (self._waiting, self._swapped, self._running):
+            queue.clear()
+        self._by_request.clear()
+        self._in_progress.clear()
+        self._plan = None
+        self._num_reserved = 0
+
     # -- planning -----------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:

@@ -249,3 +249,32 @@ def test_the_cost_model_decides() -> None:
         stats = scheduler.stats()
         swaps, recomputes = stats.preemptions_swap, stats.preemptions_recompute
         assert (swaps > 0, recomputes > 0) == (kind == "swap", kind == "recompute")
+
+
+def test_reset_gives_everything_up() -> None:
+    """After a step that broke off, wherever it did."""
+    scheduler = Scheduler(config(**TINY, num_host_blocks=12, preemption="swap"))
+    device = SimulatedDevice(scheduler)
+    for item in crowd(n=2):
+        scheduler.add(item)
+    for _ in range(12):
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.commit(plan, device.run(plan))
+    assert scheduler.stats().preemptions_swap > 0
+    before = scheduler.stats().counters
+    assert scheduler.schedule() is not None  # never committed
+    scheduler.reset()
+    scheduler.check_integrity()
+    stats = scheduler.stats()
+    assert not scheduler.has_work()
+    assert (stats.blocks_used, stats.blocks_cached) == (0, 0)
+    assert (stats.host_blocks_used, stats.host_blocks_cached) == (0, 0)
+    assert stats.counters.blocks_swapped_out >= before.blocks_swapped_out > 0
+    scheduler.add(crowd()[0])  # the id is free again
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.rows[0].start == 0
+    assert scheduler.abort("r0")
+    scheduler.commit(plan, device.run(plan))
+    scheduler.check_integrity()
