@@ -1,0 +1,253 @@
+"""The asyncio side over a real engine on the null backend: streams, cancellation, faults, shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from halyard.hal.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
+from halyard.models.shapes import shape_config
+from halyard.runtime.client import Client, RequestStream
+from halyard.runtime.llm import LLM
+from halyard.runtime.outputs import RequestDelta
+from halyard.runtime.request import SamplingParams
+
+
+class ToyDetokenizer:
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join(f"<{token}>" for token in token_ids)
+
+    def flush(self) -> str:
+        return ""
+
+
+class ToyTokenizer:
+    def detokenizer(self, skip_special_tokens: bool = True) -> ToyDetokenizer:
+        return ToyDetokenizer()
+
+
+@asynccontextmanager
+async def running(tokenizer: Any = None, **options: Any) -> AsyncIterator[Client]:
+    """A client that must end with every block free, unless its engine died."""
+    config = shape_config("160m")
+    config.vocab_size = 2048
+    defaults = {"max_model_len": 512, "kv_blocks": 64, "host_kv_blocks": 0}
+    llm = LLM(config, backend="null", load_format="dummy", **(defaults | options))
+    client = Client(llm.engine, tokenizer, "m", "null")
+    try:
+        yield client
+        if client.alive:
+            await until(lambda: not llm.engine.has_work())
+    finally:
+        await client.close()
+    llm.engine.check_integrity()
+    assert client.num_requests == 0
+    assert llm.engine.stats().scheduler.blocks_used == 0
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.005)
+
+
+async def collect(stream: RequestStream) -> tuple[list[int], RequestDelta]:
+    tokens: list[int] = []
+    async for delta in stream:
+        for completion in delta.completions:
+            tokens.extend(completion.token_ids)
+    return tokens, delta
+
+
+def gate(client: Client) -> threading.Event:
+    """Holds every step until it is set."""
+    program = client.engine.executor.program
+    healthy, opened = program.run, threading.Event()
+
+    def slow(*args: Any) -> Tensor:
+        assert opened.wait(20)
+        return healthy(*args)
+
+    program.run = slow  # type: ignore[method-assign]
+    return opened
+
+
+def pace(client: Client) -> None:
+    """Makes steps slow enough that 500 tokens aren't over before anybody has looked."""
+    program = client.engine.executor.program
+    healthy = program.run
+
+    def slow(*args: Any) -> Tensor:
+        time.sleep(0.005)
+        return healthy(*args)
+
+    program.run = slow  # type: ignore[method-assign]
+
+
+def play(scene: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(scene(), 60)
+
+    asyncio.run(bounded())
+
+
+def greedy(max_tokens: int, **params: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **params)
+
+
+def test_many_streams_at_once_bring_each_its_own_tokens() -> None:
+    async def scene() -> None:
+        async with running(kv_blocks=40, max_num_sequences=8) as client:
+            streams = [client.submit([10 * i + 1], greedy(20 + i)) for i in range(24)]
+            results = await asyncio.gather(*map(collect, streams))
+            for i, (tokens, last) in enumerate(results):
+                assert tokens == list(range(10 * i + 2, 10 * i + 22 + i))
+                assert last.finished
+                assert last.completions[0].finish_reason == "length"
+
+    play(scene)
+
+
+def test_cancel_frees_at_once_and_disturbs_nobody() -> None:
+    async def scene() -> None:
+        async with running() as client:
+            pace(client)
+            leaving = client.submit([5], greedy(500))
+            staying = client.submit([100], greedy(60))
+            first = await anext(leaving)
+            assert first.completions[0].token_ids[0] == 6
+            leaving.cancel()
+            leaving.cancel()
+            with pytest.raises(StopAsyncIteration):
+                await anext(leaving)
+            tokens, _ = await collect(staying)
+            assert tokens == list(range(101, 161))
+            await until(lambda: client.stats().scheduler.blocks_used == 0)
+            assert client.stats().generated_tokens < 500
+
+    play(scene)
+
+
+def test_cancel_before_the_first_step() -> None:
+    async def scene() -> None:
+        async with running() as client:
+            opened = gate(client)
+            busy = client.submit([5], greedy(3))
+            await until(lambda: client.engine.scheduler.stats().num_running == 1)
+            waiting = client.submit([7], greedy(500))
+            waiting.cancel()
+            opened.set()
+            assert (await collect(busy))[0] == [6, 7, 8]
+
+    play(scene)
+
+
+def test_a_full_queue_refuses_and_recovers() -> None:
+    async def scene() -> None:
+        async with running(max_num_sequences=1, max_queue_len=2) as client:
+            opened = gate(client)
+            streams = [client.submit([5], greedy(3))]
+            await until(lambda: client.engine.scheduler.stats().num_running == 1)
+            streams += [client.submit([5], greedy(3)) for _ in range(2)]
+            with pytest.raises(QueueFullError, match="limit is 2") as refused:
+                client.submit([5], greedy(3))
+            assert refused.value.retry_after >= 1
+            opened.set()
+            for stream in streams:
+                assert (await collect(stream))[0] == [6, 7, 8]
+            assert (await collect(client.submit([5], greedy(1))))[0] == [6]
+
+    play(scene)
+
+
+def test_invalid_requests_are_refused_at_once() -> None:
+    async def scene() -> None:
+        async with running() as client:
+            with pytest.raises(ContextLengthError):
+                client.submit([1] * 512, greedy(1))
+            with pytest.raises(RequestError):
+                client.submit([], greedy(1))
+            with pytest.raises(RequestError):
+                client.submit([9999], greedy(1))
+            assert client.num_requests == 0
+
+    play(scene)
+
+
+def test_a_dead_device_answers_everybody_and_refuses_the_next() -> None:
+    async def scene() -> None:
+        async with running(max_num_sequences=2) as client:
+            opened = gate(client)
+            streams = [client.submit([5], greedy(100), request_id=f"r{i}") for i in range(5)]
+            await until(lambda: client.engine.scheduler.stats().num_running == 2)
+
+            def broken(*_: Any) -> Tensor:
+                raise RuntimeError("the device fell off")
+
+            client.engine.executor.program.run = broken  # type: ignore[method-assign]
+            opened.set()
+            for stream in streams:
+                _, last = await collect(stream)
+                assert last.finished
+                assert last.completions[0].finish_reason == "error"
+                assert "the device fell off" in (last.completions[0].error or "")
+            assert not client.alive
+            with pytest.raises(EngineDeadError, match="fell off"):
+                client.submit([5], greedy(1))
+
+    play(scene)
+
+
+def test_close_drains_what_runs_and_refuses_what_comes() -> None:
+    async def scene() -> None:
+        async with running() as client:
+            stream = client.submit([5], greedy(40))
+            closing = asyncio.create_task(client.close(drain_seconds=20))
+            await asyncio.sleep(0)
+            with pytest.raises(EngineDeadError, match="shutting down"):
+                client.submit([5], greedy(1))
+            assert (await collect(stream))[0] == list(range(6, 46))
+            await closing
+            assert not client.alive
+
+    play(scene)
+
+
+def test_close_without_patience_answers_what_runs() -> None:
+    async def scene() -> None:
+        async with running() as client:
+            pace(client)
+            stream = client.submit([5], greedy(500))
+            await anext(stream)
+            await client.close()
+            _, last = await collect(stream)
+            assert last.completions[0].finish_reason == "error"
+            assert last.completions[0].error == "the server is shutting down"
+
+    play(scene)
+
+
+def test_a_stop_string_ends_one_answer_and_frees_it() -> None:
+    async def scene() -> None:
+        async with running(ToyTokenizer()) as client:
+            pace(client)
+            stream = client.submit([5], greedy(500, stop="<9><10>", n=2))
+            text = ["", ""]
+            async for delta in stream:
+                for completion in delta.completions:
+                    text[completion.index] += completion.text
+            assert text == ["<6><7><8>"] * 2
+            assert {c.finish_reason for c in delta.completions} == {"stop"}
+            assert {c.stop_reason for c in delta.completions} == {"<9><10>"}
+            await until(lambda: client.stats().scheduler.blocks_used == 0)
+            assert client.stats().generated_tokens < 900
+
+    play(scene)
