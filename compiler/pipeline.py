@@ -9,6 +9,7 @@ from halyard.compiler.graph import ModelGraph
 from halyard.compiler.passes.drop_no_ops import drop_no_ops
 from halyard.compiler.passes.fuse_linears_of_one_input import fuse_linears_of_one_input
 from halyard.compiler.passes.merge_equal_nodes import merge_equal_nodes
+from halyard.compiler.passes.prepack_linears import prepack_linears
 from halyard.hal.errors import ConfigError
 
 __all__ = ["PASSES", "run_passes"]
@@ -17,6 +18,7 @@ PASSES: dict[str, Callable[[ModelGraph], None]] = {
     "drop_no_ops": drop_no_ops,  # what tracing leaves behind
     "merge_equal_nodes": merge_equal_nodes,  # every layer's views of the rotary tables
     "fuse_linears_of_one_input": fuse_linears_of_one_input,  # q, k, v and gate, up: one product each
+    "prepack_linears": prepack_linears,  # weights in the order the CPU's linear kernel reads them
 }
 
 

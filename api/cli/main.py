@@ -26,6 +26,9 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for what a user can mend, 130 for Ctrl-C."""
+    # Read by the OpenMP runtime when torch loads it: threads that wait give their core up soon, for
+    # the event loop and other processes need cores too.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="halyard", description="Serves large language models on whatever hardware there is."

@@ -69,7 +69,8 @@ class InductorCompiler:
         return Probe(not reasons, tuple(reasons), versions={"torch": torch.__version__})
 
     def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
-        return ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
+        passes = ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
+        return (*passes, "prepack_linears") if device.kind == "cpu" else passes
 
     def fingerprint(self) -> str:
         """What, beside torch and the device, decides the code that comes out."""
@@ -119,6 +120,9 @@ class InductorCompiler:
         return True
 
     def load(self, directory: Path, device: DeviceInfo) -> Executable:
+        # Registers the operators that a stored library may call.
+        import halyard.hal.kernels.native.embedding  # noqa: F401
+
         return _Library(directory, None)
 
 
@@ -141,7 +145,6 @@ def _compile_in_processes(
         return compiled
     import torch._inductor.compile_fx  # once, not in each process
 
-    num_threads = torch.get_num_threads()
     running: dict[int, tuple[int, float]] = {}  # process id -> job, deadline
     waiting = list(range(len(jobs)))
     try:
@@ -152,7 +155,7 @@ def _compile_in_processes(
                     warnings.simplefilter("ignore", DeprecationWarning)  # see _may_fork
                     process = os.fork()
                 if process == 0:
-                    _compile_and_exit(jobs[job], num_threads)
+                    _compile_and_exit(jobs[job])
                 running[process] = (job, time.monotonic() + _TIMEOUT)
             time.sleep(0.02)
             for process, (job, deadline) in list(running.items()):
@@ -176,16 +179,21 @@ def _compile_in_processes(
 
 
 def _may_fork() -> bool:
-    """Only while no thread of ours could hold a lock that the copy would wait for."""
-    others = [t for t in threading.enumerate() if t.name != "tqdm_monitor"]  # it only sleeps
-    return hasattr(os, "fork") and others == [threading.main_thread()]
+    """Only while no other thread of ours could hold a lock that the copy would wait for.
+
+    The main thread may be another one, a server's event loop: it runs no torch, and the interpreter
+    puts its own locks right in the copy.
+    """
+    harmless = {threading.main_thread(), threading.current_thread()}
+    others = {t for t in threading.enumerate() if t.name != "tqdm_monitor"} - harmless
+    return hasattr(os, "fork") and not others
 
 
-def _compile_and_exit(job: _Job, num_threads: int) -> NoReturn:
+def _compile_and_exit(job: _Job) -> NoReturn:
     status = 1
     try:
         torch.set_num_threads(1)  # the OpenMP threads of the parent don't exist here
-        _compile_into(*job, num_threads=num_threads)
+        _compile_into(*job)
         status = 0
     except BaseException:  # noqa: BLE001 - reported here; the parent compiles it again
         logger.debug("compiling in a process failed: %s", traceback.format_exc())
@@ -197,10 +205,8 @@ def _compile_into(
     segment: fx.GraphModule,
     inputs: Sequence[Tensor],
     directory: Path,
-    num_threads: int | None = None,
 ) -> None:
     """Compile to `directory`/segment.so (and .json). `inputs` are fake, with symbolic sizes."""
-    num_threads = num_threads or torch.get_num_threads()
     from torch._inductor.compile_fx import compile_fx_aot
 
     compiler = _compiler()
@@ -215,8 +221,9 @@ def _compile_into(
         "aot_inductor.enable_line_tables": False,
         "cpp_cache_precompile_headers": False,
         "compile_threads": 1,  # no pool of subprocesses that outlives us
-        # What the kernels are made for; the process that compiles may itself use fewer.
-        "cpp.threads": num_threads,
+        # What is left between linears and attention is small: a parallel region around each norm
+        # gains little, and on a busy machine costs a time slice at its barrier.
+        "cpp.threads": 1,
         "cpp.cxx": (None, compiler),
         # Believe the CPU's own flags: Inductor's check builds a test program for each of them.
         "cpp.vec_isa_ok": True,

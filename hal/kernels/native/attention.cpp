@@ -21,7 +21,16 @@ namespace {
 
 constexpr int CHUNK = 8;          // sub-blocks of 16 tokens between two updates of the softmax
 constexpr int TILE = 32;          // queries a work item, at most
+#if defined(__AVX512F__)
 constexpr int REGISTERS = 8;      // queries a register tile
+constexpr int wide(int m) { return m == 8 ? 2 : 4; }  // vectors of keys or values beside each other
+#elif defined(__AVX2__) || defined(__ARM_NEON)
+constexpr int REGISTERS = 4;
+constexpr int wide(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
+#else
+constexpr int REGISTERS = 2;
+constexpr int wide(int m) { return m == 1 ? 2 : 1; }
+#endif
 constexpr int SPLIT = 1024;       // keys a work item of a short row
 constexpr int SHORT_ROW = 8;      // query tokens up to which a row is cut along its keys
 constexpr float NEG_INF = -INFINITY;
@@ -102,31 +111,58 @@ struct Store<float> {
     static const float* keys(const float* k_base, int64_t t) { return k_base + t; }
     static const float* values(const float* v_base, int64_t t, int64_t dim) { return v_base + t * dim; }
 
-    template <int M>
-    static void scores(const float* q, int64_t ldq, const float* k, int64_t dim, int64_t block,
-                       float* s, int64_t lds) {
-        vf acc[M] = {};
+    // Keys and values are equally many lines: while one streams through, the other is fetched.
+    static const float* line_of_keys(const float* k, int64_t row, int64_t block) { return k + row * block; }
+    static const float* line_of_values(const float* v, int64_t row) { return v + row * W; }
+
+    template <int M, int J, bool AHEAD>
+    static void scores(const float* q, int64_t ldq, const float* const* k, const float* const* v,
+                       int64_t dim, int64_t block, float* s) {
+        vf acc[M][J] = {};
         for (int64_t d = 0; d < dim; d++) {
-            vf key = load(k + d * block);
-            for (int m = 0; m < M; m++) acc[m] += q[m * ldq + d] * key;
+            vf key[J];
+#pragma GCC unroll 4
+            for (int j = 0; j < J; j++) key[j] = load(k[j] + d * block);
+            if (AHEAD)
+#pragma GCC unroll 4
+                for (int j = 0; j < J; j++) __builtin_prefetch(line_of_values(v[j], d), 0, 2);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const float x = q[m * ldq + d];
+#pragma GCC unroll 4
+                for (int j = 0; j < J; j++) acc[m][j] += x * key[j];
+            }
         }
-        for (int m = 0; m < M; m++) store(s + m * lds, acc[m]);
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < J; j++) store(s + m * CHUNK * W + j * W, acc[m][j]);
     }
     static void prepare_weights(const float*, float*, int64_t, int) {}
     static const float* weights(const float* p, const float*) { return p; }
 
-    template <int M>
-    static void mix(const float* p, int64_t ldp, const float* const* v, int num_keys, int64_t dim,
-                    float* o) {
-        for (int64_t d = 0; d < dim; d += W) {
-            vf acc[M];
-            for (int m = 0; m < M; m++) acc[m] = load(o + m * dim + d);
-            for (int t = 0; t < num_keys; t++) {
-                vf value = load(v[t / W] + (t % W) * dim + d);
-                for (int m = 0; m < M; m++) acc[m] += p[m * ldp + t] * value;
+    template <int M, int D, bool AHEAD>
+    static void mix(const float* p, int64_t ldp, const float* const* v, const float* const* next,
+                    int num_keys, int64_t d, int64_t dim, int64_t block, float* o) {
+        vf acc[M][D];
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < D; j++) acc[m][j] = load(o + m * dim + d + j * W);
+        for (int t = 0; t < num_keys; t++) {
+            const float* row = v[t / W] + (t % W) * dim + d;
+            vf value[D];
+#pragma GCC unroll 4
+            for (int j = 0; j < D; j++) value[j] = load(row + j * W);
+            if (AHEAD)
+#pragma GCC unroll 4
+                for (int j = 0; j < D; j++)
+                    __builtin_prefetch(line_of_keys(next[t / W], d + j * W + t % W, block), 0, 2);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const float x = p[m * ldp + t];
+#pragma GCC unroll 4
+                for (int j = 0; j < D; j++) acc[m][j] += x * value[j];
             }
-            for (int m = 0; m < M; m++) store(o + m * dim + d, acc[m]);
         }
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < D; j++) store(o + m * dim + d + j * W, acc[m][j]);
     }
 };
 
@@ -163,25 +199,44 @@ struct Store<uint16_t> {
         return v_base + t * dim;  // t is a multiple of 16
     }
 
-    template <int M>
-    static void scores(const Query* q, int64_t ldq, const uint16_t* k, int64_t dim, int64_t block,
-                       float* s, int64_t lds) {
-        vf acc[M] = {};
+    static const uint16_t* line_of_keys(const uint16_t* k, int64_t row, int64_t block) {
+        return k + row * block * 2;
+    }
+    static const uint16_t* line_of_values(const uint16_t* v, int64_t row) { return v + row * W * 2; }
+
+    template <int M, int J, bool AHEAD>
+    static void scores(const Query* q, int64_t ldq, const uint16_t* const* k, const uint16_t* const* v,
+                       int64_t dim, int64_t block, float* s) {
+        vf acc[M][J] = {};
         for (int64_t d = 0; d < dim / 2; d++) {
-            vu pair = load_u32(k + d * block * 2);
+            vu pair[J];
+#pragma GCC unroll 4
+            for (int j = 0; j < J; j++) pair[j] = load_u32(k[j] + d * block * 2);
+            if (AHEAD)
+#pragma GCC unroll 4
+                for (int j = 0; j < J; j++) __builtin_prefetch(line_of_values(v[j], d), 0, 2);
 #if defined(__AVX512BF16__)
-            for (int m = 0; m < M; m++)
-                acc[m] = (vf)_mm512_dpbf16_ps((__m512)acc[m], (__m512bh)pair,
-                                              (__m512bh)_mm512_set1_epi32(int(q[m * ldq + d])));
-#else
-            vf even = low_half(pair), odd = high_half(pair);
+#pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                acc[m] += q[m * ldq + 2 * d] * even;
-                acc[m] += q[m * ldq + 2 * d + 1] * odd;
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(int(q[m * ldq + d]));
+#pragma GCC unroll 4
+                for (int j = 0; j < J; j++)
+                    acc[m][j] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j], (__m512bh)pair[j], x);
+            }
+#else
+#pragma GCC unroll 4
+            for (int j = 0; j < J; j++) {
+                const vf even = low_half(pair[j]), odd = high_half(pair[j]);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    acc[m][j] += q[m * ldq + 2 * d] * even;
+                    acc[m][j] += q[m * ldq + 2 * d + 1] * odd;
+                }
             }
 #endif
         }
-        for (int m = 0; m < M; m++) store(s + m * lds, acc[m]);
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < J; j++) store(s + m * CHUNK * W + j * W, acc[m][j]);
     }
 
 #if defined(__AVX512BF16__)
@@ -198,37 +253,70 @@ struct Store<uint16_t> {
     static const float* weights(const float* p, const float*) { return p; }
 #endif
 
-    template <int M>
-    static void mix(const Weight* p, int64_t ldp, const uint16_t* const* v, int num_keys, int64_t dim,
+    template <int M, int D, bool AHEAD>
+    static void mix(const Weight* p, int64_t ldp, const uint16_t* const* v,
+                    const uint16_t* const* next, int num_keys, int64_t d, int64_t dim, int64_t block,
                     float* o) {
-        for (int64_t d = 0; d < dim; d += W) {
-            vf acc[M];
-            for (int m = 0; m < M; m++) acc[m] = load(o + m * dim + d);
-            for (int t = 0; t < num_keys; t += 2) {
-                vu pair = load_u32(v[t / W] + ((t % W) / 2 * dim + d) * 2);
-                if (t + 1 == num_keys) pair &= 0xffffu;  // the slot behind the last key holds anything
+        vf acc[M][D];
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < D; j++) acc[m][j] = load(o + m * dim + d + j * W);
+        for (int t = 0; t < num_keys; t += 2) {
+            const uint16_t* row = v[t / W] + ((t % W) / 2 * dim + d) * 2;
+            vu pair[D];
+#pragma GCC unroll 4
+            for (int j = 0; j < D; j++) pair[j] = load_u32(row + j * W * 2);
+            if (AHEAD)
+#pragma GCC unroll 4
+                for (int j = 0; j < D; j++)
+                    __builtin_prefetch(
+                        line_of_keys(next[t / W], (d / W + j) * (W / 2) + (t % W) / 2, block), 0, 2);
+            if (t + 1 == num_keys)  // the slot behind the last key holds anything
+                for (int j = 0; j < D; j++) pair[j] &= 0xffffu;
 #if defined(__AVX512BF16__)
-                for (int m = 0; m < M; m++)
-                    acc[m] = (vf)_mm512_dpbf16_ps((__m512)acc[m], (__m512bh)pair,
-                                                  (__m512bh)_mm512_set1_epi32(int(p[m * (ldp / 2) + t / 2])));
-#else
-                vf first = low_half(pair), second = high_half(pair);
-                for (int m = 0; m < M; m++) {
-                    acc[m] += p[m * ldp + t] * first;
-                    acc[m] += p[m * ldp + t + 1] * second;
-                }
-#endif
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(int(p[m * (ldp / 2) + t / 2]));
+#pragma GCC unroll 4
+                for (int j = 0; j < D; j++)
+                    acc[m][j] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j], (__m512bh)pair[j], x);
             }
-            for (int m = 0; m < M; m++) store(o + m * dim + d, acc[m]);
+#else
+#pragma GCC unroll 4
+            for (int j = 0; j < D; j++) {
+                const vf first = low_half(pair[j]), second = high_half(pair[j]);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    acc[m][j] += p[m * ldp + t] * first;
+                    acc[m][j] += p[m * ldp + t + 1] * second;
+                }
+            }
+#endif
         }
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < D; j++) store(o + m * dim + d + j * W, acc[m][j]);
     }
 };
 
-template <typename T, int M>
-void scores_tile(const typename Store<T>::Query* q, int64_t ldq, const T* const* k, int num_sub,
-                 int64_t dim, int64_t block, float* s) {
-    for (int j = 0; j < num_sub; j++)
-        Store<T>::template scores<M>(q, ldq, k[j], dim, block, s + j * W, CHUNK * W);
+template <typename T, int M, bool AHEAD>
+void scores_tile(const typename Store<T>::Query* q, int64_t ldq, const T* const* k, const T* const* v,
+                 int num_sub, int64_t dim, int64_t block, float* s) {
+    constexpr int J = wide(M);
+    int j = 0;
+    for (; j + J <= num_sub; j += J)
+        Store<T>::template scores<M, J, AHEAD>(q, ldq, k + j, v + j, dim, block, s + j * W);
+    for (; j < num_sub; j++)
+        Store<T>::template scores<M, 1, AHEAD>(q, ldq, k + j, v + j, dim, block, s + j * W);
+}
+
+template <typename T, int M, bool AHEAD>
+void mix_tile(const typename Store<T>::Weight* p, int64_t ldp, const T* const* v, const T* const* next,
+              int num_keys, int64_t dim, int64_t block, float* o) {
+    constexpr int D = wide(M);
+    int64_t d = 0;
+    for (; d + D * W <= dim; d += D * W)
+        Store<T>::template mix<M, D, AHEAD>(p, ldp, v, next, num_keys, d, dim, block, o);
+    for (; d < dim; d += W)
+        Store<T>::template mix<M, 1, AHEAD>(p, ldp, v, next, num_keys, d, dim, block, o);
 }
 
 // Calls a register-tile function for all queries: full tiles, then the rest one size at a time.
@@ -295,7 +383,9 @@ void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* parti
             keys[j] = Store<T>::keys(base, token % block);
             values[j] = Store<T>::values(base + half, token % block, dim);
         }
-#define CALL(M) scores_tile<T, M>(scratch.q.data() + m * ldq, ldq, keys, num_sub, dim, block, s + m * stride);
+#define CALL(M)                                                                             \
+    (m == 0 ? scores_tile<T, M, true> : scores_tile<T, M, false>)(                          \
+        scratch.q.data() + m * ldq, ldq, keys, values, num_sub, dim, block, s + m * stride);
         FOR_TILES(num, CALL)
 #undef CALL
         const bool masked = key0 + num_keys - 1 > position0 || num_keys % W != 0 ||
@@ -345,7 +435,17 @@ void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* parti
         Store<T>::prepare_weights(s, scratch.w.data(), stride, num);
         auto weights = Store<T>::weights(s, scratch.w.data());
         const int64_t ldw = Store<T>::weight_len(stride);
-#define CALL(M) Store<T>::template mix<M>(weights + m * ldw, stride, values, num_keys, dim, o + m * dim);
+        const T* next[CHUNK];  // keys of the next chunk, where there is one
+        for (int j = 0; j < num_sub; j++) {
+            const int64_t token = key0 + stride + j * W;
+            next[j] = token < end_key ? Store<T>::keys(pool + table[token / block] * 2 * half +
+                                                           item.kv_head * dim * block,
+                                                       token % block)
+                                      : keys[j];
+        }
+#define CALL(M)                                                                             \
+    (m == 0 ? mix_tile<T, M, true> : mix_tile<T, M, false>)(                                \
+        weights + m * ldw, stride, values, next, num_keys, dim, block, o + m * dim);
         FOR_TILES(num, CALL)
 #undef CALL
     }
