@@ -76,7 +76,7 @@ def gate(client: Client) -> threading.Event:
         assert opened.wait(20)
         return healthy(*args)
 
-    program.run = slow  # type: ignore[method-assign]
+    program.run = slow  # type: ignore[method-assign, assignment]
     return opened
 
 
@@ -89,7 +89,7 @@ def pace(client: Client) -> None:
         time.sleep(0.005)
         return healthy(*args)
 
-    program.run = slow  # type: ignore[method-assign]
+    program.run = slow  # type: ignore[method-assign, assignment]
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
@@ -192,7 +192,7 @@ def test_a_dead_device_answers_everybody_and_refuses_the_next() -> None:
             def broken(*_: Any) -> Tensor:
                 raise RuntimeError("the device fell off")
 
-            client.engine.executor.program.run = broken  # type: ignore[method-assign]
+            client.engine.executor.program.run = broken  # type: ignore[method-assign, assignment]
             opened.set()
             for stream in streams:
                 _, last = await collect(stream)

@@ -222,7 +222,7 @@ def test_an_error_in_generate_leaves_an_engine_that_works(make: Make) -> None:
         raise KeyboardInterrupt
 
     llm.generate([[5]], greedy(2))
-    program.run = broken  # type: ignore[method-assign]
+    program.run = broken  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
         llm.generate([*PROMPTS], greedy(5))
     program.run = healthy  # type: ignore[method-assign]

@@ -15,9 +15,8 @@ def manager(device: int = 8, host: int = 0, prefix_cache: bool = True) -> KVMana
 
 
 def sequence(tokens: list[int], salt: str = "", **params: object) -> Sequence:
-    return Sequence(
-        0, request("r", tokens, salt=salt, **params), 0, list(tokens), num_prompt_tokens=len(tokens)
-    )
+    made = request("r", tokens, salt=salt, **params)  # type: ignore[arg-type]
+    return Sequence(0, made, 0, list(tokens), num_prompt_tokens=len(tokens))
 
 
 def compute(kv: KVManager, item: Sequence, num_tokens: int) -> None:
