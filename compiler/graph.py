@@ -15,11 +15,16 @@ class WeightRecipe:
     """How one weight input is made from the checkpoint's tensors."""
 
     sources: tuple[str, ...]  # joined along dim 0, in this order
-    packed: bool = False  # then rearranged by the kernel set's pack_linear
+    packed: bool = False  # then rearranged by pack_linear
 
     def make(self, tensors: list[Tensor]) -> Tensor:
         """Apply the recipe to the tensors of `sources`."""
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if not self.packed:
+            return whole
+        from halyard.hal.kernels.native.linear import pack_linear  # needs the C++ library
+
+        return pack_linear(whole)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +39,7 @@ class UnboundProgram:
     vocab_size: int
     from_cache: bool = False  # no segment had to be compiled
 
-    def bind(
-        self,
-        weights: dict[str, Tensor],
-        kernels: PagedKernels,
-        pack: Callable[[Tensor], Tensor] | None = None,
-    ) -> Program:
+    def bind(self, weights: dict[str, Tensor], kernels: PagedKernels) -> Program:
         """Make the weight inputs and put the program together.
 
         `weights` is emptied on the way: a tensor is freed as soon as no recipe needs it any more,
@@ -66,10 +60,6 @@ class UnboundProgram:
                     tensors.append(weights[source] if left[source] else weights.pop(source))
             made[name] = recipe.make(tensors)
             del tensors
-            if recipe.packed:
-                if pack is None:
-                    raise AssertionError("a recipe wants packing, but the kernels pack nothing")
-                made[name] = pack(made[name])
         weights.clear()
         return Program(self, made, kernels)
 

@@ -148,12 +148,7 @@ def _build_executor(
             progress=config.progress,
         )
         clock.phase("preparing weights")
-        pack = None
-        if any(recipe.packed for recipe in unbound.recipes.values()):
-            from halyard.hal.kernels.native.linear import pack_linear
-
-            pack = pack_linear
-        program = unbound.bind(weights, kernels, pack)
+        program = unbound.bind(weights, kernels)
     clock.phase("allocating KV blocks")
     layout = kernels.layout(spec.kv_spec(plan.dtype, config.block_size))
     pool = device.allocate_kv(layout, memory.num_blocks, host=False)

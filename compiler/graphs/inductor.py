@@ -143,7 +143,7 @@ def _compile_in_processes(
     compiled = [False] * len(jobs)
     if len(jobs) < 2 or num_processes < 2 or not _may_fork():
         return compiled
-    import torch._inductor.compile_fx  # once, not in each process
+    import torch._inductor.compile_fx  # noqa: F401 - once, not in each process
 
     running: dict[int, tuple[int, float]] = {}  # process id -> job, deadline
     waiting = list(range(len(jobs)))

@@ -1,0 +1,92 @@
+"""The prepack pass: same numbers, one copy of a tied embedding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+from halyard.compiler.graph import ModelGraph, WeightRecipe
+from halyard.compiler.passes.prepack_linears import prepack_linears
+from halyard.hal.kernels.native.embedding import packed_embedding
+from halyard.hal.kernels.native.library import find_compiler
+from halyard.hal.kernels.native.linear import pack_linear, packed_linear
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(100, 32)
+        self.middle = nn.Linear(32, 32, bias=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.middle(self.embedding(ids))
+        return nn.functional.linear(hidden, self.embedding.weight)
+
+
+def graph_of(model: nn.Module) -> ModelGraph:
+    exported = torch.export.export(
+        model, (torch.zeros(5, dtype=torch.int64),),
+        dynamic_shapes=({0: torch.export.Dim("ntok", min=1, max=64)},), strict=False,
+    )  # fmt: skip
+    module = exported.graph_module
+    names = exported.graph_signature.inputs_to_parameters
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in names:
+                node.meta["weight"] = names[node.name]
+            else:
+                node.meta["input"] = "ids"
+    recipes = {name: WeightRecipe((name,)) for name in names.values()}
+    return ModelGraph(module, recipes)
+
+
+def test_packed_graph_computes_the_same() -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    graph = graph_of(model)
+    prepack_linears(graph)
+    targets = [node.target for node in graph.module.graph.nodes]
+    assert targets.count(packed_linear) == 2
+    assert targets.count(packed_embedding) == 1
+    assert torch.ops.aten.linear.default not in targets
+    state = dict(model.named_parameters())
+    arguments = []
+    ids = torch.randint(0, 100, (7,))
+    for node in graph.module.graph.nodes:
+        if node.op == "placeholder":
+            name = node.meta.get("weight")
+            arguments.append(
+                graph.recipes[name].make([s.detach() for s in [state[name]]]) if name else ids
+            )
+    found = graph.module(*arguments)
+    found = found[0] if isinstance(found, tuple | list) else found
+    torch.testing.assert_close(found, model(ids), atol=1e-5, rtol=1e-5)
+    packed = [name for name, recipe in graph.recipes.items() if recipe.packed]
+    assert sorted(packed) == ["embedding.weight", "middle.weight"]
+
+
+def test_a_weight_with_another_reader_stays_plain() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = ids.float()[:, None].expand(-1, 16)
+            return nn.functional.linear(x, self.weight) + self.weight.sum()
+
+    graph = graph_of(Scaled())
+    prepack_linears(graph)
+    assert not any(recipe.packed for recipe in graph.recipes.values())
+    assert isinstance(graph.module, fx.GraphModule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 64, 100])
+def test_packed_embedding_gathers_rows(dtype: torch.dtype, rows: int) -> None:
+    matrix = torch.randn(rows, 24).to(dtype)
+    ids = torch.randint(0, rows, (2, 5))
+    assert torch.equal(packed_embedding(ids, pack_linear(matrix), 24), matrix[ids])
