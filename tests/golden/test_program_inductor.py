@@ -104,7 +104,11 @@ def test_cut_short_library_is_discarded(
     spec = ModelSpec.from_hf(tiny_model("llama").config)
     key = cache.key({"model": spec.digest(), "dtype": "float32"}, COMPILER, DEVICE.info)
     library: Path = cache.directory / key / "segment-1" / "segment.so"
-    library.write_bytes(library.read_bytes()[:1000])
+    # A new file in its place, as a broken copy would be: the old one is mapped by this process, and
+    # cutting that short would pull code from under it.
+    whole = library.read_bytes()
+    library.unlink()
+    library.write_bytes(whole[:1000])
     with caplog.at_level(logging.WARNING, logger="halyard.cache"):
         assert cache.load(key, COMPILER, DEVICE.info) is None
     assert len(caplog.records) == 1
