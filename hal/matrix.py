@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 
 from halyard.hal.errors import ConfigError
+from halyard.hal.registry import Axis, part_names
 from halyard.hal.types import DType
 
 __all__ = ["STATUSES", "BackendRow", "Matrix", "load_matrix"]
@@ -19,6 +20,8 @@ _TOP = {"backends", "select", "pools"}
 _ROW = {"name", "device", "kernels", "graph", "match", "dtypes", "kv_dtypes", "quantisation",
         "status", "evidence", "role", "note"}  # fmt: skip
 _MATCH = {"vendor", "arch"}
+_TEXT_TAG = "tag:yaml.org,2002:str"
+_AXES: dict[str, Axis] = {"device": "devices", "kernels": "kernels", "graph": "graphs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +80,18 @@ def load_matrix(path: Path | None = None) -> Matrix:
     """
     path = path or default_path()
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name}:1: not a text in UTF-8") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise ConfigError(f"{path.name}:{line}: {getattr(error, 'problem', error)}") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path.name}:{line}: {problem}") from error
     return _Reader(path).matrix(root)
 
 
@@ -117,6 +123,8 @@ class _Reader:
     def text(self, node: yaml.Node, what: str) -> str:
         if not isinstance(node, yaml.ScalarNode) or not node.value:
             raise self.fail(node, f"{what} must be a text")
+        if node.tag != _TEXT_TAG:  # null, yes, 3.5 and the like, which YAML reads as other types
+            raise self.fail(node, f"{what} must be a text: put {node.value} in quotes")
         return str(node.value)
 
     def texts(self, node: yaml.Node | None, what: str) -> tuple[str, ...]:
@@ -139,13 +147,33 @@ class _Reader:
                 )
             rows[row.name] = row
         select = self.texts(top.get("select"), "select")
-        for name in select:
+        for position, name in enumerate(select):
+            node = top["select"].value[position]
             if name not in rows:
-                raise self.fail(top["select"], f"select names {name!r}, which is no backend")
-        pools = yaml.SafeLoader("").construct_document(top["pools"]) if "pools" in top else []
+                raise self.fail(node, f"select names {name!r}, which is no backend")
+            if name in select[:position]:
+                raise self.fail(node, f"select names {name!r} twice")
+        pools = self.plain(top["pools"]) if "pools" in top else []
         if not isinstance(pools, list):
             raise self.fail(top["pools"], "pools must be a list")
         return Matrix(self.path, tuple(rows.values()), select, tuple(pools))
+
+    def plain(self, node: yaml.Node) -> Any:
+        """The node as lists, dicts and scalars."""
+        try:
+            return yaml.SafeLoader("").construct_document(node)
+        except yaml.YAMLError as error:
+            raise self.fail(node, str(getattr(error, "problem", error))) from error
+
+    def part(self, fields: dict[str, yaml.Node], key: str, status: str) -> str:
+        """The name of a part; one that a row claims to work has to exist."""
+        name, axis = self.text(fields[key], key), _AXES[key]
+        if status != "unsupported" and name not in part_names(axis):
+            known = ", ".join(part_names(axis))
+            raise self.fail(
+                fields[key], f"a backend that is {status} needs {key} {name!r} (known: {known})"
+            )
+        return name
 
     def row(self, node: yaml.Node) -> BackendRow:
         fields = self.mapping(node, _ROW, "a backend")
@@ -160,15 +188,17 @@ class _Reader:
         if "evidence" in fields:
             evidence = self.path.resolve().parent / self.text(fields["evidence"], "evidence")
             if not evidence.is_file():
-                raise self.fail(fields["evidence"], f"the evidence {evidence.name} does not exist")
+                raise self.fail(
+                    fields["evidence"], f"the evidence {fields['evidence'].value} does not exist"
+                )
         if status == "verified" and evidence is None:
             raise self.fail(fields["status"], "a verified backend needs evidence")
         dtypes = self.dtypes(fields["dtypes"])
         return BackendRow(
             name=self.text(fields["name"], "name"),
-            device=self.text(fields["device"], "device"),
-            kernels=self.text(fields["kernels"], "kernels"),
-            graph=self.text(fields["graph"], "graph"),
+            device=self.part(fields, "device", status),
+            kernels=self.part(fields, "kernels", status),
+            graph=self.part(fields, "graph", status),
             dtypes=dtypes,
             kv_dtypes=self.dtypes(fields["kv_dtypes"]) if "kv_dtypes" in fields else dtypes,
             status=status,

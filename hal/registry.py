@@ -16,7 +16,7 @@ from halyard.hal.contract import CONTRACT_VERSION
 from halyard.hal.errors import ConfigError, ContractError
 from halyard.hal.types import DeviceInfo, Probe
 
-__all__ = ["AXES", "Axis", "load_part", "part_names", "probe_device", "probe_part"]
+__all__ = ["AXES", "Axis", "load_part", "part_names", "part_problem", "probe_device", "probe_part"]
 
 Axis = Literal["devices", "kernels", "graphs"]
 AXES: tuple[Axis, ...] = ("devices", "kernels", "graphs")
@@ -77,11 +77,14 @@ def load_part(axis: Axis, name: str) -> Any:
 def _load_or_reason(axis: Axis, name: str) -> tuple[Any, str | None]:
     try:
         return load_part(axis, name), None
-    except ImportError as error:
+    except (ConfigError, ContractError) as error:
+        return None, str(error)
+    except ModuleNotFoundError as error:
         package = (error.name or str(error)).split(".")[0]
         return None, f"{axis} part {name!r} needs {package}: pip install {package}"
-    except (ConfigError, ContractError, AttributeError) as error:
-        return None, str(error)
+    except Exception as error:  # noqa: BLE001 - other people's module may raise anything; it is told
+        told = " ".join(str(error).split())
+        return None, f"{axis} part {name!r} can't be imported: {type(error).__name__}: {told}"
 
 
 def probe_device(name: str) -> Probe:
@@ -91,6 +94,11 @@ def probe_device(name: str) -> Probe:
         return Probe(False, (reason,))
     found: Probe = part.probe()
     return found
+
+
+def part_problem(axis: Axis, name: str) -> str | None:
+    """Why a part can't even be loaded, or None. Asks nothing of the hardware."""
+    return _load_or_reason(axis, name)[1]
 
 
 def probe_part(axis: Axis, name: str, device: DeviceInfo) -> Probe:

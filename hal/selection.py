@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from halyard.hal.errors import BackendUnavailableError, ConfigError
 from halyard.hal.matrix import BackendRow, Matrix
-from halyard.hal.registry import load_part, probe_device, probe_part
+from halyard.hal.registry import load_part, part_problem, probe_device, probe_part
 from halyard.hal.types import DeviceInfo, DType, Requirements
 
 __all__ = ["BackendReport", "Selection", "probe_backend", "resolve_dtype", "select_backend"]
@@ -52,6 +52,9 @@ def probe_backend(row: BackendRow) -> BackendReport:
             reasons.append(f"is for arch {', '.join(row.archs)}, this is {info.arch}")
         reasons += probe_part("kernels", row.kernels, info).reasons
         reasons += probe_part("graphs", row.graph, info).reasons
+    else:  # without the device there is nothing to ask them, but they may be missing as well
+        problems = (part_problem("kernels", row.kernels), part_problem("graphs", row.graph))
+        reasons += [problem for problem in problems if problem is not None]
     return BackendReport(row, tuple(dict.fromkeys(reasons)), info)
 
 
