@@ -223,7 +223,9 @@ def fit_memory(
     max_len = min(wanted_len, blocks * size)
     host = config.host_kv_blocks
     if host is None:
-        host = min(int(blocks * HOST_SHARE), max(0, left // bytes_per_block - blocks))
+        host = int(blocks * HOST_SHARE)
+        if device.kind == "cpu":  # of the same memory, so of the same budget
+            host = min(host, max(0, left // bytes_per_block - blocks))
     return MemoryPlan(
         total_bytes=device.memory_bytes,
         budget_bytes=budget,
