@@ -16,6 +16,7 @@ namespace {
 
 constexpr int PANEL = 64;   // outputs a panel
 constexpr int CHUNK = 256;  // inputs a slice of a panel: 64 KiB in fp32, which stays in L2
+constexpr int DISTANCE = 4096;  // elements that weights are fetched ahead of their use
 constexpr int ROWS = 192;   // rows between two passes over a panel
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__ARM_NEON)
 constexpr int TILE = 6;  // rows a register tile
@@ -103,13 +104,18 @@ struct Weights<uint16_t> {
 };
 
 // c [M][PANEL] += `count` inputs of M rows times those of a panel.
-template <typename T, int M>
+template <typename T, int M, bool AHEAD>
 void tile(const typename Weights<T>::X* x, const T* w, int64_t count, float* c) {
     constexpr int V = tile_vectors(M), STEP = Weights<T>::STEP;
     for (int v = 0; v < PANEL / W; v += V) {
         vf acc[M][V] = {};
-        for (int64_t k = 0; k < count; k += STEP)
-            Weights<T>::template step<M, V>(x + k * M, w + k * PANEL + v * W * STEP, acc);
+        for (int64_t k = 0; k < count; k += STEP) {
+            const T* lines = w + k * PANEL + v * W * STEP;
+            if (AHEAD)
+#pragma GCC unroll 8
+                for (int j = 0; j < V; j++) __builtin_prefetch(lines + j * W * STEP + DISTANCE, 0, 3);
+            Weights<T>::template step<M, V>(x + k * M, lines, acc);
+        }
         for (int m = 0; m < M; m++)
             for (int j = 0; j < V; j++) {
                 float* target = c + m * PANEL + (v + j) * W;
@@ -118,16 +124,16 @@ void tile(const typename Weights<T>::X* x, const T* w, int64_t count, float* c) 
     }
 }
 
-template <typename T>
+template <typename T, bool AHEAD>
 void any_tile(int rows, const typename Weights<T>::X* x, const T* w, int64_t count, float* c) {
     switch (rows) {
-        case 1: return tile<T, 1>(x, w, count, c);
-        case 2: return tile<T, 2>(x, w, count, c);
-        case 3: return tile<T, 3>(x, w, count, c);
+        case 1: return tile<T, 1, AHEAD>(x, w, count, c);
+        case 2: return tile<T, 2, AHEAD>(x, w, count, c);
+        case 3: return tile<T, 3, AHEAD>(x, w, count, c);
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__ARM_NEON)
-        case 4: return tile<T, 4>(x, w, count, c);
-        case 5: return tile<T, 5>(x, w, count, c);
-        default: return tile<T, 6>(x, w, count, c);
+        case 4: return tile<T, 4, AHEAD>(x, w, count, c);
+        case 5: return tile<T, 5, AHEAD>(x, w, count, c);
+        default: return tile<T, 6, AHEAD>(x, w, count, c);
 #endif
     }
 }
@@ -173,8 +179,9 @@ void linear(const LinearArgs& a) {
                     const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
                     for (int64_t m = 0; m < rows; m += TILE) {
                         const int64_t size = std::min<int64_t>(TILE, rows - m);
-                        any_tile<T>(int(size), x.data() + (row0 + m) * a.in + k * size,
-                                    w + k * PANEL, count, c.data() + m * PANEL);
+                        const auto run = row0 + m == 0 ? any_tile<T, true> : any_tile<T, false>;
+                        run(int(size), x.data() + (row0 + m) * a.in + k * size, w + k * PANEL,
+                            count, c.data() + m * PANEL);
                     }
                 }
                 for (int64_t m = 0; m < rows; m++) {
