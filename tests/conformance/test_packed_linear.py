@@ -23,7 +23,7 @@ def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> obj
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), [(64, 32), (100, 34), (1, 2), (192, 1000)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 32), (100, 34), (1, 2), (600, 1000)])
 def test_matches_fp64(dtype: torch.dtype, bias: bool, outputs: int, inputs: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
@@ -52,6 +52,24 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     for row in (0, 5, 77, 199):
         alone = linear.packed_linear(x[row : row + 1], packed, None, 130)
         assert torch.equal(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_nothing(dtype: torch.dtype) -> None:
+    weight = torch.randn(3000, 800).to(dtype)
+    packed = linear.pack_linear(weight)
+    before = torch.get_num_threads()
+    try:
+        for rows in (1, 9):
+            x = torch.randn(rows, 800).to(dtype)
+            found = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(linear.packed_linear(x, packed, None, 3000))
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

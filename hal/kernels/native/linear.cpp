@@ -17,6 +17,11 @@ namespace {
 constexpr int PANEL = 64;   // outputs a panel
 constexpr int CHUNK = 256;  // inputs a slice of a panel: 64 KiB in fp32, which stays in L2
 constexpr int DISTANCE = 4096;  // elements that weights are fetched ahead of their use
+#if defined(__AVX512F__)
+constexpr int STREAMS = 4;  // panels that one row is multiplied with at once
+#else
+constexpr int STREAMS = 2;
+#endif
 constexpr int ROWS = 192;   // rows between two passes over a panel
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__ARM_NEON)
 constexpr int TILE = 6;  // rows a register tile
@@ -138,6 +143,26 @@ void any_tile(int rows, const typename Weights<T>::X* x, const T* w, int64_t cou
     }
 }
 
+// The same for one row and several panels at once: as many streams from memory.
+template <typename T, int N>
+void stream(const typename Weights<T>::X* x, const T* w, int64_t stride, int64_t count, float* c) {
+    constexpr int V = PANEL / W, STEP = Weights<T>::STEP;
+    vf acc[N][1][V] = {};
+    for (int64_t k = 0; k < count; k += STEP)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+            const T* lines = w + n * stride + k * PANEL;
+#pragma GCC unroll 4
+            for (int j = 0; j < V; j++) __builtin_prefetch(lines + j * W * STEP + DISTANCE, 0, 3);
+            Weights<T>::template step<1, V>(x + k, lines, acc[n]);
+        }
+    for (int n = 0; n < N; n++)
+        for (int j = 0; j < V; j++) {
+            float* target = c + n * PANEL + j * W;
+            store(target, load(target) + acc[n][0][j]);
+        }
+}
+
 inline void convert(float* target, float x) { *target = x; }
 inline void convert(float* target, uint16_t x) { *target = bf16_to_float(x); }
 inline void convert(uint16_t* target, uint16_t x) { *target = x; }
@@ -167,7 +192,32 @@ void linear(const LinearArgs& a) {
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < a.rows; m += TILE)
             copy_tile(raw + m * a.in, std::min<int64_t>(TILE, a.rows - m), a.in, x.data() + m * a.in);
-        std::vector<float> c(std::min<int64_t>(a.rows, ROWS) * PANEL);
+        std::vector<float> c(std::max<int64_t>(STREAMS, std::min<int64_t>(a.rows, ROWS)) * PANEL);
+        if (a.rows == 1) {
+            // Several cores make streams enough, and small groups divide better among them.
+            const int64_t size =
+                a.threads == 1 || panels >= 4 * STREAMS * a.threads ? STREAMS : 1;
+#pragma omp for schedule(static)
+            for (int64_t group = 0; group < (panels + size - 1) / size; group++) {
+                const int64_t panel = group * size;
+                const int64_t stride = PANEL * a.in;
+                std::fill(c.begin(), c.end(), 0.0f);
+                for (int64_t k = 0; k < a.in; k += CHUNK) {
+                    const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
+                    const T* w = packed + panel * stride + k * PANEL;
+                    if (size > 1 && panel + STREAMS <= panels)
+                        stream<T, STREAMS>(x.data() + k, w, stride, count, c.data());
+                    else
+                        for (int64_t i = 0; i < size && panel + i < panels; i++)
+                            stream<T, 1>(x.data() + k, w + i * stride, stride, count,
+                                         c.data() + i * PANEL);
+                }
+                const int64_t first = panel * PANEL;
+                const int64_t width = std::min<int64_t>(size * PANEL, a.out - first);
+                for (int64_t n = 0; n < width; n++)
+                    from_float(y + first + n, c[n] + (bias ? to_float(bias[first + n]) : 0.0f));
+            }
+        } else
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels; panel++) {
             const T* w = packed + panel * PANEL * a.in;
