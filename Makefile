@@ -47,6 +47,7 @@ $(VENV)/bin/python:
 # The stamps are written last, so that an interrupted install is done again.
 $(INSTALLED): $(VENV)/bin/python pyproject.toml
 	@echo "Installing into $(VENV); the first time takes a few minutes"
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) "$(TORCH)"
 	@$(PIP) -e .
 	@touch $@

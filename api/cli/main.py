@@ -36,18 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"halyard {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     chosen = next((word for word in arguments if not word.startswith("-")), None)
-    modules = {}
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        if name == chosen:  # the others' options need not be built
-            modules[name] = importlib.import_module(f"halyard.api.cli.{module}")
-            modules[name].add_arguments(command)
-    args = parser.parse_args(arguments)
-    if args.command is None:
-        parser.print_help()
-        return 0
     try:
+        modules = {}
+        for name, (module, text) in COMMANDS.items():
+            command = commands.add_parser(
+                name, help=text, description=f"{text[0].upper()}{text[1:]}."
+            )
+            if name == chosen:  # the others' options need not be built
+                modules[name] = importlib.import_module(f"halyard.api.cli.{module}")
+                modules[name].add_arguments(command)
+        args = parser.parse_args(arguments)
+        if args.command is None:
+            parser.print_help()
+            return 0
         status: int = modules[args.command].run(args)
+        sys.stdout.flush()  # here, where a reader that went away is expected
     except HalyardError as error:
         print(f"halyard: {error}", file=sys.stderr)
         return 2
