@@ -538,29 +538,40 @@ void attend(const Args& a) {
     std::vector<float> parts(num_parts * part_size);
     const int num_items = int(items.size()), num_spans = int(spans.size());
 
+    const auto write = [&](int64_t token) {
+        const int64_t slot = a.slot_mapping[token];
+        if (slot < 0) return;
+        T* base = pool + slot / block * 2 * half;
+        for (int64_t head = 0; head < a.num_kv_heads; head++) {
+            T* own = base + head * dim * block;
+            Store<T>::write_key(own, k + token * a.k_token + head * a.k_head, slot % block, dim, block);
+            Store<T>::write_value(own + half, v + token * a.v_token + head * a.v_head, slot % block, dim);
+        }
+    };
+    // Where a core is shared, each meeting of the threads may cost a time slice: few of them.
+    const bool write_alone = a.num_tokens * a.num_kv_heads * dim <= 1 << 14;
+    if (write_alone)
+        for (int64_t token = 0; token < a.num_tokens; token++) write(token);
+
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
+        if (!write_alone) {
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < a.num_tokens; token++) {
-            const int64_t slot = a.slot_mapping[token];
-            if (slot < 0) continue;
-            T* base = pool + slot / block * 2 * half;
-            for (int64_t head = 0; head < a.num_kv_heads; head++) {
-                T* own = base + head * dim * block;
-                Store<T>::write_key(own, k + token * a.k_token + head * a.k_head, slot % block, dim, block);
-                Store<T>::write_value(own + half, v + token * a.v_token + head * a.v_head, slot % block, dim);
-            }
+            for (int64_t token = 0; token < a.num_tokens; token++) write(token);
         }
         Scratch<T> scratch(dim);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int i = 0; i < num_items; i++) {
             const Item& item = items[i];
             run_item<T>(a, item, scratch, item.part < 0 ? nullptr : parts.data() + item.part * part_size);
         }
-#pragma omp for schedule(static)
-        for (int i = 0; i < num_spans; i++) {
-            const Item& first = items[spans[i].item];
-            merge<T>(a, first, parts.data() + first.part * part_size, spans[i].count);
+        if (num_spans > 0) {
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
+            for (int i = 0; i < num_spans; i++) {
+                const Item& first = items[spans[i].item];
+                merge<T>(a, first, parts.data() + first.part * part_size, spans[i].count);
+            }
         }
     }
 }

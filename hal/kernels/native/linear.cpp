@@ -186,18 +186,26 @@ void linear(const LinearArgs& a) {
     T* y = static_cast<T*>(a.y);
     const int64_t panels = (a.out + PANEL - 1) / PANEL;
     std::vector<X> x(a.rows * a.in);
+    // Where a core is shared, each meeting of the threads may cost a time slice: few of them.
+    const bool copy_alone = a.rows * a.in <= 1 << 16;
+    const auto copy = [&](int64_t m) {
+        copy_tile(raw + m * a.in, std::min<int64_t>(TILE, a.rows - m), a.in, x.data() + m * a.in);
+    };
+    if (copy_alone)
+        for (int64_t m = 0; m < a.rows; m += TILE) copy(m);
 
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
+        if (!copy_alone) {
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < a.rows; m += TILE)
-            copy_tile(raw + m * a.in, std::min<int64_t>(TILE, a.rows - m), a.in, x.data() + m * a.in);
+            for (int64_t m = 0; m < a.rows; m += TILE) copy(m);
+        }
         std::vector<float> c(std::max<int64_t>(STREAMS, std::min<int64_t>(a.rows, ROWS)) * PANEL);
         if (a.rows == 1) {
             // Several cores make streams enough, and small groups divide better among them.
             const int64_t size =
                 a.threads == 1 || panels >= 4 * STREAMS * a.threads ? STREAMS : 1;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t group = 0; group < (panels + size - 1) / size; group++) {
                 const int64_t panel = group * size;
                 const int64_t stride = PANEL * a.in;
@@ -218,7 +226,7 @@ void linear(const LinearArgs& a) {
                     from_float(y + first + n, c[n] + (bias ? to_float(bias[first + n]) : 0.0f));
             }
         } else
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t panel = 0; panel < panels; panel++) {
             const T* w = packed + panel * PANEL * a.in;
             const int64_t width = std::min<int64_t>(PANEL, a.out - panel * PANEL);
