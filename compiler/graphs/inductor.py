@@ -186,7 +186,8 @@ def _may_fork() -> bool:
     """
     harmless = {threading.main_thread(), threading.current_thread()}
     others = {t for t in threading.enumerate() if t.name != "tqdm_monitor"} - harmless
-    return hasattr(os, "fork") and not others
+    # A context of an accelerator doesn't survive a fork, and Inductor asks for it if there is one.
+    return hasattr(os, "fork") and not others and not torch.accelerator.is_available()
 
 
 def _compile_and_exit(job: _Job) -> NoReturn:
