@@ -69,6 +69,8 @@ def trace(
                 dynamic_shapes=({0: tokens}, {0: tokens}, {0: rows}),
                 strict=False,
             )
+    except ModelError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{name} can't be traced: {reason}") from error

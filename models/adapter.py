@@ -93,6 +93,8 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
+    if not getattr(module, "is_causal", True):
+        raise ModelError(f"{type(module).__name__} looks at later tokens: only decoders are served")
     qk_dim, v_dim = query.shape[-1], value.shape[-1]
     width = max(qk_dim, v_dim)
 

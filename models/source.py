@@ -33,6 +33,8 @@ def resolve_source(model: str | Path, revision: str | None = None) -> ModelSourc
     text = str(model)
     if text in EMBEDDED_NAMES:
         return ModelSource("embedded", Path(__file__).parent / "embedded", "embedded")
+    if not text:
+        raise ModelError("no such model folder: the name is empty")
     path = Path(text).expanduser()
     if path.is_dir():
         _check_folder(path, text)
@@ -41,8 +43,8 @@ def resolve_source(model: str | Path, revision: str | None = None) -> ModelSourc
         raise ModelError(
             f"{text} is a file: give the folder that holds config.json and the weights"
         )
-    if text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or not text:
-        raise ModelError(f"no such model folder: {text or '(empty)'}")
+    if text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1:
+        raise ModelError(f"no such model folder: {text}")
     return _from_hub(text, revision)
 
 

@@ -1,0 +1,173 @@
+"""Checkpoints that can't be served: one clear line each, and no traceback of a library's."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig, LlamaConfig, MambaConfig, PretrainedConfig, T5Config
+
+from halyard.compiler.trace import trace
+from halyard.hal.errors import ModelError
+from halyard.hal.types import WeightInfo
+from halyard.models.adapter import build_meta_module
+from halyard.models.source import ModelSource, resolve_source
+from halyard.models.spec import ModelSpec
+from halyard.models.tokenizer import load_tokenizer
+from halyard.models.weights import check_checkpoint, load_weights
+
+TINY: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> ModelSource:
+    LlamaConfig(**TINY).save_pretrained(tmp_path)
+    save_file({"a": torch.ones(4, 4), "b": torch.zeros(3)}, tmp_path / "model.safetensors")
+    return resolve_source(tmp_path)
+
+
+def wanted(**shapes: tuple[int, ...]) -> dict[str, WeightInfo]:
+    return {name: WeightInfo(shape, "float32") for name, shape in shapes.items()}
+
+
+def load(source: ModelSource, want: dict[str, WeightInfo]) -> dict[str, torch.Tensor]:
+    return load_weights(source, ModelSpec.load(source), want, "float32")
+
+
+def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/nothing/here", "a/b/c", ""])
+def test_a_path_that_does_not_exist(name: str) -> None:
+    with pytest.raises(ModelError, match="no such model folder") as error:
+        resolve_source(name)
+    one_line(error)
+
+
+def test_a_hub_model_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="no folder here") as error:
+        resolve_source("nobody/no-such-model")
+    one_line(error)
+
+
+def test_a_folder_without_a_config(tmp_path: Path) -> None:
+    (tmp_path / "weights.gguf").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"no config\.json.*\.gguf"):
+        resolve_source(tmp_path)
+    with pytest.raises(ModelError, match="is a file"):
+        resolve_source(tmp_path / "weights.gguf")
+
+
+def test_a_config_that_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{oops")
+    with pytest.raises(ModelError, match="config") as error:
+        ModelSpec.load(resolve_source(tmp_path))
+    one_line(error)
+
+
+def test_whole_weights_load_and_are_copies(checkpoint: ModelSource) -> None:
+    weights = load(checkpoint, wanted(a=(4, 4)))
+    assert torch.equal(weights["a"], torch.ones(4, 4))
+    (checkpoint.path / "model.safetensors").write_bytes(b"")
+    assert torch.equal(weights["a"], torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 40, -1, -20])
+def test_a_file_that_is_cut_short(checkpoint: ModelSource, keep: int) -> None:
+    file = checkpoint.path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"model\.safetensors.*download it again") as error:
+        load(checkpoint, wanted(a=(4, 4)))
+    one_line(error)
+
+
+def test_a_corrupt_header(checkpoint: ModelSource) -> None:
+    file = checkpoint.path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[8:12] = b"]]]]"
+    file.write_bytes(bytes(data))
+    with pytest.raises(ModelError, match="corrupt header"):
+        check_checkpoint(checkpoint)
+    file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    with pytest.raises(ModelError, match="cut short"):
+        check_checkpoint(checkpoint)
+
+
+def test_a_missing_shard(checkpoint: ModelSource) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+    (checkpoint.path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"lacks 1 of 2 weight files \(other\.safetensors\)"):
+        check_checkpoint(checkpoint)
+
+
+def test_no_weights_at_all(checkpoint: ModelSource) -> None:
+    (checkpoint.path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="--load-format dummy"):
+        check_checkpoint(checkpoint)
+    (checkpoint.path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"only \.bin"):
+        check_checkpoint(checkpoint)
+
+
+def test_weights_of_another_model(checkpoint: ModelSource) -> None:
+    with pytest.raises(ModelError, match="doesn't fit its config") as error:
+        load(checkpoint, wanted(c=(2, 2)))
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (T5Config(), "encoder-decoder"),
+        (MambaConfig(num_hidden_layers=1), "recurrent state|no num_attention_heads"),
+    ],
+    ids=["t5", "mamba"],
+)
+def test_architectures_that_are_refused(config: PretrainedConfig, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        ModelSpec.from_hf(config)
+
+
+def test_rope_that_depends_on_length_is_refused() -> None:
+    config = LlamaConfig(
+        **TINY, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    )
+    with pytest.raises(ModelError, match="'dynamic'"):
+        build_meta_module(ModelSpec.from_hf(config), "float32")
+
+
+def test_an_encoder_is_refused() -> None:
+    config = BertConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=32,
+        vocab_size=64,
+    )
+    model = build_meta_module(ModelSpec.from_hf(config), "float32")
+    with pytest.raises(ModelError, match="later tokens") as error:
+        trace(model, model.buffers_by_name, name="Bert", num_layers=1, device=torch.device("cpu"))
+    one_line(error)
+
+
+def test_a_broken_tokenizer(checkpoint: ModelSource) -> None:
+    assert load_tokenizer(checkpoint) is None
+    (checkpoint.path / "tokenizer.json").write_text('{"version": "1.0"')
+    (checkpoint.path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    with pytest.raises(ModelError, match="tokenizer") as error:
+        load_tokenizer(checkpoint)
+    one_line(error)
