@@ -71,12 +71,12 @@ def build_meta_module(spec: ModelSpec, dtype: DType) -> TraceableModel:
                 attn_implementation=ATTENTION_NAME,
                 trust_remote_code=False,
             )
+        experts.install(model)
+        model.eval().requires_grad_(False)
+        return TraceableModel(model, _real_buffers(model))
     except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise ModelError(f"{spec.architecture} can't be served: {reason}") from error
-    experts.install(model)
-    model.eval().requires_grad_(False)
-    return TraceableModel(model, _real_buffers(model))
 
 
 def _attention(
@@ -95,6 +95,8 @@ def _attention(
     """transformers' attention signature: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
     if not getattr(module, "is_causal", True):
         raise ModelError(f"{type(module).__name__} looks at later tokens: only decoders are served")
+    if attention_mask is not None:
+        raise ModelError(f"{type(module).__name__} makes its own attention mask: can't be served")
     qk_dim, v_dim = query.shape[-1], value.shape[-1]
     width = max(qk_dim, v_dim)
 

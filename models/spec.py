@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelSpec"]
 
 _DTYPES = ("float32", "float16", "bfloat16")
+_LAYER_TYPES = ("full_attention", "sliding_attention")  # what our attention computes
 # Layer types of transformers' configs that keep a recurrent or compressed state, not a KV cache.
 _STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
 
@@ -85,6 +86,10 @@ class ModelSpec:
             )
         text = config.get_text_config(decoder=True)
         architecture = (getattr(config, "architectures", None) or [""])[0] or text.model_type
+        if getattr(text, "is_heterogeneous", False):
+            raise ModelError(
+                f"{architecture} has layers of different shapes, which can't be served yet"
+            )
         num_layers = _need(text, "num_hidden_layers")
         num_heads = _need(text, "num_attention_heads")
         num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
@@ -101,6 +106,21 @@ class ModelSpec:
             raise ModelError(
                 f"{architecture} has layers that keep a recurrent state "
                 f"({', '.join(stateful) or text.model_type}), which can't be served yet"
+            )
+        others = sorted(set(types) - set(_LAYER_TYPES))
+        if others:
+            raise ModelError(
+                f"{architecture} has layers of type {', '.join(others)}, which can't be served yet"
+            )
+        if getattr(text, "num_kv_shared_layers", 0):
+            raise ModelError(
+                f"{architecture} has layers that share keys and values, which can't be served yet"
+            )
+        if quantised := getattr(config, "quantization_config", None):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise ModelError(
+                f"this checkpoint of {architecture} is quantised ({method}), which can't be "
+                "served yet: use the unquantised one"
             )
         eos = (generation_config or {}).get("eos_token_id", getattr(text, "eos_token_id", None))
         if eos is None:

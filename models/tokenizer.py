@@ -99,11 +99,18 @@ class Tokenizer:
                 tokenize=False,
                 **options,
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             reason = str(error).split("\n")[0]
             raise RequestError(
                 f"the chat template refuses the messages: {reason}", "messages"
-            ) from (error)
+            ) from error
         return self.encode(text, add_special_tokens=False)
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:

@@ -6,8 +6,9 @@ import json
 import struct
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,28 @@ __all__ = ["check_checkpoint", "load_weights"]
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20  # bytes; the format's own limit
+_STAGE = 16 << 20  # elements that are read at once when the dtype changes
+_STORED = {  # safetensors' names; its 8-bit floats need scales and are no weights by themselves
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name
+    start: int  # bytes from the start of the file
+    end: int
 
 
 def load_weights(
@@ -49,10 +72,10 @@ def load_weights(
     """
     if load_format == "dummy" or source is None:
         return _random_weights(wanted, seed, progress)
-    headers = check_checkpoint(source)
-    shapes = {name: (file, shape) for file, header in headers.items() for name, shape in header}
-    if all(name in shapes and shapes[name][1] == info.shape for name, info in wanted.items()):
-        return _stream(wanted, {name: file for name, (file, _) in shapes.items()}, progress)
+    headers = {file: _header(file) for file in _files(source)}
+    shapes = {name: item.shape for header in headers.values() for name, item in header.items()}
+    if all(shapes.get(name) == info.shape for name, info in wanted.items()):
+        return _stream(wanted, headers, progress)
     return _convert(source, spec, wanted, dtype)
 
 
@@ -62,10 +85,10 @@ def check_checkpoint(source: ModelSource) -> dict[Path, list[tuple[str, tuple[in
     Returns:
         The (name, shape) of every tensor of every file.
     """
-    headers = {}
-    for file in _files(source):
-        headers[file] = _header(file)
-    return headers
+    return {
+        file: [(name, item.shape) for name, item in _header(file).items()]
+        for file in _files(source)
+    }
 
 
 def _files(source: ModelSource) -> list[Path]:
@@ -98,8 +121,8 @@ def _files(source: ModelSource) -> list[Path]:
     )
 
 
-def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, after checking that the file is as long as its header says."""
+def _header(file: Path) -> dict[str, _Stored]:
+    """What the file holds by name, after checking that it is as long as its header says."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -108,14 +131,21 @@ def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
             raise ModelError(f"{file} is not a safetensors file or is cut short: download it again")
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
-            tensors = {name: item for name, item in header.items() if name != "__metadata__"}
-            end = max((item["data_offsets"][1] for item in tensors.values()), default=0)
-            found = [(name, tuple(item["shape"])) for name, item in tensors.items()]
+            found = {
+                name: _Stored(
+                    tuple(item["shape"]),
+                    str(item["dtype"]),
+                    *(8 + length + offset for offset in item["data_offsets"]),
+                )
+                for name, item in header.items()
+                if name != "__metadata__"
+            }
+            end = max((item.end for item in found.values()), default=8 + length)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{file} has a corrupt header: download it again") from error
-    if size != 8 + length + end:
+    if size != end:
         raise ModelError(
-            f"{file} has {size} bytes where its header asks for {8 + length + end}: "
+            f"{file} has {size} bytes where its header asks for {end}: "
             "it is cut short or damaged, download it again"
         )
     return found
@@ -132,27 +162,59 @@ def _bar(names: Iterable[str], progress: bool, what: str) -> tqdm[str]:
 
 
 def _stream(
-    wanted: Mapping[str, WeightInfo], files: Mapping[str, Path], progress: bool
+    wanted: Mapping[str, WeightInfo], headers: Mapping[Path, dict[str, _Stored]], progress: bool
 ) -> dict[str, Tensor]:
-    """Read tensor by tensor, casting on the way."""
-    from safetensors import SafetensorError, safe_open
+    """Read tensor by tensor into its own memory, casting on the way.
 
+    The files aren't mapped: mapped pages count as the process's memory until the file is closed,
+    which doubles the peak for a checkpoint in one file.
+    """
     weights: dict[str, Tensor] = {}
-    order = sorted(wanted, key=lambda name: str(files[name]))
-    opened: dict[Path, Any] = {}
-    for name in _bar(order, progress, "Loading weights"):
-        file = files[name]
-        try:
-            if file not in opened:
-                opened = {file: safe_open(file, framework="pt")}  # drops the one before
-            stored = opened[file].get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"{file} is damaged at {name} ({error}): download it again") from error
-        # Copied even if the dtype is right: what is mapped to the file would change with the file.
-        weights[name] = torch.empty(stored.shape, dtype=torch_dtype(wanted[name].dtype)).copy_(
-            stored
-        )
+    places = {name: file for file, header in headers.items() for name in header}
+    order = sorted(wanted, key=lambda name: (places[name], headers[places[name]][name].start))
+    with ExitStack() as stack:
+        streams: dict[Path, BinaryIO] = {}
+        for name in _bar(order, progress, "Loading weights"):
+            file = places[name]
+            if file not in streams:
+                streams[file] = stack.enter_context(file.open("rb", buffering=0))
+            weights[name] = _read(
+                streams[file], file, name, headers[file][name], torch_dtype(wanted[name].dtype)
+            )
     return weights
+
+
+def _read(stream: BinaryIO, file: Path, name: str, stored: _Stored, dtype: torch.dtype) -> Tensor:
+    source_dtype = _STORED.get(stored.dtype)
+    if source_dtype is None:
+        raise ModelError(
+            f"{file} holds {name} as {stored.dtype}: quantised checkpoints can't be served yet, "
+            "use the unquantised one"
+        )
+    tensor = torch.empty(stored.shape, dtype=dtype)
+    flat = tensor.view(-1)
+    if stored.end - stored.start != flat.numel() * source_dtype.itemsize:
+        raise ModelError(f"{file} has a corrupt header at {name}: download it again")
+    stream.seek(stored.start)
+    if source_dtype == dtype:
+        _fill(stream, file, flat)
+        return tensor
+    stage = torch.empty(min(_STAGE, flat.numel()), dtype=source_dtype)
+    for start in range(0, flat.numel(), _STAGE):
+        piece = stage[: flat.numel() - start]
+        _fill(stream, file, piece)
+        flat[start : start + piece.numel()].copy_(piece)
+    return tensor
+
+
+def _fill(stream: BinaryIO, file: Path, flat: Tensor) -> None:
+    """Read a contiguous one-dimensional tensor's bytes, in as many reads as the system wants."""
+    view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while view:
+        count = stream.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise ModelError(f"{file} ended while it was read: download it again")
+        view = view[count:]
 
 
 def _convert(
