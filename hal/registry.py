@@ -80,7 +80,10 @@ def _load_or_reason(axis: Axis, name: str) -> tuple[Any, str | None]:
     except (ConfigError, ContractError) as error:
         return None, str(error)
     except ModuleNotFoundError as error:
-        package = (error.name or str(error)).split(".")[0]
+        missing = error.name or str(error)
+        package = missing.split(".")[0]
+        if package == "halyard":  # ours: nothing to install, a module is gone
+            return None, f"{axis} part {name!r} can't be imported: there is no module {missing}"
         return None, f"{axis} part {name!r} needs {package}: pip install {package}"
     except Exception as error:  # noqa: BLE001 - other people's module may raise anything; it is told
         told = " ".join(str(error).split())

@@ -29,6 +29,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20  # bytes; the format's own limit
 _STAGE = 16 << 20  # elements that are read at once when the dtype changes
+_POOL = 1 << 22  # random numbers that are drawn
 _STORED = {  # safetensors' names; its 8-bit floats need scales and are no weights by themselves
     "F64": torch.float64,
     "F32": torch.float32,
@@ -261,7 +262,8 @@ def _random_weights(
     One block of normal numbers is drawn and cut up, since drawing billions takes minutes.
     """
     generator = torch.Generator().manual_seed(seed)
-    pool = torch.randn(1 << 22, generator=generator)
+    drawn = torch.randn(_POOL, generator=generator)
+    pools: dict[torch.dtype, Tensor] = {}  # twice the numbers, so that any start has _POOL after it
     weights: dict[str, Tensor] = {}
     for name in _bar(sorted(wanted), progress, "Making random weights"):
         info = wanted[name]
@@ -270,13 +272,16 @@ def _random_weights(
             one = 0.0 if name.endswith("bias") else 1.0
             weights[name] = torch.full(info.shape, one, dtype=dtype)
             continue
+        if dtype not in pools:
+            pools[dtype] = torch.cat([drawn, drawn]).to(dtype)
         tensor = torch.empty(info.shape, dtype=dtype)
-        scaled = (pool * info.shape[-1] ** -0.5).to(dtype)
         flat = tensor.view(-1)
-        shift = int(torch.randint(0, pool.numel(), (1,), generator=generator))
-        for start in range(0, flat.numel(), pool.numel()):
-            piece = flat[start : start + pool.numel()]
-            piece.copy_(scaled.roll(shift)[: piece.numel()])
-            shift = (shift * 31 + 17) % pool.numel()
+        shift = int(torch.randint(0, _POOL, (1,), generator=generator))
+        for start in range(0, flat.numel(), _POOL):
+            piece = flat[start : start + _POOL]
+            torch.mul(
+                pools[dtype][shift : shift + piece.numel()], info.shape[-1] ** -0.5, out=piece
+            )
+            shift = (shift * 31 + 17) % _POOL
         weights[name] = tensor
     return weights

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tiny_models import PROVEN, tiny_model
+from tiny_models import SERVED, tiny_model
 
 from halyard.compiler.build import build_program
 from halyard.compiler.graphs.eager import EagerCompiler
@@ -94,7 +94,7 @@ class Batch:
         return {row: logits[starts[i] : starts[i + 1]] for i, row in enumerate(rows)}
 
 
-@pytest.mark.parametrize("family", PROVEN)
+@pytest.mark.parametrize("family", SERVED)
 def test_logits(family: str) -> None:
     model, program, unique = program_of(family)
     assert unique <= 5

@@ -43,6 +43,29 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 PROVEN = tuple(FAMILIES)
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
+        "original_max_position_embeddings": 64}  # fmt: skip
+
+# Not promised, but served: sinks, values narrower than keys, and frequencies that are rescaled.
+FAMILIES |= {
+    "gpt-oss": ("GptOssConfig", MOE | {"sliding_window": 6, "rope_parameters": YARN}),
+    "deepseek-v3": ("DeepseekV3Config", {
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+        "v_head_dim": 20, "head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1}),
+    "qwen2-mixed-windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 6,
+                                            "max_window_layers": 1}),
+    "rope-yarn": ("Qwen3Config", {"rope_parameters": YARN}),
+    "rope-linear": ("LlamaConfig", {"rope_parameters": {
+        "rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "rope-llama3": ("LlamaConfig", {"rope_parameters": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
+}  # fmt: skip
+
+SERVED = tuple(FAMILIES)
+
 
 def tiny_config(family: str) -> Any:
     import transformers

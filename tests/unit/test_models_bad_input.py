@@ -14,7 +14,7 @@ from transformers import BertConfig, LlamaConfig, MambaConfig, PretrainedConfig,
 
 from halyard.compiler.trace import trace
 from halyard.hal.errors import ModelError
-from halyard.hal.types import WeightInfo
+from halyard.hal.types import DType, WeightInfo
 from halyard.models.adapter import build_meta_module
 from halyard.models.source import ModelSource, resolve_source
 from halyard.models.spec import ModelSpec
@@ -138,6 +138,74 @@ def test_weights_of_another_model(checkpoint: ModelSource) -> None:
 def test_architectures_that_are_refused(config: PretrainedConfig, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         ModelSpec.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layer_types": ["chunked_attention"]}, "chunked_attention"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
+        ({"num_kv_shared_layers": 1}, "share keys and values"),
+    ],
+    ids=["chunked", "quantised", "shared"],
+)
+def test_configs_that_would_answer_wrongly(changes: dict[str, Any], reason: str) -> None:
+    """Each of these traces well: nothing but the config tells."""
+    config = LlamaConfig(**TINY)
+    for field, value in changes.items():
+        setattr(config, field, value)
+    with pytest.raises(ModelError, match=reason) as error:
+        ModelSpec.from_hf(config)
+    one_line(error)
+
+
+def test_weights_in_eight_bits_are_refused(checkpoint: ModelSource) -> None:
+    """Their scales are tensors of their own: cast alone they are noise."""
+    file = checkpoint.path / "model.safetensors"
+    save_file({"a": torch.ones(4, 4).to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(ModelError, match="F8_E4M3: quantised") as error:
+        load(checkpoint, wanted(a=(4, 4)))
+    one_line(error)
+
+
+def test_a_header_that_lies_about_a_shape(checkpoint: ModelSource) -> None:
+    file = checkpoint.path / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"shape":[4,4]', b'"shape":[4,5]'))
+    with pytest.raises(ModelError, match="corrupt header at a"):
+        load(checkpoint, wanted(a=(4, 5)))
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes_change_on_the_way(
+    checkpoint: ModelSource, stored: torch.dtype, dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halyard.models.weights._STAGE", 7)  # many reads, the last one shorter
+    tensors = {
+        "a": torch.randn(5, 9).to(stored),
+        "b": torch.randn(()).to(stored),
+        "c": torch.empty(0, 3, dtype=stored),
+    }
+    save_file(tensors, checkpoint.path / "model.safetensors")
+    want = {name: WeightInfo(tuple(tensor.shape), dtype) for name, tensor in tensors.items()}
+    found = load(checkpoint, want)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor.to(getattr(torch, dtype)))
+
+
+def test_random_weights_repeat_by_seed() -> None:
+    want = wanted(matrix=(300, 64), norm=(64,)) | {"bias": WeightInfo((64,), "bfloat16")}
+    spec = ModelSpec.from_hf(LlamaConfig(**TINY))
+    first, again, other = (
+        load_weights(None, spec, want, "float32", load_format="dummy", seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first["matrix"], again["matrix"])
+    assert not torch.equal(first["matrix"], other["matrix"])
+    assert first["matrix"].std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert first["norm"].eq(1).all()
+    assert first["bias"].eq(0).all()
+    assert first["bias"].dtype is torch.bfloat16
 
 
 def test_rope_that_depends_on_length_is_refused() -> None:

@@ -77,6 +77,25 @@ def test_an_entry_point_is_a_part(plug):
     assert registry.probe_part("kernels", "strange", CPU).available
 
 
+def test_a_module_of_our_own_is_nothing_to_install(plug):
+    plug("import halyard.hal.gone")
+    (reason,) = registry.probe_part("kernels", "strange", CPU).reasons
+    assert "pip install" not in reason
+
+
+def test_an_installed_distribution_is_found_by_its_metadata(tmp_path, monkeypatch, plug):
+    """As pip leaves it: nothing of importlib.metadata is replaced."""
+    (tmp_path / "acme_part.py").write_text(GOOD)
+    info = tmp_path / "acme-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[halyard.kernels]\nacme = acme_part:Part\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._targets.cache_clear()  # plug clears them again at the end
+    registry.load_part.cache_clear()
+    assert registry.load_part("kernels", "acme").__module__ == "acme_part"
+
+
 def test_what_is_built_in_needs_no_installation(plug):
     plug(GOOD)  # hides the entry points of an installed Halyard
     assert set(registry.part_names("devices")) == {"cpu"}
@@ -88,6 +107,7 @@ def test_what_is_built_in_needs_no_installation(plug):
     ("source", "words"),
     [
         ("import no_such_library.deep", "pip install no_such_library"),
+        ("import halyard.hal.gone", "there is no module halyard.hal.gone"),
         ("def broken(:", "can't be imported: SyntaxError"),
         ("raise RuntimeError('driver\\nis old')", "RuntimeError: driver is old"),
         ("class Other: pass", "has no attribute 'Part'"),
