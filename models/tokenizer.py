@@ -44,6 +44,25 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._inner.chat_template)
 
+    @property
+    def chat_template(self) -> str:
+        """Its source; where there are several, the one for tools. Empty: none."""
+        template: Any = self._inner.chat_template or ""
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default") or ""
+        return str(template)
+
+    @property
+    def serialised(self) -> str | None:
+        """The tokenizers library's JSON; None where another library tokenises."""
+        backend = getattr(self._inner, "backend_tokenizer", None)
+        return None if backend is None else str(backend.to_str())
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are not text."""
+        return frozenset(self._inner.all_special_ids)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens)
         return ids

@@ -19,6 +19,7 @@ from halyard.models.weights import load_weights
 from halyard.runtime.config import EngineConfig, SchedulerConfig
 from halyard.runtime.engine import Engine
 from halyard.runtime.executor import Executor
+from halyard.runtime.guided import GrammarCompiler
 from halyard.runtime.intake import Intake, Limits
 from halyard.runtime.metrics import Metrics
 from halyard.runtime.planner import ExecutionPlan, make_plan
@@ -111,10 +112,13 @@ def build_engine(config: EngineConfig, tell: Callable[[str], None] | None = None
         eos_token_ids=frozenset(eos),
         max_num_sequences=config.max_num_sequences,
     )
+    grammars = None
+    if tokenizer is not None:
+        grammars = GrammarCompiler(tokenizer, limits.vocab_size, limits.eos_token_ids)
     engine = Engine(
         scheduler,
         executor,
-        Intake(limits, config.seed),
+        Intake(limits, config.seed, grammars),
         Metrics(plan.spec.name, row.name, executor.pool.layout.bytes_per_block),
         config.max_queue_len,
     )

@@ -103,6 +103,15 @@ class Client:
     def stats(self) -> EngineStats:
         return self.engine.stats()
 
+    async def prepare(self, params: SamplingParams) -> None:
+        """Compile what `submit` would otherwise compile on the event loop.
+
+        Raises:
+            RequestError: the constraint is malformed, impossible or too complex.
+        """
+        if params.guided is not None:
+            await asyncio.to_thread(self.engine.intake.guidance, params)
+
     def submit(
         self,
         prompt_token_ids: Sequence[int],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import Program
 from halyard.hal.contract import Device, PagedKernels
-from halyard.hal.types import KVPool
+from halyard.hal.types import BlockMove, KVPool
 from halyard.runtime.batcher import PackedStep, pack
 from halyard.runtime.plan import StepOutput, StepPlan, TokenLogprob
 from halyard.runtime.sampler import SampledTokens, Sampler, score_tokens
 
 __all__ = ["Executor", "RunningStep"]
+
+Moves = Sequence[BlockMove]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +44,15 @@ class RunningStep:
         if self.sampled is not None:
             ids = self.sampled.token_ids.tolist()
             bad = self.sampled.bad.tolist()
-            for sample, token, is_bad, scored in zip(
-                self.packed.samples, ids, bad, self.sampled.logprobs, strict=True
+            for place, (sample, token, is_bad, scored) in enumerate(
+                zip(self.packed.samples, ids, bad, self.sampled.logprobs, strict=True)
             ):
                 number = position[id(sample.row)]
                 tokens[number].append(token)
                 if scored is not None:
                     logprobs[number].append(scored)
+                if place in self.sampled.failures:
+                    errors[number] = self.sampled.failures[place]
                 if is_bad:
                     errors[number] = "the model's logits are not finite: its weights may be damaged"
         return StepOutput(
@@ -81,26 +86,28 @@ class Executor:
     def run(self, plan: StepPlan) -> RunningStep:
         """Issue a step's work. Order: swap out, swap in, copies, rows."""
         with torch.inference_mode():
-            self._move(plan)
+            self.move(plan.swap_out, plan.swap_in, plan.copies)
             packed = pack(plan, self.pool.layout.spec.block_size, self.device.torch_device)
+            masks = self.sampler.begin(packed.samples)  # made while the program runs
             logits = self.program.run(packed.input_ids, packed.logit_indices, packed.batch)
-            sampled = self.sampler.sample(logits, packed.samples) if packed.samples else None
+            sampled = self.sampler.sample(logits, packed.samples, masks) if packed.samples else None
             scored = self._score_prompts(plan, packed, logits) if packed.prompt_spans else {}
         return RunningStep(plan, packed, sampled, scored, self.device)
 
     def close(self) -> None:
         self.device.close()
 
-    def _move(self, plan: StepPlan) -> None:
-        if plan.swap_out or plan.swap_in:
+    def move(self, swap_out: Moves = (), swap_in: Moves = (), copies: Moves = ()) -> None:
+        """Move blocks, in this order."""
+        if swap_out or swap_in:
             if self.host_pool is None:
                 raise AssertionError("the plan swaps, but there is no host pool")
-            if plan.swap_out:
-                self.kernels.swap_out(self.pool, self.host_pool, plan.swap_out)
-            if plan.swap_in:
-                self.kernels.swap_in(self.pool, self.host_pool, plan.swap_in)
-        if plan.copies:
-            self.kernels.copy_blocks(self.pool, plan.copies)
+            if swap_out:
+                self.kernels.swap_out(self.pool, self.host_pool, swap_out)
+            if swap_in:
+                self.kernels.swap_in(self.pool, self.host_pool, swap_in)
+        if copies:
+            self.kernels.copy_blocks(self.pool, copies)
 
     def _score_prompts(
         self, plan: StepPlan, packed: PackedStep, logits: Tensor

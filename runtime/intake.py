@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from halyard.hal.errors import ContextLengthError, RequestError
+from halyard.runtime.guided import GrammarCompiler, Guidance
 from halyard.runtime.request import Request, SamplingParams
 
 __all__ = ["Intake", "Limits"]
@@ -27,8 +28,11 @@ class Limits:
 class Intake:
     """Validates and numbers requests. Safe to call from several threads."""
 
-    def __init__(self, limits: Limits, seed: int = 0) -> None:
+    def __init__(
+        self, limits: Limits, seed: int = 0, grammars: GrammarCompiler | None = None
+    ) -> None:
         self.limits = limits
+        self._grammars = grammars  # None: no tokenizer, so no structured output
         self._numbers = itertools.count()
         self._seeds = random.Random(seed)
 
@@ -79,7 +83,21 @@ class Intake:
             cache_salt=cache_salt,
             seed=(params.seed if params.seed is not None else self._seeds.getrandbits(64)) % 2**64,
             stop_token_ids=frozenset(params.stop_token_ids or ()),
+            guidance=self.guidance(params),
         )
+
+    def guidance(self, params: SamplingParams) -> Guidance | None:
+        """The compiled constraint. Slow the first time (up to a second), so call it in a thread.
+
+        Raises:
+            RequestError: the constraint is malformed, impossible or too complex.
+        """
+        if params.guided is None:
+            return None
+        if self._grammars is None:
+            param = params.guided.param
+            raise RequestError(f"{param} is not supported: this model has no tokenizer", param)
+        return self._grammars.guidance(params.guided)
 
     def _check_tokens(self, token_ids: Iterable[int], param: str) -> None:
         for token in token_ids:

@@ -2,15 +2,78 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from halyard.hal.errors import RequestError
 
-__all__ = ["MAX_LOGPROBS", "Request", "SamplingParams"]
+if TYPE_CHECKING:
+    from halyard.runtime.guided import Guidance
+
+__all__ = ["MAX_LOGPROBS", "Constraint", "Request", "SamplingParams"]
 
 MAX_LOGPROBS = 20  # most alternatives a token can report, as in OpenAI's API
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must look like. Made by the class methods; compiled with the tokenizer later.
+
+    Equal constraints are compiled once. `param` is the user's field that errors name.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar", "lark"]
+    text: str  # a schema as JSON, a pattern, a JSON list, a Lark or GBNF grammar
+    param: str = field(default="guided", compare=False)
+
+    @classmethod
+    def json_schema(
+        cls, schema: str | bool | Mapping[str, Any], param: str = "guided"
+    ) -> Constraint:
+        """JSON that satisfies a schema.
+
+        Raises:
+            RequestError: it is no JSON object, or nested too deeply.
+        """
+        try:
+            parsed = json.loads(schema) if isinstance(schema, str) else schema
+            parsed = {} if parsed is True else parsed
+            if not isinstance(parsed, Mapping):
+                raise RequestError(f"{param} must be a JSON schema: a JSON object", param)
+            return cls("json_schema", json.dumps(parsed), param)
+        except RecursionError:
+            raise RequestError(f"{param} is nested too deeply", param) from None
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"{param} is not valid JSON: {error}", param) from None
+
+    @classmethod
+    def json_object(cls, param: str = "guided") -> Constraint:
+        """Any JSON object."""
+        return cls("json_schema", '{"type": "object"}', param)
+
+    @classmethod
+    def regex(cls, pattern: str, param: str = "guided") -> Constraint:
+        """Text that a regular expression matches as a whole."""
+        return cls("regex", pattern, param)
+
+    @classmethod
+    def choice(cls, options: Sequence[str], param: str = "guided") -> Constraint:
+        """One of several texts.
+
+        Raises:
+            RequestError: there is none, or one is empty or no text.
+        """
+        if not options or not all(isinstance(one, str) and one for one in options):
+            raise RequestError(f"{param} must be a list of texts, at least one, none empty", param)
+        return cls("choice", json.dumps(list(options)), param)
+
+    @classmethod
+    def grammar(cls, text: str, param: str = "guided") -> Constraint:
+        """Text of a context-free grammar, in Lark's or llama.cpp's (GBNF) notation."""
+        return cls("grammar", text, param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +105,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None  # token id -> -100..100, added to its logit
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    guided: Constraint | None = None  # what the answer must look like
 
     def __post_init__(self) -> None:
         def check(ok: bool, param: str, rule: str) -> None:
@@ -104,3 +168,5 @@ class Request:
     stop_token_ids: frozenset[int] = field(
         default_factory=frozenset
     )  # params.stop_token_ids as a set
+    guidance: Guidance | None = field(default=None, compare=False, repr=False)
+    # ^ params.guided, compiled; holds how far each answer is

@@ -8,13 +8,15 @@ penalties, filters or log-probabilities don't pay for those that do.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from halyard.runtime.batcher import SampleRow
+from halyard.runtime.guided import MaskRow, Masks
 from halyard.runtime.plan import TokenLogprob
 from halyard.runtime.request import SamplingParams
 from halyard.runtime.sequence import Sequence
@@ -32,6 +34,7 @@ class SampledTokens:
     token_ids: Tensor  # [rows] int64
     bad: Tensor  # [rows] bool: the row's logits were not numbers
     logprobs: tuple[TokenLogprob | None, ...]  # where asked for
+    failures: dict[int, str] = field(default_factory=dict)  # by row: its token is void, and why
 
 
 class Sampler:
@@ -40,8 +43,26 @@ class Sampler:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def sample(self, logits: Tensor, rows: Rows[SampleRow]) -> SampledTokens:
-        """Draw a token for each row from logits [num_logits, vocab] (row.logits_row names its own)."""
+    def begin(self, rows: Rows[SampleRow]) -> Future[Masks] | None:
+        """Start on what doesn't depend on logits: the masks of guided rows. None if there are none."""
+        guided = []
+        for position, row in enumerate(rows):
+            sequence = row.row.sequence
+            guidance = sequence.request.guidance
+            if guidance is not None:
+                answer = sequence.token_ids[sequence.num_prompt_tokens :]
+                guided.append(MaskRow(position, guidance, row.answer_index, answer))
+        return guided[0].guidance.compiler.begin(guided) if guided else None
+
+    def sample(
+        self, logits: Tensor, rows: Rows[SampleRow], masks: Future[Masks] | None = None
+    ) -> SampledTokens:
+        """Draw a token for each row from logits [num_logits, vocab] (row.logits_row names its own).
+
+        Args:
+            masks: what `begin` returned for these rows; it is called here if nobody has.
+        """
+        masks = masks or self.begin(rows)
         index = torch.tensor([row.logits_row for row in rows], device=logits.device)
         identity = logits.shape[0] == len(rows) and all(
             row.logits_row == position for position, row in enumerate(rows)
@@ -54,6 +75,11 @@ class Sampler:
         if changed:
             work = raw.clone()
             work[changed] = self._penalised(raw[changed], [rows[i] for i in changed])
+        failures: dict[int, str] = {}
+        if masks is not None:
+            allowed = masks.result()
+            failures = allowed.failures
+            work = _masked(work, raw, allowed, rows)
         tokens = work.argmax(dim=-1)
         random = [i for i, own in enumerate(params) if own.temperature > 0]
         if random:
@@ -66,7 +92,7 @@ class Sampler:
                 tokens = chosen
             else:
                 tokens[random] = chosen
-        return SampledTokens(tokens, bad, self._logprobs(raw, tokens, params))
+        return SampledTokens(tokens, bad, self._logprobs(raw, tokens, params), failures)
 
     def _penalised(self, logits: Tensor, rows: list[SampleRow]) -> Tensor:
         """Apply penalties, biases and forbidden ends to logits [len(rows), vocab]."""
@@ -119,6 +145,27 @@ class Sampler:
             ):
                 found[i] = scored
         return tuple(found)
+
+
+def _masked(work: Tensor, raw: Tensor, masks: Masks, rows: Rows[SampleRow]) -> Tensor:
+    """Logits [rows, vocab] where only what the grammars allow can be drawn."""
+    device = work.device
+    forbidden = ~torch.from_numpy(masks.allowed).to(device)
+    if len(masks.positions) == len(rows):
+        own, masked = raw, work.masked_fill(forbidden, float("-inf"))
+    else:
+        index = torch.tensor(masks.positions, device=device)
+        own = raw[index]
+        part = work[index].masked_fill(forbidden, float("-inf"))
+        masked = work.index_put((index,), part)
+    # min_tokens may forbid the one thing that a complete answer allows: its end.
+    for number, position in enumerate(masks.positions):
+        sequence = rows[position].row.sequence
+        if sequence.num_answer_tokens < sequence.request.params.min_tokens and not torch.isfinite(
+            masked[position].amax()
+        ):
+            masked[position] = own[number].masked_fill(forbidden[number], float("-inf"))
+    return masked
 
 
 def _has_penalties(params: SamplingParams) -> bool:

@@ -1,0 +1,294 @@
+"""Answers held to a grammar: compiled with the checkpoint's tokenizer, one mask a token. No torch.
+
+A constraint compiles once to a matcher that is copied for each answer. Before a step's program is
+launched, the masks of its guided rows begin in a thread (Rust, without the interpreter's lock), so
+that they are ready when the logits are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from halyard.hal.errors import RequestError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from halyard.runtime.request import Constraint
+
+__all__ = ["GrammarCompiler", "Guidance", "MaskRow", "Masks", "Vocabulary"]
+
+_CACHED = 64  # compiled constraints kept
+_MAX_TEXT = 128 << 10  # characters of a constraint
+_MAX_PATTERN = 16 << 10  # characters of a regular expression or grammar
+_MAX_SCHEMA_NODES = 4000  # values in a schema: its compile time grows with their square
+# Between JSON's tokens: none, a space, or a line break and its indent. Unbounded white space is
+# where small models get lost.
+_WHITE_SPACE = r"[ ]|\n[ ]{0,24}"
+# Bounds that keep a hostile constraint below a second and 200 MB.
+_LIMITS = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 100_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+_TOO_COMPLEX = "the answer's grammar grew too complex to go on"
+
+
+class Vocabulary(Protocol):
+    """What is needed of models.tokenizer.Tokenizer."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def serialised(self) -> str | None: ...
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class MaskRow(NamedTuple):
+    """A row of a step that is guided."""
+
+    position: int  # among the step's sampled rows
+    guidance: Guidance
+    answer_index: int
+    answer_token_ids: list[int]  # so far
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What a step's guided rows may draw."""
+
+    positions: list[int]  # rows, as in MaskRow
+    allowed: NDArray[np.bool_]  # [len(positions), vocab]
+    failures: dict[int, str]  # by position: the row's grammar broke down, its mask allows all
+
+
+@dataclass(slots=True)
+class _State:
+    """How far one answer is in its grammar."""
+
+    matcher: Any
+    consumed: int = 0  # tokens of the answer
+
+
+@dataclass(slots=True)
+class Guidance:
+    """One request's constraint and the state of its answers. Belongs to the engine's thread."""
+
+    compiler: GrammarCompiler
+    template: Any  # the matcher at its start; never advanced
+    states: dict[int, _State] = field(default_factory=dict)  # by answer
+
+    def advance(self, row: MaskRow) -> Any:
+        """The answer's matcher, with the tokens that are new since the last call."""
+        state = self.states.get(row.answer_index)
+        if state is None or state.consumed > len(row.answer_token_ids):
+            state = self.states[row.answer_index] = _State(self.template.deep_copy())
+        new = row.answer_token_ids[state.consumed :]
+        state.consumed += len(new)
+        if new and not state.matcher.is_stopped():
+            state.matcher.consume_tokens(new)
+        return state.matcher
+
+
+class GrammarCompiler:
+    """Compiles constraints for one model, and makes the masks of its steps.
+
+    `guidance` may be called from several threads, `begin` from the engine's.
+    """
+
+    def __init__(
+        self, tokenizer: Vocabulary, vocab_size: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        self.vocab_size = vocab_size  # of the logits; the tokenizer's may be smaller
+        self._tokenizer = tokenizer
+        self._eos = sorted(token for token in eos_token_ids if token < vocab_size)
+        self._lock = threading.Lock()
+        self._trie: Any = None  # llguidance's view of the vocabulary: built when first needed
+        self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
+        self._worker: ThreadPoolExecutor | None = None
+        self._parallel: Any = None
+
+    def guidance(self, constraint: Constraint) -> Guidance:
+        """A constraint, ready for one request.
+
+        Raises:
+            RequestError: it is malformed, impossible or too complex; the text says where.
+        """
+        with self._lock:
+            matcher = self._compiled.pop(constraint, None)
+            if matcher is None:
+                matcher = self._compile(constraint)
+            self._compiled[constraint] = matcher
+            if len(self._compiled) > _CACHED:
+                self._compiled.popitem(last=False)
+        return Guidance(self, matcher)
+
+    def begin(self, rows: Sequence[MaskRow]) -> Future[Masks]:
+        """Start to compute masks; they are ready soon, usually before the logits."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="halyard-masks")
+            self._parallel = importlib.import_module("llguidance").LLExecutor()
+        return self._worker.submit(self._masks, list(rows))
+
+    def _masks(self, rows: list[MaskRow]) -> Masks:
+        words = -(-self.vocab_size // 32)
+        packed = np.zeros((len(rows), words), np.int32)
+        matchers = [row.guidance.advance(row) for row in rows]
+        work = []
+        for number, matcher in enumerate(matchers):
+            if matcher.is_stopped():
+                self._allow_ends(packed[number])
+            else:
+                work.append((matcher, number))
+        if len(work) == 1:
+            matcher, number = work[0]
+            matcher.unsafe_compute_mask_ptr(packed[number].ctypes.data, words * 4)
+        elif work:
+            self._parallel.unsafe_compute_mask_ptr(
+                work, packed.ctypes.data, words * 4, packed.shape[0]
+            )
+        failures = {}
+        for number, (row, matcher) in enumerate(zip(rows, matchers, strict=True)):
+            if matcher.is_error():
+                failures[row.position] = _TOO_COMPLEX
+                packed[number] = -1
+            elif not packed[number].any():  # the matcher found just now that nothing can follow
+                self._allow_ends(packed[number])
+        bits = np.unpackbits(packed.view(np.uint8), axis=1, bitorder="little")
+        allowed = bits[:, : self.vocab_size].view(np.bool_)
+        return Masks([row.position for row in rows], allowed, failures)
+
+    def _allow_ends(self, packed: NDArray[np.int32]) -> None:
+        view = packed.view(np.uint32)
+        for token in self._eos:
+            view[token // 32] |= np.uint32(1 << token % 32)
+
+    def _compile(self, constraint: Constraint) -> Any:
+        param = constraint.param
+        try:
+            library: Any = importlib.import_module("llguidance")
+        except ImportError:
+            raise RequestError(
+                f"{param} needs llguidance on the server: pip install llguidance", param
+            ) from None
+        if not self._eos:
+            raise RequestError(
+                f"{param} is not supported: the model knows no end-of-sequence token", param
+            )
+        _check_size(constraint)
+        if self._trie is None:
+            self._trie = self._build_trie(library)
+        try:
+            matcher = library.LLMatcher(
+                self._trie,
+                _grammar(library, constraint),
+                log_level=0,
+                limits=library.LLParserLimits(**_LIMITS),
+            )
+        except (ValueError, RecursionError) as error:
+            raise _refusal(constraint, str(error)) from None
+        if not matcher.is_error():
+            first = matcher.deep_copy()
+            mask = first.compute_bitmask()
+            if first.is_error():
+                raise _refusal(constraint, first.get_error())
+            if not np.frombuffer(mask, np.uint8).any():
+                raise _refusal(constraint, "no text satisfies it")
+        if matcher.is_error():
+            raise _refusal(constraint, matcher.get_error())
+        return matcher
+
+    def _build_trie(self, library: Any) -> Any:
+        tokenizer = self._tokenizer
+        serialised = tokenizer.serialised
+        if serialised is not None and tokenizer.vocab_size <= self.vocab_size:
+            return library.LLTokenizer(serialised, n_vocab=self.vocab_size, eos_token=self._eos)
+        wrapper = library.TokenizerWrapper(_PlainVocabulary(tokenizer, self.vocab_size, self._eos))
+        return library.LLTokenizer(wrapper, n_vocab=self.vocab_size, eos_token=self._eos)
+
+
+class _PlainVocabulary:
+    """A tokenizer of another library, in the shape that llguidance asks for."""
+
+    def __init__(self, tokenizer: Vocabulary, vocab_size: int, eos: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = eos[0]
+        self.bos_token_id = tokenizer.bos_token_id
+        self.special_token_ids = sorted(
+            token for token in {*tokenizer.special_ids, *eos} if token < vocab_size
+        )
+        special = set(self.special_token_ids)
+        known = min(vocab_size, tokenizer.vocab_size)
+        self.tokens = [
+            tokenizer.token_bytes(token) if token not in special else b"<|special|>"
+            for token in range(known)
+        ] + [b""] * (vocab_size - known)
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("text is wanted, not bytes")
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_size(constraint: Constraint) -> None:
+    text, param = constraint.text, constraint.param
+    most = _MAX_PATTERN if constraint.kind in ("regex", "grammar") else _MAX_TEXT
+    if len(text) > most:
+        raise RequestError(f"{param} has {len(text)} characters: at most {most} are taken", param)
+    if constraint.kind == "json_schema":
+        nodes, left = 0, [json.loads(text)]
+        while left:
+            value = left.pop()
+            nodes += 1
+            if isinstance(value, dict):
+                left += value.values()
+            elif isinstance(value, list):
+                left += value
+        if nodes > _MAX_SCHEMA_NODES:
+            raise RequestError(
+                f"{param} has {nodes} values: at most {_MAX_SCHEMA_NODES} are taken", param
+            )
+
+
+def _grammar(library: Any, constraint: Constraint) -> str:
+    """llguidance's form of a constraint.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    text = constraint.text
+    match constraint.kind:
+        case "json_schema":
+            options = {"whitespace_pattern": _WHITE_SPACE}
+            found = library.LLMatcher.grammar_from_json_schema(text, overrides=options)
+        case "regex":
+            found = library.LLMatcher.grammar_from_regex(text)
+        case "lark":
+            found = library.LLMatcher.grammar_from_lark(text)
+        case kind:
+            found = library.grammar_from(kind, text)
+    return str(found)
+
+
+def _refusal(constraint: Constraint, reason: str) -> RequestError:
+    told = " ".join(reason.replace("<non-verbose/>", "").split())
+    if "NoExtension" in told:
+        told = "no text satisfies it"
+    return RequestError(f"{constraint.param} can't be used: {told[:300]}", constraint.param)
