@@ -4,9 +4,11 @@ from collections.abc import AsyncIterator
 
 from msgspec import UNSET, UnsetType
 
+from halyard.api.answer_reader import AnswerReader, Piece, ReadingRules
 from halyard.api.deps import FINGERPRINT, now
 from halyard.api.generation import Generation
 from halyard.api.schemas.chat import (
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -15,10 +17,13 @@ from halyard.api.schemas.chat import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    ToolCall,
+    ToolCallDelta,
 )
 from halyard.api.schemas.common import CompletionUsage, TokenDistribution
 from halyard.api.sse import DONE, event
 from halyard.api.tokens import TokenWriter
+from halyard.api.tool_reader import CallPiece
 from halyard.runtime.outputs import CompletionDelta
 
 __all__ = ["ChatAnswers"]
@@ -33,16 +38,18 @@ class ChatAnswers:
         request: ChatCompletionRequest,
         model: str,
         writer: TokenWriter,
+        rules: ReadingRules | None = None,
     ) -> None:
         self._generation = generation
         self._request = request
+        self._rules = rules or ReadingRules()
         self._model = model
         self._writer = writer
         self._created = now()
 
     async def whole(self) -> ChatCompletion:
         generation, request = self._generation, self._request
-        parts = [_Parts() for _ in range(generation.params.n)]
+        parts = [_Parts(AnswerReader(self._rules)) for _ in range(generation.params.n)]
         prompt_logprobs: list[dict[str, TokenDistribution] | None] | UnsetType = UNSET
         async for _, delta in generation.deltas():
             if delta.prompt_logprobs is not None:
@@ -70,15 +77,18 @@ class ChatAnswers:
         wants_usage = options is not None and bool(options.include_usage)
         always = options is not None and bool(options.continuous_usage_stats)
         started: set[int] = set()
+        readers = [AnswerReader(self._rules) for _ in range(generation.params.n)]
         async for _, delta in generation.deltas():
             choices = []
             for new in delta.completions:
                 first = new.index not in started
                 started.add(new.index)
-                if not (first or new.text or new.finish_reason or new.logprobs
+                reader = readers[new.index]
+                piece = reader.push(new.text, new.finish_reason is not None)
+                if not (first or piece or new.finish_reason or new.logprobs
                         or request.return_token_ids):  # fmt: skip
-                    continue  # the text is held back until a character or stop string is decided
-                choices.append(self._chunk_choice(new, first))
+                    continue  # the text is held back until it is certain what it is
+                choices.append(self._chunk_choice(new, first, piece, reader.has_calls))
             if choices:
                 usage = generation.usage() if always else (None if wants_usage else UNSET)
                 yield event(self._chunk(choices, usage))
@@ -86,14 +96,19 @@ class ChatAnswers:
             yield event(self._chunk([], generation.usage()))
         yield DONE
 
-    def _chunk_choice(self, new: CompletionDelta, first: bool) -> ChatChunkChoice:
+    def _chunk_choice(
+        self, new: CompletionDelta, first: bool, piece: Piece, has_calls: bool
+    ) -> ChatChunkChoice:
+        only_content = not (piece.thought or piece.calls)
         return ChatChunkChoice(
             index=new.index,
             delta=ChatDelta(
                 role="assistant" if first else UNSET,
-                content=new.text if new.text or first else UNSET,
+                content=piece.content if piece.content or (first and only_content) else UNSET,
+                reasoning_content=piece.thought or UNSET,
+                tool_calls=[_call_delta(call) for call in piece.calls] or UNSET,
             ),
-            finish_reason=new.finish_reason,
+            finish_reason=_reason(new.finish_reason, has_calls),
             logprobs=self._logprobs(new),
             stop_reason=UNSET if new.stop_reason is None else new.stop_reason,
             token_ids=list(new.token_ids) if self._request.return_token_ids else UNSET,
@@ -115,18 +130,39 @@ class ChatAnswers:
         return None if new.logprobs is None else self._writer.chat(new.logprobs)
 
 
+def _call_delta(call: CallPiece) -> ToolCallDelta:
+    if call.call_id is None:
+        return ToolCallDelta(call.index, CalledFunction(call.arguments))
+    function = CalledFunction(call.arguments, call.name or "")
+    return ToolCallDelta(call.index, function, call.call_id, "function")
+
+
+def _reason(reason: str | None, has_calls: bool) -> str | None:
+    """An answer that ends with calls says so."""
+    return "tool_calls" if reason == "stop" and has_calls else reason
+
+
 class _Parts:
     """One answer as it grows."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: AnswerReader) -> None:
+        self._reader = reader
+        self._thoughts: list[str] = []
         self._texts: list[str] = []
+        self._calls: list[tuple[str, str, list[str]]] = []  # id, name, pieces of arguments
         self._token_ids: list[int] = []
         self._logprobs: ChatLogprobs | None = None
         self._finish_reason: str | None = None
         self._stop_reason: int | str | None = None
 
     def add(self, new: CompletionDelta, logprobs: ChatLogprobs | None) -> None:
-        self._texts.append(new.text)
+        piece = self._reader.push(new.text, new.finish_reason is not None)
+        self._thoughts.append(piece.thought)
+        self._texts.append(piece.content)
+        for call in piece.calls:
+            if call.call_id is not None:
+                self._calls.append((call.call_id, call.name or "", []))
+            self._calls[-1][2].append(call.arguments)
         self._token_ids.extend(new.token_ids)
         if logprobs is not None:
             if self._logprobs is None:
@@ -136,10 +172,19 @@ class _Parts:
             self._finish_reason, self._stop_reason = new.finish_reason, new.stop_reason
 
     def choice(self, index: int, with_token_ids: bool) -> ChatChoice:
+        content, thought = "".join(self._texts), "".join(self._thoughts)
+        calls = [
+            ToolCall(call_id, CalledFunction("".join(arguments), name))
+            for call_id, name, arguments in self._calls
+        ]
         return ChatChoice(
             index=index,
-            message=ChatMessage("".join(self._texts)),
-            finish_reason=self._finish_reason,
+            message=ChatMessage(
+                content if content or not (calls or thought) else None,
+                reasoning_content=thought or UNSET,
+                tool_calls=calls or UNSET,
+            ),
+            finish_reason=_reason(self._finish_reason, bool(calls)),
             logprobs=self._logprobs,
             stop_reason=self._stop_reason,
             token_ids=self._token_ids if with_token_ids else UNSET,

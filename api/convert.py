@@ -6,9 +6,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from halyard.api.chat_tools import ChatTools, plain_calls
 from halyard.api.schemas.chat import ChatCompletionRequest, InputMessage
 from halyard.api.schemas.common import SamplingFields
 from halyard.api.schemas.completions import CompletionRequest
+from halyard.api.structured import constraint_of
 from halyard.hal.errors import RequestError
 from halyard.models.tokenizer import Tokenizer
 from halyard.runtime.request import MAX_LOGPROBS, SamplingParams
@@ -27,11 +29,6 @@ T = TypeVar("T", bound=msgspec.Struct)
 _SHORT_TEXT = 2000
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _UNSUPPORTED = (
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
     "use_beam_search",
     "bad_words",
     "allowed_token_ids",
@@ -41,7 +38,7 @@ _UNSUPPORTED = (
 )
 _RESERVED_TEMPLATE_OPTIONS = (
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages",
-    "return_dict", "return_tensors", "self", "tokenize",
+    "return_dict", "return_tensors", "self", "tokenize", "tools",
 )  # fmt: skip
 _UNSUPPORTED_IN_CHAT = ("audio", "web_search_options", "documents", "chat_template")
 
@@ -92,14 +89,8 @@ def chat_params(request: ChatCompletionRequest) -> SamplingParams:
     for name in _UNSUPPORTED_IN_CHAT:
         if getattr(request, name):
             raise RequestError(f"{name} is not supported: leave it out", name)
-    if request.tools and request.tool_choice != "none":
-        raise RequestError(
-            'tools are not supported: leave them out or set tool_choice to "none"', "tools"
-        )
-    if request.tool_choice not in (None, "none", "auto"):
-        raise RequestError("tool_choice is not supported: leave it out", "tool_choice")
     if request.functions and request.function_call != "none":
-        raise RequestError("functions are not supported: leave them out", "functions")
+        raise RequestError("functions are not supported: give them as tools", "functions")
     if request.modalities is not None and request.modalities != ["text"]:
         raise RequestError('modalities must be ["text"]: this model writes text', "modalities")
     if request.top_logprobs is not None and not request.logprobs:
@@ -127,12 +118,6 @@ def _refuse_unsupported(request: SamplingFields) -> None:
             raise RequestError(f"{name} is not supported: leave it out", name)
     if request.length_penalty not in (None, 1.0):
         raise RequestError("length_penalty is not supported: leave it out", "length_penalty")
-    kind = (request.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise RequestError(
-            f"response_format {kind!r} is not supported: leave it out or ask for text",
-            "response_format",
-        )
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise RequestError("best_of other than n is not supported: set n instead", "best_of")
     if request.stream_options is not None and not request.stream:
@@ -161,6 +146,7 @@ def _params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         logit_bias=_logit_bias(request.logit_bias),
+        guided=constraint_of(request),
     )
 
 
@@ -206,7 +192,9 @@ async def completion_prompts(
     return await asyncio.to_thread(encode)
 
 
-async def chat_prompt(request: ChatCompletionRequest, tokenizer: Tokenizer | None) -> list[int]:
+async def chat_prompt(
+    request: ChatCompletionRequest, tokenizer: Tokenizer | None, tools: ChatTools | None = None
+) -> list[int]:
     """Token ids of a conversation, by the checkpoint's template.
 
     Raises:
@@ -216,14 +204,17 @@ async def chat_prompt(request: ChatCompletionRequest, tokenizer: Tokenizer | Non
         raise RequestError(
             "this checkpoint has no tokenizer: use /v1/completions with token ids", "messages"
         )
+    knows_developer = "developer" in getattr(tokenizer, "chat_template", "")
     messages = [
-        _plain_message(message, f"messages[{index}]")
+        _plain_message(message, f"messages[{index}]", knows_developer)
         for index, message in enumerate(request.messages)
     ]
     options = dict(request.chat_template_kwargs or {})
     for name in _RESERVED_TEMPLATE_OPTIONS:
         if name in options:
             raise RequestError(f"chat_template_kwargs can't set {name}", "chat_template_kwargs")
+    if tools is not None:
+        options["tools"] = tools.shown
     if request.reasoning_effort is not None:
         options.setdefault("reasoning_effort", request.reasoning_effort)
     generation = request.add_generation_prompt
@@ -241,7 +232,7 @@ async def chat_prompt(request: ChatCompletionRequest, tokenizer: Tokenizer | Non
     )
 
 
-def _plain_message(message: InputMessage, where: str) -> dict[str, Any]:
+def _plain_message(message: InputMessage, where: str, knows_developer: bool) -> dict[str, Any]:
     if message.role not in _ROLES:
         raise RequestError(f"role must be one of {', '.join(_ROLES)}, got {message.role!r}",
                            f"{where}.role")  # fmt: skip
@@ -258,9 +249,14 @@ def _plain_message(message: InputMessage, where: str) -> dict[str, Any]:
         content = "\n".join(texts)
     if content is None and message.role != "assistant":
         raise RequestError(f"a {message.role} message needs content", f"{where}.content")
-    plain: dict[str, Any] = {"role": message.role, "content": content or ""}
-    for name in ("name", "reasoning_content", "tool_call_id", "tool_calls"):
+    role = message.role
+    if role == "developer" and not knows_developer:
+        role = "system"  # the same under its older name
+    plain: dict[str, Any] = {"role": role, "content": content or ""}
+    for name in ("name", "reasoning_content", "tool_call_id"):
         value = getattr(message, name)
         if value is not None:
             plain[name] = value
+    if message.tool_calls:
+        plain["tool_calls"] = plain_calls(message.tool_calls, f"{where}.tool_calls")
     return plain

@@ -7,9 +7,9 @@ from litestar.openapi import ResponseSpec
 from litestar.types import ASGIApp
 
 from halyard.api.chat_answers import ChatAnswers
-from halyard.api.convert import chat_params, chat_prompt, decode_body
-from halyard.api.deps import error_observer, host_of, new_id
-from halyard.api.generation import Generation
+from halyard.api.chat_run import plan_chat, start_chat
+from halyard.api.convert import decode_body
+from halyard.api.deps import error_observer, host_of
 from halyard.api.openapi import body_of
 from halyard.api.schemas.chat import ChatCompletion, ChatCompletionRequest
 from halyard.api.schemas.common import ErrorEnvelope
@@ -39,17 +39,9 @@ class ChatController(Controller):
         asked = decode_body(await request.body(), ChatCompletionRequest)
         client = host.client
         model = host.check_model(asked.model)
-        params = chat_params(asked)
-        prompt = await chat_prompt(asked, client.tokenizer)
-        generation = Generation(
-            client,
-            new_id("chatcmpl"),
-            [prompt],
-            params,
-            priority=asked.priority,
-            cache_salt=asked.cache_salt,
-        )
-        answers = ChatAnswers(generation, asked, model, TokenWriter(client.tokenizer))
+        plan = await plan_chat(client, asked)
+        generation = start_chat(client, asked, plan)
+        answers = ChatAnswers(generation, asked, model, TokenWriter(client.tokenizer), plan.rules)
         observe = error_observer(host, request)
         if asked.stream:
             return EventStream(answers.events(), generation.cancel, observe)

@@ -40,6 +40,7 @@ class CompletionController(Controller):
         model = host.check_model(asked.model)
         params = completion_params(asked)
         prompts = await completion_prompts(asked, client.tokenizer)
+        await client.prepare(params)
         generation = Generation(
             client,
             new_id("cmpl"),

@@ -7,6 +7,7 @@ import msgspec
 from halyard.api.schemas.common import CompletionUsage, SamplingFields, TokenDistribution
 
 __all__ = [
+    "CalledFunction",
     "ChatChoice",
     "ChatChunk",
     "ChatChunkChoice",
@@ -18,6 +19,8 @@ __all__ = [
     "ChatTokenLogprob",
     "ContentPart",
     "InputMessage",
+    "ToolCall",
+    "ToolCallDelta",
     "TopLogprob",
 ]
 
@@ -90,12 +93,38 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    """A function and its arguments as JSON text; in streams a piece of it."""
+
+    arguments: str
+    name: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that the model asks for."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """News about a call: its id and name come once, its arguments in pieces."""
+
+    index: int
+    function: CalledFunction
+    id: str | msgspec.UnsetType = msgspec.UNSET
+    type: str | msgspec.UnsetType = msgspec.UNSET
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
     """The answer."""
 
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -128,6 +157,8 @@ class ChatDelta(msgspec.Struct, frozen=True):
 
     role: str | msgspec.UnsetType = msgspec.UNSET  # on the first chunk of an answer
     content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCallDelta] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):

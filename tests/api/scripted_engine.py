@@ -15,7 +15,7 @@ from halyard.runtime.kv_manager import KVCounters
 from halyard.runtime.metrics import Metrics
 from halyard.runtime.plan import TokenEvent, TokenLogprob
 from halyard.runtime.request import Request
-from halyard.runtime.scheduler import SchedulerStats
+from halyard.runtime.stats import SchedulerStats
 
 EOS = 0
 
@@ -27,6 +27,12 @@ class LetterTokenizer:
     eos_token_ids = (EOS,)
     bos_token_id = None
     has_chat_template = True
+    special_ids = frozenset({EOS})
+    serialised = None
+
+    def __init__(self, chat_template: str = "letters") -> None:
+        self.chat_template = chat_template
+        self.options: dict[str, Any] = {}  # of the last conversation
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(char) for char in text]
@@ -48,6 +54,7 @@ class LetterTokenizer:
     ) -> list[int]:
         if not messages:
             raise RequestError("messages is empty: give at least one", "messages")
+        self.options = options
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         return self.encode(text + ("assistant: " if add_generation_prompt else ""))
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import Served
 from scripted_engine import ScriptedEngine
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -71,7 +72,15 @@ def test_bad_completions_name_the_field(served: Served, body: Any, param: str) -
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages[0].content[0]",
         ),
-        ({"messages": HI, "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": HI, "tools": [{"type": "function"}]}, "tools[0]"),
+        ({"messages": HI, "tools": [TOOL]}, "tools"),  # the template knows none
+        ({"messages": HI, "tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"messages": HI, "response_format": {"type": "yaml"}}, "response_format"),
+        ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format"),
+        ({"messages": HI, "structured_outputs": {"yaml": 1}}, "structured_outputs.yaml"),
+        ({"messages": HI, "structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
+        ({"messages": HI, "guided_choice": []}, "guided_choice"),
+        ({"messages": HI, "guided_json": "{"}, "guided_json"),
         ({"messages": HI, "tool_choice": "required"}, "tool_choice"),
         ({"messages": HI, "top_logprobs": 2}, "top_logprobs"),
         ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
