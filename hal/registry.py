@@ -33,6 +33,7 @@ _BUILT_IN: dict[Axis, dict[str, str]] = {
         "null": "halyard.compiler.graphs.null:NullCompiler",
         "eager": "halyard.compiler.graphs.eager:EagerCompiler",
         "inductor": "halyard.compiler.graphs.inductor:InductorCompiler",
+        "onnxruntime": "halyard.compiler.graphs.onnxruntime:OnnxRuntimeCompiler",
     },
 }
 
