@@ -15,7 +15,7 @@ from halyard.hal.dtypes import dtype_name
 from halyard.hal.errors import ModelError
 from halyard.hal.types import WeightInfo
 
-__all__ = ["TracedModel", "trace"]
+__all__ = ["TracedModel", "retarget", "trace"]
 
 INPUT_NAMES = ("input_ids", "positions", "logit_indices")
 
@@ -75,7 +75,7 @@ def trace(
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{name} can't be traced: {reason}") from error
     module = exported.graph_module
-    _retarget(module, device)
+    retarget(module, device)
     _check_attention(module, name, num_layers)
 
     weights: dict[str, WeightInfo] = {}
@@ -117,7 +117,7 @@ def trace(
     return TracedModel(module, weights, values)
 
 
-def _retarget(module: fx.GraphModule, device: torch.device) -> None:
+def retarget(module: fx.GraphModule, device: torch.device) -> None:
     """Turn a graph over meta tensors into one over tensors on `device`."""
 
     def move(value: object) -> object:

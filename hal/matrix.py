@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, get_args
 import yaml
 
 from halyard.hal.errors import ConfigError
-from halyard.hal.registry import Axis, part_names
+from halyard.hal.registry import Axis, load_part, part_names
 from halyard.hal.types import DType
 
 __all__ = ["STATUSES", "BackendRow", "Matrix", "load_matrix"]
@@ -54,13 +55,35 @@ class Matrix:
     pools: tuple[dict[str, Any], ...]  # groups of nodes of a cluster
 
     def row(self, name: str) -> BackendRow:
+        """The row of that name; "device:kernels:graph" makes one of parts that have none.
+
+        Raises:
+            ConfigError: no such row, or no such part.
+        """
         for row in self.rows:
             if row.name == name:
                 return row
+        if name.count(":") == 2:
+            return _row_of_parts(name)
+        names = [row.name for row in self.rows]
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(
-            f"no backend {name!r} in {self.path.name}: "
-            f"known are {', '.join(row.name for row in self.rows)}"
+            f"no backend {name!r}: {hint}known are {', '.join(names)}; or give device:kernels:graph"
         )
+
+
+def _row_of_parts(name: str) -> BackendRow:
+    """Parts that no row of the file names, an out-of-tree kernel set say, as a backend."""
+    device, kernels, graph = name.split(":")
+    for axis, part in (("devices", device), ("kernels", kernels), ("graphs", graph)):
+        if part not in part_names(axis):  # type: ignore[arg-type]
+            known = ", ".join(part_names(axis))  # type: ignore[arg-type]
+            raise ConfigError(f"backend {name!r}: no {axis} part {part!r} (known: {known})")
+    dtypes = load_part("kernels", kernels).capabilities.dtypes
+    return BackendRow(
+        name, device, kernels, graph, dtypes, dtypes, "untested", "parts named by hand"
+    )
 
 
 def default_path() -> Path:

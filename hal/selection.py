@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
-from halyard.hal.errors import BackendUnavailableError, ConfigError
+from halyard.hal.errors import BackendUnavailableError
 from halyard.hal.matrix import BackendRow, Matrix
 from halyard.hal.registry import load_part, part_problem, probe_device, probe_part
 from halyard.hal.types import DeviceInfo, DType, Requirements
@@ -86,11 +85,6 @@ def select_backend(
         ConfigError: no such backend.
         BackendUnavailableError: it, or every one, can't run; the text holds all reasons.
     """
-    if requested is not None and requested not in {row.name for row in matrix.rows}:
-        names = [row.name for row in matrix.rows]
-        close = difflib.get_close_matches(requested, names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"no backend {requested!r}: {hint}known are {', '.join(names)}")
     order = [matrix.row(requested)] if requested else [matrix.row(name) for name in matrix.select]
     chosen: tuple[BackendReport, DType, str] | None = None
     rejected: list[BackendReport] = []

@@ -11,9 +11,11 @@ from halyard.runtime.request import Request
 
 if TYPE_CHECKING:
     from halyard.runtime.executor import Executor
+    from halyard.runtime.handoff import MovingSequence
     from halyard.runtime.intake import Intake
     from halyard.runtime.metrics import Metrics
-    from halyard.runtime.scheduler import Scheduler, SchedulerStats
+    from halyard.runtime.scheduler import Scheduler
+    from halyard.runtime.stats import SchedulerStats
 
 __all__ = ["Engine", "EngineStats"]
 
@@ -66,6 +68,25 @@ class Engine:
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Give up a request, or one of its answers. No event follows. False if it isn't known."""
         return self.scheduler.abort(request_id, index)
+
+    def detach(self, request_id: str) -> MovingSequence:
+        """Stop a running request and take it out, with its KV, for another engine to go on with.
+
+        No event follows. The sequence may go to any engine of the same model: another backend,
+        another block size.
+
+        Raises:
+            RequestError: it isn't here, or has several answers.
+        """
+        from halyard.runtime.handoff import take
+
+        return take(self.scheduler, self.executor, request_id)
+
+    def attach(self, moving: MovingSequence) -> bool:
+        """Go on with a detached request. False: no room for its KV now, so it is computed again."""
+        from halyard.runtime.handoff import give
+
+        return give(self.scheduler, self.executor, moving)
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 
+from halyard.hal.errors import RequestError
 from halyard.runtime.config import SchedulerConfig
-from halyard.runtime.kv_manager import KVCounters, KVManager
+from halyard.runtime.kv_manager import KVManager
 from halyard.runtime.plan import (
-    FinishReason,
     PlanRow,
     StepOutput,
     StepPlan,
@@ -24,29 +24,11 @@ from halyard.runtime.plan import (
 )
 from halyard.runtime.request import Request
 from halyard.runtime.sequence import Sequence, SequenceStatus
+from halyard.runtime.stats import SchedulerStats
 
-__all__ = ["Scheduler", "SchedulerStats"]
+__all__ = ["Scheduler"]
 
 _ORDER = attrgetter("order")
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Queues and memory at one moment, and totals since the start."""
-
-    num_running: int
-    num_waiting: int  # swapped ones not included
-    num_swapped: int
-    blocks_total: int
-    blocks_used: int  # referenced by sequences
-    blocks_cached: int  # free, but findable by the prefix cache
-    host_blocks_total: int
-    host_blocks_used: int
-    host_blocks_cached: int
-    kv_waste: float  # share of slots in used blocks that hold no token, averaged over all steps
-    preemptions_swap: int
-    preemptions_recompute: int
-    counters: KVCounters  # a copy
 
 
 class Scheduler:
@@ -108,6 +90,60 @@ class Scheduler:
         for sequence in chosen:
             self._remove(sequence)
         return bool(chosen)
+
+    def detach(self, request_id: str) -> Sequence:
+        """Let go of a request's only sequence, between steps, for another engine to go on with.
+
+        It keeps its blocks until the caller releases them (`kv.release`) or adopts it again.
+
+        Raises:
+            RequestError: no such request, or it has several answers.
+        """
+        sequences = self._by_request.get(request_id, [])
+        if len(sequences) != 1 or sequences[0].num_forks:
+            what = "is not running here" if not sequences else "has several answers"
+            raise RequestError(f"request {request_id} {what}: it can't be moved")
+        (sequence,) = sequences
+        if self._plan is not None:
+            raise AssertionError("a sequence is detached between steps only")
+        queue = {
+            SequenceStatus.RUNNING: self._running,
+            SequenceStatus.WAITING: self._waiting,
+            SequenceStatus.SWAPPED: self._swapped,
+        }[sequence.status]
+        queue.remove(sequence)
+        self._forget_progress(sequence)
+        del self._by_request[request_id]
+        return sequence
+
+    def adopt(self, sequence: Sequence) -> bool:
+        """Go on with a sequence that another engine detached: tokens, no blocks.
+
+        True: it runs, and has blocks for the tokens it had computed, which the caller fills before
+        the next step. False: there is no room for that now; it waits and computes them again.
+        """
+        request = sequence.request
+        if request.request_id in self._by_request:
+            raise AssertionError(f"request id {request.request_id} is in use")
+        if sequence.num_prompt_tokens + request.max_tokens > self.config.max_model_len:
+            raise RequestError(
+                f"request {request.request_id} may grow to "
+                f"{sequence.num_prompt_tokens + request.max_tokens} tokens, here are at most "
+                f"{self.config.max_model_len}"
+            )
+        sequence.seq_id = next(self._sequence_ids)
+        self._by_request[request.request_id] = [sequence]
+        size = self.config.block_size
+        computed, sequence.num_computed_tokens = sequence.num_computed_tokens, 0
+        needed = -(-computed // size)
+        if 0 < needed <= self.kv.device.num_free and self._has_seat(sequence):
+            self.kv.grow(sequence, computed)
+            sequence.num_computed_tokens = computed
+            self._start(sequence)
+            return True
+        sequence.status = SequenceStatus.WAITING
+        insort(self._waiting, sequence, key=_ORDER)
+        return False
 
     def reset(self) -> None:
         """Give up all requests and forget all prefixes: for when a step broke off half-way.
@@ -355,7 +391,7 @@ class Scheduler:
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenEvent:
         request = sequence.request
         sequence.token_ids.append(token)
-        reason, stop = self._finish_reason(sequence, token)
+        reason, stop = sequence.finish_reason(token)
         prompt_logprobs = None
         if not sequence.prompt_logprobs_sent:
             sequence.prompt_logprobs_sent = True
@@ -371,20 +407,6 @@ class Scheduler:
             stop,
             sequence.num_cached_tokens,
         )
-
-    def _finish_reason(
-        self, sequence: Sequence, token: int
-    ) -> tuple[FinishReason | None, int | None]:
-        request = sequence.request
-        count = len(sequence.token_ids) - sequence.num_prompt_tokens
-        ends = token in request.eos_token_ids
-        stops = token in request.stop_token_ids
-        if (ends or stops) and count >= request.params.min_tokens:
-            if ends and not request.params.ignore_eos:
-                return "stop", None
-            if stops:
-                return "stop", token
-        return ("length", None) if count >= request.max_tokens else (None, None)
 
     # -- bookkeeping --------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
-from halyard.runtime.plan import TokenLogprob
+from halyard.runtime.plan import FinishReason, TokenLogprob
 from halyard.runtime.request import Request
 
 __all__ = ["Sequence", "SequenceStatus"]
@@ -58,3 +58,16 @@ class Sequence:
     @property
     def num_answer_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def finish_reason(self, token: int) -> tuple[FinishReason | None, int | None]:
+        """Does the answer end with `token`, its last one? (why, the stop token that ended it)."""
+        request = self.request
+        count = self.num_answer_tokens
+        ends = token in request.eos_token_ids
+        stops = token in request.stop_token_ids
+        if (ends or stops) and count >= request.params.min_tokens:
+            if ends and not request.params.ignore_eos:
+                return "stop", None
+            if stops:
+                return "stop", token
+        return ("length", None) if count >= request.max_tokens else (None, None)

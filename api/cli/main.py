@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": ("plan", "what would run, on what, with how much memory, and why"),
     "devices": ("devices", "what hardware is here and which backends can use it"),
     "bench": ("bench", "measure a model"),
+    "conformance": ("conformance", "prove a backend, or find where two part"),
 }
 
 

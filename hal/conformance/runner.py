@@ -1,0 +1,144 @@
+"""Runs a backend's cases in worker processes: one that crashes or hangs costs one red cell.
+
+A worker runs cases one after another. When it dies, the case it was in has crashed; when a case
+takes longer than it may, the worker is killed and the case has hung. The rest goes on in a new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from halyard.hal.conformance.backend import BackendUnderTest
+from halyard.hal.conformance.case import Case
+
+__all__ = ["run_cases"]
+
+_START_SECONDS = 120.0  # for a worker to import and open its device
+Result = dict[str, Any]
+
+
+def run_cases(
+    backend: BackendUnderTest,
+    cases: Sequence[Case],
+    tell: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Results in the order of the cases; `tell` is called with each as it comes."""
+    results: dict[str, Result] = {}
+
+    def keep(result: Result) -> None:
+        results[result["id"]] = result
+        tell(result)
+
+    waiting: list[Case] = []
+    for case in cases:
+        reasons = case.unclaimed(backend)
+        if reasons:
+            keep(_plain(case, "not_claimed", "; ".join(reasons)))
+        else:
+            waiting.append(case)
+    while waiting:
+        waiting = _run_worker(backend, waiting, keep)
+    return [results[case.id] for case in cases]
+
+
+def _plain(case: Case, status: str, message: str, detail: str = "", seconds: float = 0.0) -> Result:
+    return {
+        "id": case.id, "status": status, "seconds": round(seconds, 4), "error": None,
+        "limit": None, "message": message, "detail": detail, "notes": {},
+    }  # fmt: skip
+
+
+def _run_worker(
+    backend: BackendUnderTest, cases: list[Case], keep: Callable[[Result], None]
+) -> list[Case]:
+    """Run as many of the cases as one worker lives for; those that are left."""
+    read_end, write_end = os.pipe()
+    with tempfile.TemporaryFile() as noise:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "halyard.hal.conformance.worker", str(write_end)],
+            stdin=subprocess.PIPE,
+            stdout=noise,
+            stderr=subprocess.STDOUT,
+            pass_fds=(write_end,),
+            env=_environment(),
+        )
+        os.close(write_end)
+        job = {
+            "backend": backend.name,
+            "matrix": str(backend.matrix) if backend.matrix else "",
+            "cases": [case.id for case in cases],
+        }
+        try:
+            if process.stdin is None:
+                raise AssertionError("the worker has no stdin")
+            try:
+                process.stdin.write(json.dumps(job).encode())
+                process.stdin.close()
+            except BrokenPipeError:  # it died at once: told below, with what it said
+                pass
+            done, cause, seconds = _listen(read_end, process, cases, keep)
+        finally:
+            os.close(read_end)
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        if done == len(cases):
+            return []
+        noise.seek(0)
+        said = noise.read().decode(errors="replace")[-3000:]
+    if cause == "hung":
+        message = f"it took longer than {cases[done].seconds:.0f} s"
+    else:
+        code = process.returncode
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        message = f"the process ended with {how}"
+    keep(_plain(cases[done], cause, message, said, seconds))
+    return cases[done + 1 :]
+
+
+def _environment() -> dict[str, str]:
+    """The worker finds the same package as we do, wherever that came from."""
+    import halyard
+
+    root = str(Path(halyard.__path__[0]).parent)
+    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}
+
+
+def _listen(
+    pipe: int, process: subprocess.Popen[bytes], cases: list[Case], keep: Callable[[Result], None]
+) -> tuple[int, str, float]:
+    """How many cases came to an end, and "crashed" or "hung" for the one after, with its seconds."""
+    done, buffer = 0, b""
+    since, allowed = time.monotonic(), _START_SECONDS
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while done < len(cases):
+            left = since + allowed - time.monotonic()
+            if left <= 0:
+                return done, "hung", time.monotonic() - since
+            if not selector.select(left):
+                continue
+            chunk = os.read(pipe, 1 << 16)
+            if not chunk:
+                process.wait()
+                return done, "crashed", time.monotonic() - since
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                if "start" in message:
+                    since, allowed = time.monotonic(), cases[done].seconds
+                else:
+                    keep(message)
+                    done += 1
+    return done, "", 0.0

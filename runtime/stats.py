@@ -1,0 +1,28 @@
+"""The scheduler at one moment: what metrics, pages and tests read. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halyard.runtime.kv_manager import KVCounters
+
+__all__ = ["SchedulerStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Queues and memory at one moment, and totals since the start."""
+
+    num_running: int
+    num_waiting: int  # swapped ones not included
+    num_swapped: int
+    blocks_total: int
+    blocks_used: int  # referenced by sequences
+    blocks_cached: int  # free, but findable by the prefix cache
+    host_blocks_total: int
+    host_blocks_used: int
+    host_blocks_cached: int
+    kv_waste: float  # share of slots in used blocks that hold no token, averaged over all steps
+    preemptions_swap: int
+    preemptions_recompute: int
+    counters: KVCounters  # a copy

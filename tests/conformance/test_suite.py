@@ -1,0 +1,243 @@
+"""The suite itself: red cells are told apart, a worker's death costs one of them, reports hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halyard.api.cli.main import main
+from halyard.hal.conformance import case as case_module
+from halyard.hal.conformance import results, runner
+from halyard.hal.conformance.backend import find_backend
+from halyard.hal.conformance.case import collect
+from halyard.hal.conformance.evidence import accept, unproven
+from halyard.hal.conformance.levels import LEVELS, MUTANTS, Level
+from halyard.hal.conformance.mutants import MUTATIONS
+from halyard.hal.conformance.page import write_page
+from halyard.hal.errors import ConfigError
+from halyard.hal.matrix import load_matrix
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A level for these tests, importable by the worker: good, wrong, dead, stuck, and unclaimed cells.
+MOODS = """
+import os, time
+from halyard.hal.conformance.case import Case
+from halyard.hal.types import Requirements
+
+def right(context):
+    context.check(0.5, 1.0, "half")
+
+def wrong(context):
+    context.check(2.0, 1.0, "two")
+
+def broken(context):
+    {}["no such key"]
+
+def dead(context):
+    print("last words", flush=True)
+    os.kill(os.getpid(), 11)
+
+def stuck(context):
+    time.sleep(600)
+
+def cases(backend):
+    need = Requirements("float32", "float32", 7777777, 4, 2, 64)
+    return [
+        Case("L3", "right", right, "float32"), Case("L3", "wrong", wrong, "float32"),
+        Case("L3", "broken", broken), Case("L3", "dead", dead),
+        Case("L3", "stuck", stuck, seconds=1.0), Case("L3", "after", right, "float32"),
+        Case("L3", "unclaimed", right, "float32", need),
+    ]
+"""
+
+WORKER = """
+import sys
+from halyard.hal.conformance import case, worker
+from halyard.hal.conformance.levels import Level
+case.LEVELS = (Level("L3", "moods", "moods:cases"),)
+case.MUTANTS = Level("mutants", "none", "moods:cases")
+worker.collect = lambda backend, levels: case._provide(case.LEVELS[0], backend)
+sys.exit(worker.main())
+"""
+
+
+@pytest.fixture
+def moods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Results of the moody cases on the reference backend, workers and all."""
+    (tmp_path / "moods.py").write_text(MOODS)
+    (tmp_path / "moody_worker.py").write_text(WORKER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT / 'pkg'}")
+    backend = find_backend("cpu:reference:eager")
+    cases = case_module._provide(Level("L3", "moods", "moods:cases"), backend)
+    spawn = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        return spawn([command[0], "-m", "moody_worker", command[3]], **options)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", popen)
+    return runner.run_cases(backend, cases)
+
+
+def test_each_way_to_go_wrong_is_one_cell(moods: list[dict[str, Any]]) -> None:
+    status = {result["id"]: result["status"] for result in moods}
+    assert status == {
+        "L3.right[float32]": "passed",
+        "L3.wrong[float32]": "failed",
+        "L3.broken": "failed",
+        "L3.dead": "crashed",
+        "L3.stuck": "hung",
+        "L3.after[float32]": "passed",
+        "L3.unclaimed[float32]": "not_claimed",
+    }
+    told = {result["id"]: result for result in moods}
+    assert told["L3.wrong[float32]"]["message"] == "two: error 2, at most 1 is allowed"
+    assert "KeyError" in told["L3.broken"]["message"]
+    assert "SIGSEGV" in told["L3.dead"]["message"]
+    assert "last words" in told["L3.dead"]["detail"]
+    assert (
+        "head dim 7777777" in told["L3.unclaimed[float32]"]["message"]
+        or (told["L3.unclaimed[float32]"]["message"])
+    )
+
+
+def test_reports_tell_them_apart(moods: list[dict[str, Any]], tmp_path: Path) -> None:
+    backend = find_backend("cpu:reference:eager")
+    report = results.make(backend, moods, levels=[], dtypes=[], seconds=1.0)
+    assert report["summary"]["ok"] is False
+    assert report["summary"]["levels"]["L3"] == {
+        "passed": 2, "failed": 2, "crashed": 1, "hung": 1, "not_claimed": 1,
+    }  # fmt: skip
+    file = results.save(report, tmp_path / "out")
+    assert results.load(file) == json.loads(json.dumps(report))
+    suite = ElementTree.fromstring(results.junit(report)).find("testsuite")
+    assert suite is not None
+    counts = {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": "7", "failures": "2", "errors": "2", "skipped": "1"}
+    page = write_page(tmp_path / "out").read_text()
+    for text in ("1 crashed", "1 hung", "2 failed", "Some claims do not hold", "last words"):
+        assert text in page
+    better = [dict(r, status="passed") if r["id"] == "L3.dead" else r for r in moods]
+    later = results.make(backend, better, levels=[], dtypes=[], seconds=1.0, previous=report)
+    assert later["changes"] == [{"id": "L3.dead", "before": "crashed", "after": "passed"}]
+
+
+def test_a_wrong_claim_is_a_failure() -> None:
+    """Kernels that claim a head dim which they can't do are red there, and nowhere else."""
+    backend = find_backend("cpu:native:eager")
+    assert backend.capabilities is not None
+    from dataclasses import replace
+
+    boastful = replace(backend, capabilities=replace(backend.capabilities, head_dims=None))
+    narrow = [c for c in collect(backend, ("L3",)) if c.id == "L3.head_dim.48[float32]"]
+    assert not narrow[0].unclaimed(boastful)
+    sinks = replace(backend, capabilities=replace(backend.capabilities, sinks=False))
+    told = [c.unclaimed(sinks) for c in collect(backend, ("L3",)) if "sinks.chunked" in c.id]
+    assert told
+    assert all("attention sinks" in reasons for reasons in told)
+
+
+def test_there_are_mutants_of_every_kind() -> None:
+    assert len(MUTATIONS) >= 12
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu:native:eager"])
+def test_the_contract_levels_hold_and_kill_every_mutant(backend: str, tmp_path: Path) -> None:
+    status = main(
+        ["conformance", "run", "--backend", backend, "--level", "L0", "L2", "L3", "mutants",
+         "--report", str(tmp_path)]
+    )  # fmt: skip
+    report = results.load(tmp_path / backend.replace(":", "-") / "results.json")
+    assert status == 0
+    assert report["summary"]["kill_rate"] == 1.0
+    assert report["summary"]["levels"]["L3"]["passed"] > 50
+
+
+def test_pytest_is_another_way_in(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "halyard.hal.conformance.pytest_plugin", "-q",
+         "--pyargs", "halyard.hal.conformance", "--backend", "cpu:reference:eager", "--level", "L0",
+         "-p", "no:cacheprovider"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "pkg"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 passed" in done.stdout
+
+
+def test_status_comes_from_reports(tmp_path: Path, moods: list[dict[str, Any]]) -> None:
+    matrix = tmp_path / "hw_matrix.yaml"
+    matrix.write_text(
+        "# kept\nbackends:\n  - name: mine\n    device: cpu\n    kernels: reference\n"
+        "    graph: eager\n    dtypes: [float32]\n    status: untested\n    role: a row  # kept too\n"
+        "select: [mine]\npools: []\n"
+    )
+    backend = find_backend("mine", matrix)
+    bad = results.save(
+        results.make(backend, moods, levels=[], dtypes=[], seconds=1.0), tmp_path / "bad"
+    )
+    assert accept([bad], matrix)[0].startswith("mine: untested (some claimed cells did not pass")
+    assert load_matrix(matrix).row("mine").status == "untested"
+
+    cells = [f"{level.name}.x[float32]" for level in (*LEVELS, MUTANTS)]
+    good = [moods[0] | {"id": name} for name in cells]
+    report = results.make(backend, good, levels=[], dtypes=[], seconds=1.0)
+    assert unproven(report, backend.row) == []
+    assert accept([results.save(report, tmp_path / "good")], matrix) == ["mine: verified"]
+    row = load_matrix(matrix).row("mine")
+    assert row.status == "verified"
+    assert row.evidence is not None
+    assert row.evidence.is_file()
+    assert "# kept\n" in matrix.read_text()
+    assert "# kept too\n" in matrix.read_text()
+    assert accept([bad], matrix)  # and it can be lost again
+    assert load_matrix(matrix).row("mine").status == "untested"
+    assert matrix.read_text().count("evidence:") == 1
+
+
+def test_every_verified_row_is_backed_by_its_report() -> None:
+    for row in load_matrix(ROOT / "hw_matrix.yaml").rows:
+        if row.evidence is not None and row.status == "verified":
+            assert unproven(results.load(row.evidence), row) == [], row.name
+
+
+def test_parts_can_be_named_by_hand() -> None:
+    assert find_backend("cpu:reference:eager").row.kernels == "reference"
+    with pytest.raises(ConfigError, match="no kernels part 'nonesuch'"):
+        find_backend("cpu:nonesuch:eager")
+
+
+def test_a_slow_case_does_not_hold_the_suite(moods: list[dict[str, Any]]) -> None:
+    stuck = next(result for result in moods if result["id"] == "L3.stuck")
+    assert 1.0 <= stuck["seconds"] < 30.0
+
+
+def test_diff_names_the_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["conformance", "diff", "--backend", "cpu:native:eager", "--token-ids", "5", "9"]) == 0
+    )
+    assert "agree in float32" in capsys.readouterr().out
+
+
+def test_diff_finds_what_was_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halyard.hal.kernels.native.kernels import NativeKernels
+
+    honest = NativeKernels.attend
+
+    def attend(self: Any, q: Any, k: Any, v: Any, pool: Any, layer: Any, batch: Any) -> Any:
+        out = honest(self, q, k, v, pool, layer, batch)
+        return out * 1.5 if layer.index == 3 else out
+
+    monkeypatch.setattr(NativeKernels, "attend", attend)
+    assert main(["conformance", "diff", "--backend", "cpu:native:eager"]) == 1
+    assert "parts from reference at layer 3, attention" in capsys.readouterr().out
