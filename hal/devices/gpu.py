@@ -1,0 +1,154 @@
+"""What CUDA and ROCm devices share: torch's HIP build goes by the name of torch.cuda too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halyard.hal import cpuinfo
+from halyard.hal.contract import CONTRACT_VERSION
+from halyard.hal.dtypes import torch_dtype
+from halyard.hal.errors import BackendUnavailableError, CapacityError
+from halyard.hal.types import DeviceInfo, KVLayout, KVPool, MemoryInfo, Probe
+
+__all__ = ["GpuDevice"]
+
+log = logging.getLogger("halyard.devices")
+
+_gpu: Any = torch.cuda  # its annotations differ between torch releases
+_REGISTER_PORTABLE_MAPPED = 3  # every context sees it, and kernels may address it
+
+
+class GpuDevice:
+    """The first visible GPU (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES). Opened when constructed.
+
+    All work goes to torch's current stream.
+    """
+
+    contract_version = CONTRACT_VERSION
+    info: DeviceInfo
+
+    def __init__(self) -> None:
+        probe = self.probe()
+        if not probe.available or probe.info is None:
+            raise BackendUnavailableError("; ".join(probe.reasons))
+        self.torch_device = torch.device("cuda", 0)
+        try:
+            _gpu.init()
+            properties = _gpu.get_device_properties(0)
+        except RuntimeError as error:
+            told = str(error).splitlines()[0]
+            raise BackendUnavailableError(f"{probe.info.name} can't be opened: {told}") from error
+        _gpu.set_device(0)
+        self.info = replace(
+            probe.info,
+            name=properties.name,
+            memory_bytes=properties.total_memory,
+            num_cores=properties.multi_processor_count,
+            arch=self.arch_of(properties),
+        )
+        self._graph_pool: Any = None  # one for all captured steps
+        self._registered: list[Tensor] = []  # kept until close: freed pages must not stay locked
+        self._closed = False
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """Which GPU is here, found without opening it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def arch_of(properties: object) -> str:
+        """The architecture's name as DeviceInfo has it, from torch's device properties."""
+        raise NotImplementedError
+
+    def memory(self) -> MemoryInfo:
+        free, total = _gpu.mem_get_info(0)
+        # What torch's allocator holds but has given to nobody is free to this process.
+        held = _gpu.memory_reserved(0) - _gpu.memory_allocated(0)
+        return MemoryInfo(total=total, free=min(total, free + held))
+
+    def allocate_kv(self, layout: KVLayout, num_blocks: int, *, host: bool) -> KVPool:
+        size = num_blocks * layout.bytes_per_block
+        free = cpuinfo.memory_available() if host else self.memory().free
+        if size > free:
+            raise CapacityError(self._too_large(num_blocks, size, free, host))
+        shape = (layout.spec.num_layers, num_blocks, *layout.block_shape)
+        dtype = torch_dtype(layout.dtype)
+        if host:
+            data = torch.empty(shape, dtype=dtype)
+            self._pin(data)
+            return KVPool(layout, num_blocks, host, data)
+        try:
+            data = torch.empty(shape, dtype=dtype, device=self.torch_device)
+        except torch.OutOfMemoryError as error:  # free, but not in one piece
+            raise CapacityError(self._too_large(num_blocks, size, free, host)) from error
+        return KVPool(layout, num_blocks, host, data)
+
+    def capture(self, fn: Callable[[], None]) -> Callable[[], None] | None:
+        """`fn` runs once to warm up (compilers, workspaces) and once to be recorded."""
+        current = _gpu.current_stream()
+        stream = _gpu.Stream()
+        stream.wait_stream(current)
+        with _gpu.stream(stream):
+            fn()
+        current.wait_stream(stream)
+        _gpu.synchronize()
+        if self._graph_pool is None:
+            # Replays follow each other on one stream, so graphs may share what they need in between.
+            self._graph_pool = _gpu.graph_pool_handle()
+        graph = _gpu.CUDAGraph()
+        try:
+            with _gpu.graph(graph, pool=self._graph_pool, stream=stream):
+                fn()
+        except RuntimeError as error:  # something in it waits for the device, or can't be recorded
+            log.warning("a step could not be captured: %s", str(error).splitlines()[0])
+            return None
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def synchronize(self) -> None:
+        _gpu.synchronize()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        _gpu.synchronize()
+        for data in self._registered:
+            _gpu.cudart().cudaHostUnregister(data.data_ptr())
+        self._registered.clear()
+        self._graph_pool = None
+        _gpu.empty_cache()
+
+    def _pin(self, data: Tensor) -> None:
+        """Lock the pages in place so that the GPU reads and writes them itself.
+
+        Registered rather than allocated pinned: torch's pinned allocator rounds up to a power of
+        two, which for a swap tier of many GiB may double it.
+        """
+        size = data.numel() * data.element_size()
+        if not size:
+            return
+        runtime = _gpu.cudart()
+        status = runtime.cudaHostRegister(data.data_ptr(), size, _REGISTER_PORTABLE_MAPPED)
+        if int(status):
+            log.warning(
+                "%.1f GiB of host memory could not be pinned (error %d): swaps will be slow; raise "
+                "the locked-memory limit (ulimit -l)", size / 2**30, int(status),
+            )  # fmt: skip
+            return
+        self._registered.append(data)
+
+    def _too_large(self, num_blocks: int, size: int, free: int, host: bool) -> str:
+        where = "host" if host else "GPU"
+        advice = "--host-kv-blocks" if host else "--kv-blocks"
+        return (
+            f"{num_blocks} KV blocks need {size / 2**30:.1f} GiB of {where} memory, but "
+            f"{free / 2**30:.1f} GiB are free: ask for fewer ({advice}) or a shorter "
+            "--max-model-len"
+        )

@@ -1,0 +1,222 @@
+"""From a layer and a batch to launches: which kernel, which tile, how many splits."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halyard.hal.contract import Device
+from halyard.hal.kernels.triton.tiles import Tile, decode_tile, prefill_tile
+from halyard.hal.types import AttentionLayer, StepBatch
+
+__all__ = ["AttentionLauncher", "Shape", "pad"]
+
+LOG2E = 1.4426950408889634
+
+# Mixed batches: below this length a decode row is done sooner than a second launch pays.
+_SEPARATE_DECODE_KEYS = 1024
+
+
+def pad(number: int, least: int = 16) -> int:
+    """The next power of two, at least `least`: sides of matrix tiles."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the compiled variant of a kernel depends on. Each field is a constant of the kernel."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    item_size: int
+    window: bool
+    softcap: bool
+    sinks: bool
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def dim_pad(self) -> int:
+        return pad(self.head_dim)
+
+    def group_tile(self, tile: Tile) -> int:
+        """Heads of a group that one program takes."""
+        return min(self.group, tile.block_m)
+
+    def heads_per_row(self, tile: Tile) -> int:
+        """Programs a row (or a tile of queries) needs: kv heads times tiles of their group."""
+        return self.num_kv_heads * -(-self.group // self.group_tile(tile))
+
+    def constants(self, tile: Tile) -> dict[str, Any]:
+        """The constants that decode and prefill share."""
+        return {
+            "GROUP": self.group,
+            "GROUP_TILE": self.group_tile(tile),
+            "KV_HEADS": self.num_kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "DIM_PAD": self.dim_pad,
+            "BLOCK_SIZE": self.block_size,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "HAS_WINDOW": self.window,
+            "SOFTCAP": self.softcap,
+            "SINKS": self.sinks,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """A shape with its tiles and constants, looked up once."""
+
+    shape: Shape
+    decode: Tile
+    prefill: Tile
+    decode_constants: dict[str, Any]
+    prefill_constants: dict[str, Any]
+
+
+class AttentionLauncher:
+    """Launches writes and attention on one device's current stream; owns the split workspace."""
+
+    def __init__(self, device: Device, num_splits: int | None = None) -> None:
+        self._arch = device.info.arch
+        self._cores = device.info.num_cores
+        self._num_splits = num_splits
+        self._variants: dict[Shape, _Variant] = {}
+        self._workspace: Tensor | None = None
+        self._outgrown: list[Tensor] = []  # captured steps still write to them
+        self._decode = importlib.import_module("halyard.hal.kernels.triton.decode")
+        self._prefill = importlib.import_module("halyard.hal.kernels.triton.prefill")
+        self._write = importlib.import_module("halyard.hal.kernels.triton.write")
+        # Tiles to try instead of the tables' (benchmarks).
+        self.decode_override: Tile | None = None
+        self.prefill_override: Tile | None = None
+
+    def write(self, k: Tensor, v: Tensor, data: Tensor, slot_mapping: Tensor) -> None:
+        """k, v [tokens, kv_heads, dim] to their slots of one layer [blocks, 2, heads, size, dim]."""
+        tokens, heads, dim = k.shape
+        if not tokens:
+            return
+        dim_pad = pad(dim)
+        tile = min(pad(heads, 1), max(1, 4096 // dim_pad))
+        self._write.kv_write_kernel[(tokens, -(-heads // tile))](
+            k, v, data, slot_mapping, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            KV_HEADS=heads, HEAD_DIM=dim, DIM_PAD=dim_pad, BLOCK_SIZE=data.shape[3],
+            HEADS_TILE=tile, num_warps=4,
+        )  # fmt: skip
+
+    def attend(self, q: Tensor, data: Tensor, layer: AttentionLayer, batch: StepBatch) -> Tensor:
+        """Attention of all rows over one layer [blocks, 2, heads, size, dim]; returns the output."""
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if not batch.num_tokens:
+            return out
+        variant = self._variant(layer, q.element_size(), data.shape[3])
+        if batch.max_query_len == 1:
+            self._run_decode(q, data, out, layer, batch, variant)
+            return out
+        # Which rows have one query is known on the device only: each kernel leaves the other's.
+        separate = batch.num_rows > 1 and batch.max_seq_len > _SEPARATE_DECODE_KEYS
+        if separate:
+            self._run_decode(q, data, out, layer, batch, variant)
+        self._run_prefill(q, data, out, layer, batch, variant, separate)
+        return out
+
+    def splits(self, layer: AttentionLayer, batch: StepBatch, variant: _Variant) -> int:
+        """Programs that share a decode row's keys: from shapes alone, never from data."""
+        if self._num_splits is not None:
+            return self._num_splits
+        tile, keys = variant.decode, batch.max_seq_len
+        if layer.window:
+            keys = min(keys, layer.window + tile.block_n)
+        heads = variant.shape.heads_per_row(tile)
+        chosen: int = self._decode.choose_splits(
+            batch.num_rows, heads, keys, tile.block_n, self._cores
+        )
+        return chosen
+
+    def _variant(self, layer: AttentionLayer, item_size: int, block_size: int) -> _Variant:
+        shape = Shape(
+            layer.num_heads, layer.num_kv_heads, layer.head_dim, block_size, item_size,
+            layer.window > 0, layer.softcap > 0, layer.sinks is not None,
+        )  # fmt: skip
+        found = self._variants.get(shape)
+        if found is None:
+            decode = self.decode_override or decode_tile(
+                self._arch, shape.dim_pad, item_size, shape.group
+            )
+            prefill = self.prefill_override or prefill_tile(self._arch, shape.dim_pad, item_size)
+            found = _Variant(
+                shape, decode, prefill, shape.constants(decode), shape.constants(prefill)
+            )
+            self._variants[shape] = found
+        return found
+
+    def _run_decode(
+        self, q: Tensor, data: Tensor, out: Tensor, layer: AttentionLayer, batch: StepBatch,
+        variant: _Variant,
+    ) -> None:  # fmt: skip
+        shape, tile = variant.shape, variant.decode
+        splits = self.splits(layer, batch, variant)
+        sinks = out if layer.sinks is None else layer.sinks
+        partial, lse = out, out
+        if splits > 1:
+            partial, lse = self._take_workspace(batch.num_rows, splits, shape, q.device)
+        grid = (batch.num_rows, shape.heads_per_row(tile), splits)
+        tables = batch.block_tables
+        self._decode.paged_decode_kernel[grid](
+            q, data, out, partial, lse, tables, batch.seq_lens, batch.query_start, sinks,
+            *_scales(layer), layer.window, q.stride(0), q.stride(1), tables.stride(0),
+            **variant.decode_constants, SPLIT=splits > 1,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if splits > 1:
+            self._decode.merge_kernel[(batch.num_rows, shape.num_heads)](
+                out, partial, lse, batch.query_start, sinks, splits,
+                HEADS=shape.num_heads, HEAD_DIM=shape.head_dim, DIM_PAD=shape.dim_pad,
+                SPLITS_PAD=pad(splits, 2), SINKS=shape.sinks, num_warps=4,
+            )  # fmt: skip
+
+    def _run_prefill(
+        self, q: Tensor, data: Tensor, out: Tensor, layer: AttentionLayer, batch: StepBatch,
+        variant: _Variant, skip_single: bool,
+    ) -> None:  # fmt: skip
+        shape, tile = variant.shape, variant.prefill
+        tokens = tile.block_m // shape.group_tile(tile)
+        grid = (batch.num_tokens // tokens + batch.num_rows, shape.heads_per_row(tile))
+        tables = batch.block_tables
+        self._prefill.paged_prefill_kernel[grid](
+            q, data, out, tables, batch.seq_lens, batch.query_start,
+            out if layer.sinks is None else layer.sinks,
+            *_scales(layer), layer.window, batch.num_rows,
+            q.stride(0), q.stride(1), tables.stride(0),
+            **variant.prefill_constants, SKIP_SINGLE=skip_single,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    def _take_workspace(
+        self, rows: int, splits: int, shape: Shape, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """fp32 parts [rows, heads, splits, dim_pad] and their log-sum-exp [rows, heads, splits]."""
+        count = rows * shape.num_heads * splits
+        need = count * (shape.dim_pad + 1)
+        if self._workspace is None or self._workspace.numel() < need:
+            if self._workspace is not None:
+                self._outgrown.append(self._workspace)
+            self._workspace = torch.empty(pad(need), dtype=torch.float32, device=device)
+        parts = count * shape.dim_pad
+        return self._workspace[:parts], self._workspace[parts:need]
+
+
+def _scales(layer: AttentionLayer) -> tuple[float, float]:
+    """What multiplies q.k, and what multiplies tanh of that: scores come out in base 2."""
+    if layer.softcap:
+        return layer.scale / layer.softcap, layer.softcap * LOG2E
+    return layer.scale * LOG2E, 1.0

@@ -1,0 +1,173 @@
+"""Tile sizes by architecture family. No entry may need more shared memory than its architecture has.
+
+`python ci/triton_targets.py` compiles every entry for its target and holds it against LIMITS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halyard.hal.errors import BackendUnavailableError
+
+__all__ = ["SHARED_LIMITS", "Tile", "decode_tile", "family", "prefill_tile"]
+
+_KIB = 1024
+
+# Shared memory (LDS) one program may use, in bytes.
+SHARED_LIMITS: dict[str, int] = {
+    "sm_80": 163 * _KIB,
+    "sm_86": 99 * _KIB,  # also 8.9
+    "sm_90": 227 * _KIB,
+    "sm_100": 227 * _KIB,  # also 10.3
+    "sm_120": 99 * _KIB,
+    "gfx90a": 64 * _KIB,
+    "gfx942": 64 * _KIB,
+    "gfx950": 160 * _KIB,
+    "gfx11": 64 * _KIB,
+    "gfx12": 64 * _KIB,
+    "interpreter": 1 << 40,  # the host's memory: any tile will do
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One kernel's shape: M query rows (tokens x heads of a group) by N keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# By bytes of one padded head (padded head dim x element size), the largest that a row is for.
+_Table = dict[int, Tile]
+
+# Decode is bound by memory: what counts is whole tiles in flight, two programs a multiprocessor.
+_DECODE_LARGE: _Table = {
+    64: Tile(16, 128, 4, 4),
+    128: Tile(16, 128, 4, 3),
+    256: Tile(16, 64, 4, 3),
+    512: Tile(16, 32, 4, 3),
+    1024: Tile(16, 16, 4, 3),
+}
+_DECODE_SMALL: _Table = {  # 99 KiB of shared memory
+    64: Tile(16, 128, 4, 3),
+    128: Tile(16, 64, 4, 3),
+    256: Tile(16, 64, 4, 2),
+    512: Tile(16, 32, 4, 2),
+    1024: Tile(16, 16, 4, 2),
+}
+_DECODE_AMD: _Table = {
+    128: Tile(16, 128, 4, 2),
+    256: Tile(16, 64, 4, 2),
+    512: Tile(16, 32, 4, 2),
+    1024: Tile(16, 16, 4, 2),
+}
+_DECODE_INTERPRETER: _Table = {1024: Tile(16, 64, 4, 1)}
+
+_DECODE: dict[str, _Table] = {
+    "sm_80": _DECODE_LARGE,
+    "sm_86": _DECODE_SMALL,
+    "sm_90": _DECODE_LARGE,
+    "sm_100": _DECODE_LARGE,
+    "sm_120": _DECODE_SMALL,
+    "gfx90a": _DECODE_AMD,
+    "gfx942": _DECODE_AMD,
+    "gfx950": _DECODE_AMD,
+    "gfx11": _DECODE_AMD,
+    "gfx12": _DECODE_AMD,
+    "interpreter": _DECODE_INTERPRETER,
+}
+
+# Prefill is bound by the matrix units: large M, registers for M x head_dim fp32 sums.
+_PREFILL_HOPPER: _Table = {
+    128: Tile(128, 64, 4, 3),
+    256: Tile(128, 64, 8, 3),
+    512: Tile(64, 32, 4, 3),
+}
+_PREFILL_AMPERE: _Table = {
+    128: Tile(128, 64, 4, 3),
+    256: Tile(128, 32, 4, 3),
+    512: Tile(64, 32, 4, 2),
+}
+_PREFILL_SMALL: _Table = {
+    128: Tile(64, 64, 4, 2),
+    256: Tile(64, 32, 4, 2),
+    512: Tile(64, 16, 4, 2),
+}
+_PREFILL_CDNA: _Table = {
+    128: Tile(128, 64, 4, 2),
+    256: Tile(128, 32, 4, 2),
+    512: Tile(64, 32, 4, 2),
+}
+_PREFILL_RDNA: _Table = {
+    128: Tile(64, 32, 4, 2),
+    256: Tile(64, 32, 8, 2),
+    512: Tile(32, 16, 8, 2),
+}
+_PREFILL: dict[str, _Table] = {
+    "sm_80": _PREFILL_AMPERE,
+    "sm_86": _PREFILL_SMALL,
+    "sm_90": _PREFILL_HOPPER,
+    "sm_100": _PREFILL_HOPPER,
+    "sm_120": _PREFILL_SMALL,
+    "gfx90a": _PREFILL_CDNA,
+    "gfx942": _PREFILL_CDNA,
+    "gfx950": _PREFILL_CDNA,
+    "gfx11": _PREFILL_RDNA,
+    "gfx12": _PREFILL_RDNA,
+    "interpreter": {1024: Tile(64, 64, 4, 1)},
+}
+# fp32 has no matrix units at full precision: small tiles, sums in registers.
+_PREFILL_FLOAT32: _Table = {
+    128: Tile(32, 32, 4, 2),
+    256: Tile(32, 32, 4, 2),
+    512: Tile(16, 32, 4, 2),
+    1024: Tile(16, 16, 4, 2),
+}
+
+
+def family(arch: str) -> str:
+    """The key of the tables for an architecture ("sm_90", "gfx1100", "x86_64": the interpreter).
+
+    Raises:
+        BackendUnavailableError: Triton has no matrix instructions, or we no tiles, for it.
+    """
+    if arch.startswith("sm_"):
+        number = int(arch[3:].rstrip("af"))
+        for least, name in ((120, "sm_120"), (100, "sm_100"), (90, "sm_90"), (86, "sm_86"),
+                            (80, "sm_80")):  # fmt: skip
+            if number >= least:
+                return name
+    elif arch in SHARED_LIMITS:
+        return arch
+    elif arch.startswith(("gfx11", "gfx12")):
+        return arch[:5]
+    elif not arch.startswith("gfx"):
+        return "interpreter"
+    raise BackendUnavailableError(
+        f"the triton kernels have no tiles for {arch}: use sm_80 or later, gfx90a, gfx942, gfx950, "
+        "gfx11 or gfx12"
+    )
+
+
+def _row(table: _Table, width: int) -> Tile:
+    return table[min(size for size in table if size >= width)]
+
+
+def decode_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
+    """The tile of the decode kernel; M holds as much of the group of query heads as fits.
+
+    Args:
+        dim_pad: head dim up to the next power of two; item_size: bytes of an element.
+    """
+    tile = _row(_DECODE[family(arch)], dim_pad * item_size)
+    rows = min(max(16, 1 << (group - 1).bit_length()), 64 if dim_pad <= 128 else 32)
+    return Tile(rows, tile.block_n, tile.num_warps, tile.num_stages)
+
+
+def prefill_tile(arch: str, dim_pad: int, item_size: int) -> Tile:
+    """The tile of the prefill kernel."""
+    kind = family(arch)
+    table = _PREFILL_FLOAT32 if item_size == 4 and kind != "interpreter" else _PREFILL[kind]
+    return _row(table, dim_pad * item_size)
