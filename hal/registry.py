@@ -23,11 +23,16 @@ AXES: tuple[Axis, ...] = ("devices", "kernels", "graphs")
 
 # Those in the tree, so that a bare checkout works without being installed.
 _BUILT_IN: dict[Axis, dict[str, str]] = {
-    "devices": {"cpu": "halyard.hal.devices.cpu:CpuDevice"},
+    "devices": {
+        "cpu": "halyard.hal.devices.cpu:CpuDevice",
+        "cuda": "halyard.hal.devices.cuda:CudaDevice",
+        "rocm": "halyard.hal.devices.rocm:RocmDevice",
+    },
     "kernels": {
         "null": "halyard.hal.kernels.null:NullKernels",
         "reference": "halyard.hal.kernels.reference.kernels:ReferenceKernels",
         "native": "halyard.hal.kernels.native.kernels:NativeKernels",
+        "triton": "halyard.hal.kernels.triton.kernels:TritonKernels",
     },
     "graphs": {
         "null": "halyard.compiler.graphs.null:NullCompiler",

@@ -98,7 +98,7 @@ def test_an_installed_distribution_is_found_by_its_metadata(tmp_path, monkeypatc
 
 def test_what_is_built_in_needs_no_installation(plug):
     plug(GOOD)  # hides the entry points of an installed Halyard
-    assert set(registry.part_names("devices")) == {"cpu"}
+    assert set(registry.part_names("devices")) == {"cpu", "cuda", "rocm"}
     assert {"null", "reference", "native"} <= set(registry.part_names("kernels"))
     assert {"null", "eager", "inductor"} <= set(registry.part_names("graphs"))
 
