@@ -55,18 +55,11 @@ class Dialect:
             head, tail = self._body(function["name"])
             rules.append(f"body_{number}: {_quoted(head)} args_{number}{tail}")
             rules.append(f"args_{number}: %json {json.dumps(_compact(schema))}")
+        between = {"hermes": '"\\n"', "llama": '"; "', "mistral": '", "'}.get(self.tools or "", "")
         count = _MOST_CALLS if most is None else most
-        more = count - 1
-        match self.tools:
-            case "hermes":
-                calls = f'call ("\\n" call){{0,{more}}}'
-            case "llama":
-                calls = f'call ("; " call){{0,{more}}}'
-            case "mistral":
-                marker = self._marker("[TOOL_CALLS]")
-                calls = f'{marker} "[" call (", " call){{0,{more}}} "]"'
-            case _:
-                calls = f"call{{1,{count}}}"
+        calls = f"call ({between} call){{0,{count - 1}}}" if count > 1 else "call"
+        if self.tools == "mistral":
+            calls = f'{self._marker("[TOOL_CALLS]")} "[" {calls} "]"'
         return Constraint("lark", _with_thought(calls, rules, thinking), "tools")
 
     def after_thought(self, constraint: Constraint, thinking: bool) -> Constraint:
