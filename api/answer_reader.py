@@ -16,6 +16,7 @@ class ReadingRules:
     dialect: Dialect = field(default_factory=Dialect)
     thinking: bool | None = None  # True: the prompt has opened a thought; None: no thoughts here
     functions: frozenset[str] | None = None  # names that may be called; None: no tools
+    shows_thoughts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class AnswerReader:
         self._thoughts = None
         if rules.thinking is not None:
             self._thoughts = ThoughtSplitter(rules.thinking)
+        self._shows_thoughts = rules.shows_thoughts
         self._tools = None
         if rules.functions is not None:
             self._tools = ToolReader(rules.dialect, rules.functions)
@@ -49,6 +51,7 @@ class AnswerReader:
         thought, content = "", text
         if self._thoughts is not None:
             thought, content = self._thoughts.push(text, final)
+            thought = thought if self._shows_thoughts else ""
         if self._tools is None:
             return Piece(thought, content)
         content, calls = self._tools.push(content, final)

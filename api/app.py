@@ -18,6 +18,7 @@ from halyard.api.controllers.completions import CompletionController
 from halyard.api.controllers.models import ModelController
 from halyard.api.controllers.page import PageController
 from halyard.api.controllers.server import ServerController
+from halyard.api.controllers.tokens import TokenController
 from halyard.api.errors import exception_handler
 from halyard.api.host import EngineHost
 
@@ -52,6 +53,7 @@ def create_app(
             CompletionController,
             ModelController,
             ServerController,
+            TokenController,
             PageController,
         ],
         state=State({"host": host}),

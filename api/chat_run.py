@@ -54,9 +54,9 @@ async def plan_chat(client: Client, request: ChatCompletionRequest) -> ChatPlan:
     if params.guided is not None and thinking is not None and params.guided.kind != "lark":
         params = replace(params, guided=dialect.after_thought(params.guided, thinking))
     await client.prepare(params)
-    return ChatPlan(
-        prompt, params, ReadingRules(dialect, thinking, tools.names if tools is not None else None)
-    )
+    names = tools.names if tools is not None else None
+    rules = ReadingRules(dialect, thinking, names, request.include_reasoning is not False)
+    return ChatPlan(prompt, params, rules)
 
 
 def start_chat(

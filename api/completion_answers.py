@@ -58,7 +58,7 @@ class CompletionAnswers:
             created=self._created,
             model=self._model,
             system_fingerprint=FINGERPRINT,
-            choices=[answer.take() for own in answers for answer in own],
+            choices=[answer.take() for own in answers for answer in self._best(own)],
             usage=self._generation.usage(),
         )
 
@@ -82,6 +82,16 @@ class CompletionAnswers:
         if wants_usage:
             yield event(self._chunk([], self._generation.usage()))
         yield DONE
+
+    def _best(self, answers: "list[_Answer]") -> "list[_Answer]":
+        """The n most likely of best_of answers, renumbered."""
+        n = self._request.n or 1
+        if len(answers) <= n:
+            return answers
+        best = sorted(answers, key=lambda answer: answer.score, reverse=True)[:n]
+        for place, answer in enumerate(best):
+            answer.index = answers[0].index // len(answers) * n + place
+        return best
 
     def _chunk(
         self, choices: list[CompletionChoice], usage: CompletionUsage | UnsetType | None
@@ -127,13 +137,15 @@ class _Answer:
         writer: TokenWriter,
         drop: bool,
     ) -> None:
-        self._index = index
+        self.index = index
         self._prompt = prompt
         self._request = request
         self._writer = writer
         self._drop = drop
         self._legacy = LegacyLogprobs(writer)
         self._first = True
+        self._logprob_sum = 0.0
+        self._num_scored = 0
         self._prompt_logprobs: PromptLogprobs | None = None
         self._echo = echo
         self._text = echo
@@ -141,6 +153,11 @@ class _Answer:
         self._logprobs: CompletionLogprobs | None = None
         self._finish_reason: str | None = None
         self._stop_reason: int | str | None = None
+
+    @property
+    def score(self) -> float:
+        """Mean log-probability of its tokens."""
+        return self._logprob_sum / max(1, self._num_scored)
 
     @property
     def has_news(self) -> bool:
@@ -163,7 +180,10 @@ class _Answer:
             return
         self._text += new.text
         self._token_ids.extend(new.token_ids)
-        if new.logprobs:
+        for token in new.logprobs or ():
+            self._logprob_sum += token.logprob
+            self._num_scored += 1
+        if new.logprobs and self._request.logprobs is not None:
             told = self._legacy.answer(new.logprobs)
             self._logprobs = (
                 told if self._logprobs is None else LegacyLogprobs.join(self._logprobs, told)
@@ -175,7 +195,7 @@ class _Answer:
         wants_ids = bool(self._request.return_token_ids)
         own_prompt_logprobs = self._request.prompt_logprobs is not None and first
         choice = CompletionChoice(
-            index=self._index,
+            index=self.index,
             text=self._text,
             finish_reason=self._finish_reason,
             logprobs=self._logprobs,

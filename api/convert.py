@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
 
 from halyard.api.chat_tools import ChatTools, plain_calls
+from halyard.api.parameters import refuse
 from halyard.api.schemas.chat import ChatCompletionRequest, InputMessage
 from halyard.api.schemas.common import SamplingFields
 from halyard.api.schemas.completions import CompletionRequest
@@ -28,19 +30,10 @@ T = TypeVar("T", bound=msgspec.Struct)
 # Below that many characters, tokenising on the event loop is cheaper than a thread's round trip.
 _SHORT_TEXT = 2000
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_UNSUPPORTED = (
-    "use_beam_search",
-    "bad_words",
-    "allowed_token_ids",
-    "truncate_prompt_tokens",
-    "logits_processors",
-    "prompt_embeds",
-)
 _RESERVED_TEMPLATE_OPTIONS = (
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages",
     "return_dict", "return_tensors", "self", "tokenize", "tools",
 )  # fmt: skip
-_UNSUPPORTED_IN_CHAT = ("audio", "web_search_options", "documents", "chat_template")
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:
@@ -66,8 +59,6 @@ def decode_body(body: bytes, kind: type[T]) -> T:
 def completion_params(request: CompletionRequest) -> SamplingParams:
     """Sampling for a text completion. `max_tokens` 0 with `echo` becomes 1: the caller drops it."""
     _refuse_unsupported(request)
-    if request.suffix:
-        raise RequestError("suffix is not supported: leave it out", "suffix")
     if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
         raise RequestError(
             f"logprobs must be between 0 and {MAX_LOGPROBS}, got {request.logprobs}", "logprobs"
@@ -78,19 +69,24 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
         max_tokens = 1 if max_tokens == 0 else max_tokens
         if request.logprobs is not None:
             prompt_logprobs = max(request.logprobs, prompt_logprobs or 0)
-    return _params(
+    params = _params(
         request, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs
     )
+    if request.best_of is None or request.best_of == params.n:
+        return params
+    if request.best_of < params.n:
+        raise RequestError(f"best_of must be at least n ({params.n})", "best_of")
+    if request.stream:
+        raise RequestError(
+            "best_of needs all answers before the best is known: no stream", "best_of"
+        )
+    # Which is the best is read off the log-probabilities.
+    return replace(params, n=request.best_of, logprobs=params.logprobs or 0)
 
 
 def chat_params(request: ChatCompletionRequest) -> SamplingParams:
     """Sampling for a chat completion. Without a limit the answer may fill the context."""
     _refuse_unsupported(request)
-    for name in _UNSUPPORTED_IN_CHAT:
-        if getattr(request, name):
-            raise RequestError(f"{name} is not supported: leave it out", name)
-    if request.functions and request.function_call != "none":
-        raise RequestError("functions are not supported: give them as tools", "functions")
     if request.modalities is not None and request.modalities != ["text"]:
         raise RequestError('modalities must be ["text"]: this model writes text', "modalities")
     if request.top_logprobs is not None and not request.logprobs:
@@ -113,13 +109,7 @@ def chat_params(request: ChatCompletionRequest) -> SamplingParams:
 
 
 def _refuse_unsupported(request: SamplingFields) -> None:
-    for name in _UNSUPPORTED:
-        if getattr(request, name):
-            raise RequestError(f"{name} is not supported: leave it out", name)
-    if request.length_penalty not in (None, 1.0):
-        raise RequestError("length_penalty is not supported: leave it out", "length_penalty")
-    if request.best_of is not None and request.best_of != (request.n or 1):
-        raise RequestError("best_of other than n is not supported: set n instead", "best_of")
+    refuse(request)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", "stream_options")
 
@@ -172,9 +162,9 @@ async def completion_prompts(
     if not singles:
         raise RequestError("the prompt is empty: give at least one token", "prompt")
     if all(isinstance(single, int) for single in singles):
-        return [list(singles)]  # type: ignore[arg-type]
+        return _truncated([list(singles)], request)  # type: ignore[arg-type]
     if all(isinstance(single, list) for single in singles):
-        return list(singles)  # type: ignore[arg-type]
+        return _truncated(list(singles), request)  # type: ignore[arg-type]
     if not all(isinstance(single, str) for single in singles):
         raise RequestError("prompt mixes texts and token ids: give one kind", "prompt")
     if tokenizer is None:
@@ -188,8 +178,8 @@ async def completion_prompts(
         return [tokenizer.encode(text, add_special_tokens=special) for text in texts]
 
     if sum(map(len, texts)) <= _SHORT_TEXT:
-        return encode()
-    return await asyncio.to_thread(encode)
+        return _truncated(encode(), request)
+    return _truncated(await asyncio.to_thread(encode), request)
 
 
 async def chat_prompt(
@@ -227,9 +217,21 @@ async def chat_prompt(
             )
         generation = False
     # A template is code of unknown cost, so it never runs on the event loop.
-    return await asyncio.to_thread(
+    prompt = await asyncio.to_thread(
         tokenizer.apply_chat_template, messages, generation is not False, **options
     )
+    return _truncated([prompt], request)[0]
+
+
+def _truncated(prompts: list[list[int]], request: SamplingFields) -> list[list[int]]:
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return prompts
+    if most < 1:
+        raise RequestError(
+            f"truncate_prompt_tokens must be at least 1, got {most}", "truncate_prompt_tokens"
+        )
+    return [prompt[-most:] for prompt in prompts]
 
 
 def _plain_message(message: InputMessage, where: str, knows_developer: bool) -> dict[str, Any]:

@@ -74,7 +74,16 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
-    user: str | None = None  # not used
+    # Ignored: api/parameters.py says why.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    request_id: str | None = None
+    spaces_between_special_tokens: bool | None = None
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
@@ -88,18 +97,19 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     priority: int | None = None  # lower runs first
     cache_salt: str | None = None  # the prefix cache is shared only among equal salts
     return_token_ids: bool | None = None
-    # Known, and refused when they would change the answer.
-    best_of: int | None = None
+    truncate_prompt_tokens: int | None = None  # keep that many of the prompt's last tokens
+    # The form of the answer: at most one of these.
     response_format: dict[str, Any] | None = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    # Refused: api/parameters.py says why.
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    truncate_prompt_tokens: int | None = None
+    return_tokens_as_token_ids: bool | None = None
     logits_processors: Any = None
     prompt_embeds: Any = None

@@ -20,6 +20,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
     max_tokens: int | None = 16
     echo: bool | None = None  # the prompt comes back before the answer
     logprobs: int | None = None
+    best_of: int | None = None  # that many answers are made, the n most likely ones are returned
     suffix: str | None = None
     add_special_tokens: bool | None = None
 

@@ -1,0 +1,57 @@
+"""What becomes of request parameters: honoured unless listed here. docs/api.md is made from this."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from halyard.hal.errors import RequestError
+
+__all__ = ["IGNORED", "REFUSED", "refuse"]
+
+IGNORED = {
+    "user": "names the caller; nothing here depends on it",
+    "metadata": "for the caller's own records",
+    "store": "nothing is stored, the answer is the same",
+    "service_tier": "there is one",
+    "safety_identifier": "names the caller",
+    "prompt_cache_key": "prefixes are shared anyway",
+    "prompt_cache_retention": "prefixes are kept as long as memory allows",
+    "prediction": "a hint for speed; the answer is the same without it",
+    "request_id": "send X-Request-Id instead; it names the request, not the answer",
+    "spaces_between_special_tokens": "no effect with the tokenizers that are read",
+}
+"""Parameters that change no answer, and why."""
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "suffix": ((), "models here write on from a prompt, not between two"),
+    "use_beam_search": ((), "answers are sampled"),
+    "length_penalty": ((1.0,), "it belongs to beam search"),
+    "bad_words": ((), "use logit_bias"),
+    "allowed_token_ids": ((), "use guided_choice or guided_regex"),
+    "logits_processors": ((), "no code of callers runs here"),
+    "prompt_embeds": ((), "prompts are text or token ids"),
+    "audio": ((), "models here write text"),
+    "web_search_options": ((), "no web search here"),
+    "documents": ((), "put them into the messages"),
+    "chat_template": ((), "templates of callers are code"),
+    "functions": ((), "give them as tools"),
+    "function_call": (("none", "auto"), "use tool_choice"),
+    "verbosity": (("medium",), "say it in the messages"),
+    "return_tokens_as_token_ids": ((), "use return_token_ids"),
+}
+"""Parameters that would change the answer: values that are fine anyway, and what to do instead.
+
+False, null, 0 and what is empty are fine for all of them.
+"""
+
+
+def refuse(request: Any, names: Iterable[str] = REFUSED) -> None:
+    """Refuse what would change the answer but isn't served.
+
+    Raises:
+        RequestError: one of them is set; it is named.
+    """
+    for name in names:
+        value = getattr(request, name, None)
+        fine, instead = REFUSED[name]
+        if value and value not in fine:
+            raise RequestError(f"{name} is not supported: {instead}", name)
