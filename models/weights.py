@@ -62,22 +62,25 @@ def load_weights(
     load_format: str = "auto",
     seed: int = 0,
     progress: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of `wanted`, in its shapes and dtypes; they belong to the caller.
 
     Args:
         load_format: "auto" reads safetensors; "dummy" makes random weights, the same for a seed.
+        device: where they go, one by one as they are read; None: the host.
 
     Raises:
         ModelError: a file is missing, cut short or corrupt, or lacks a tensor; one line names it.
     """
     if load_format == "dummy" or source is None:
-        return _random_weights(wanted, seed, progress)
+        return _random_weights(wanted, seed, progress, device)
     headers = {file: _header(file) for file in _files(source)}
     shapes = {name: item.shape for header in headers.values() for name, item in header.items()}
     if all(shapes.get(name) == info.shape for name, info in wanted.items()):
-        return _stream(wanted, headers, progress)
-    return _convert(source, spec, wanted, dtype)
+        return _stream(wanted, headers, progress, device)
+    converted = _convert(source, spec, wanted, dtype)
+    return {name: tensor.to(device or "cpu") for name, tensor in converted.items()}
 
 
 def check_checkpoint(source: ModelSource) -> dict[Path, list[tuple[str, tuple[int, ...]]]]:
@@ -163,7 +166,10 @@ def _bar(names: Iterable[str], progress: bool, what: str) -> tqdm[str]:
 
 
 def _stream(
-    wanted: Mapping[str, WeightInfo], headers: Mapping[Path, dict[str, _Stored]], progress: bool
+    wanted: Mapping[str, WeightInfo],
+    headers: Mapping[Path, dict[str, _Stored]],
+    progress: bool,
+    device: torch.device | None,
 ) -> dict[str, Tensor]:
     """Read tensor by tensor into its own memory, casting on the way.
 
@@ -179,9 +185,10 @@ def _stream(
             file = places[name]
             if file not in streams:
                 streams[file] = stack.enter_context(file.open("rb", buffering=0))
-            weights[name] = _read(
+            read = _read(
                 streams[file], file, name, headers[file][name], torch_dtype(wanted[name].dtype)
             )
+            weights[name] = read.to(device or "cpu")
     return weights
 
 
@@ -255,14 +262,17 @@ def _convert(
 
 
 def _random_weights(
-    wanted: Mapping[str, WeightInfo], seed: int, progress: bool
+    wanted: Mapping[str, WeightInfo],
+    seed: int,
+    progress: bool,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Random weights that keep activations near one: matrices scaled by their fan-in, norms at one.
 
     One block of normal numbers is drawn and cut up, since drawing billions takes minutes.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(_POOL, generator=generator)
+    drawn = torch.randn(_POOL, generator=generator).to(device or "cpu")
     pools: dict[torch.dtype, Tensor] = {}  # twice the numbers, so that any start has _POOL after it
     weights: dict[str, Tensor] = {}
     for name in _bar(sorted(wanted), progress, "Making random weights"):
@@ -270,11 +280,11 @@ def _random_weights(
         dtype = torch_dtype(info.dtype)
         if len(info.shape) < 2:
             one = 0.0 if name.endswith("bias") else 1.0
-            weights[name] = torch.full(info.shape, one, dtype=dtype)
+            weights[name] = torch.full(info.shape, one, dtype=dtype, device=device)
             continue
         if dtype not in pools:
             pools[dtype] = torch.cat([drawn, drawn]).to(dtype)
-        tensor = torch.empty(info.shape, dtype=dtype)
+        tensor = torch.empty(info.shape, dtype=dtype, device=device)
         flat = tensor.view(-1)
         shift = int(torch.randint(0, _POOL, (1,), generator=generator))
         for start in range(0, flat.numel(), _POOL):

@@ -73,27 +73,50 @@ def pack(plan: StepPlan, block_size: int, device: torch.device) -> PackedStep:
 
     logit_indices, samples, prompt_spans = _wanted_logits(rows, query_start)
 
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
+    (
+        on_positions, on_slots, on_tables, on_lengths, on_starts, on_ids, on_wanted
+    ) = _put(
+        [positions, slot_mapping, tables, ends.astype(np.int32), query_start.astype(np.int32),
+         input_ids, logit_indices], device,
+    )  # fmt: skip
     batch = StepBatch(
         num_tokens=num_tokens,
         num_rows=num_rows,
         max_query_len=int(counts.max()),
         max_seq_len=int(ends.max()),
-        positions=tensor(positions),
-        slot_mapping=tensor(slot_mapping),
-        block_tables=tensor(tables),
-        seq_lens=tensor(ends.astype(np.int32)),
-        query_start=tensor(query_start.astype(np.int32)),
+        positions=on_positions,
+        slot_mapping=on_slots,
+        block_tables=on_tables,
+        seq_lens=on_lengths,
+        query_start=on_starts,
     )
     return PackedStep(
-        input_ids=tensor(input_ids),
-        logit_indices=tensor(logit_indices),
+        input_ids=on_ids,
+        logit_indices=on_wanted,
         batch=batch,
         samples=samples,
         prompt_spans=prompt_spans,
     )
+
+
+def _put(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays on the device: one copy for all of them where it has memory of its own."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    sizes = [-(-array.nbytes // 16) * 16 for array in arrays]  # kernels read aligned vectors
+    staged = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    view = staged.numpy()
+    start = 0
+    for array, size in zip(arrays, sizes, strict=True):
+        view[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        start += size
+    there = staged.to(device, non_blocking=True)
+    tensors, start = [], 0
+    for array, size in zip(arrays, sizes, strict=True):
+        own = there[start : start + array.nbytes].view(torch.from_numpy(array).dtype)
+        tensors.append(own.view(array.shape))
+        start += size
+    return tensors
 
 
 def _wanted_logits(

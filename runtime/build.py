@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halyard.compiler.cache import ArtefactCache, load_or_build
+from halyard.compiler.captured import CapturedProgram
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import HeadShape, Program, UnboundProgram
 from halyard.hal.contract import Device, GraphCompiler, PagedKernels
@@ -135,7 +136,7 @@ def _build_executor(
     clock: _Clock,
 ) -> Executor:
     spec, memory = plan.spec, plan.memory
-    program: Program | NullProgram
+    program: Program | CapturedProgram | NullProgram
     if graph.name == "null":
         program = NullProgram(spec.vocab_size)
     else:
@@ -150,9 +151,15 @@ def _build_executor(
             load_format=config.load_format,
             seed=config.seed,
             progress=config.progress,
+            device=device.torch_device,
         )
         clock.phase("preparing weights")
         program = unbound.bind(weights, kernels)
+        if device.torch_device.type != "cpu":  # there launches cost more than small steps do
+            blocks = -(-memory.max_model_len // config.block_size)
+            program = CapturedProgram(
+                program, device, config.max_num_sequences, blocks, config.block_size
+            )
     clock.phase("allocating KV blocks")
     layout = kernels.layout(spec.kv_spec(plan.dtype, config.block_size))
     pool = device.allocate_kv(layout, memory.num_blocks, host=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halyard.compiler.captured import CapturedProgram
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import Program
 from halyard.hal.contract import Device, PagedKernels
@@ -70,7 +71,7 @@ class Executor:
         self,
         device: Device,
         kernels: PagedKernels,
-        program: Program | NullProgram,
+        program: Program | CapturedProgram | NullProgram,
         pool: KVPool,
         host_pool: KVPool | None,
         sampler: Sampler,

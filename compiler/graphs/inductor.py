@@ -1,4 +1,5 @@
-"""TorchInductor, ahead of time: every unique segment becomes one shared library for any batch size.
+"""TorchInductor. On the CPU every unique segment becomes one shared library for any batch size,
+ahead of time; for GPUs see inductor_gpu.py.
 
 Ahead of time rather than just in time because a call then costs no Python, there are no guards and
 so no recompiles (one token, as many rows as tokens: the same code), and what is kept on disk is
@@ -19,12 +20,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
 
+from halyard.compiler.graphs.inductor_gpu import Artefact, compile_artefact, load_artefact
 from halyard.hal.contract import CONTRACT_VERSION, Executable
 from halyard.hal.errors import BackendUnavailableError
 from halyard.hal.types import DeviceInfo, Probe
@@ -33,6 +36,7 @@ __all__ = ["InductorCompiler"]
 
 logger = logging.getLogger("halyard.inductor")
 
+_GPUS = ("cuda", "rocm")
 _TIMEOUT = 600  # seconds a segment
 _LIBRARY = "segment.so"
 _EXTERN = "segment.json"  # which custom operators the library calls; absent if none
@@ -61,10 +65,12 @@ class InductorCompiler:
     @classmethod
     def probe(cls, device: DeviceInfo) -> Probe:
         reasons = []
-        if device.kind != "cpu":
-            reasons.append(f"inductor compiles for the cpu here, not for {device.kind}")
-        compiler = _compiler()
-        if compiler is None:
+        if device.kind in _GPUS:
+            if find_spec("triton") is None:
+                reasons.append("inductor needs triton on a GPU: pip install triton")
+        elif device.kind != "cpu":
+            reasons.append(f"inductor compiles for cpu, cuda and rocm, not for {device.kind}")
+        elif _compiler() is None:
             reasons.append(f"no C++ compiler ({_INSTALL})")
         return Probe(not reasons, tuple(reasons), versions={"torch": torch.__version__})
 
@@ -83,6 +89,8 @@ class InductorCompiler:
     def compile(
         self, segment: fx.GraphModule, inputs: Sequence[Tensor], device: DeviceInfo
     ) -> Executable:
+        if device.kind in _GPUS:
+            return compile_artefact(segment, inputs)
         owner = tempfile.TemporaryDirectory(prefix="halyard-segment-")
         _compile_into(segment, inputs, Path(owner.name))
         return _Library(Path(owner.name), owner)
@@ -98,6 +106,12 @@ class InductorCompiler:
         Nine tenths of the time goes to the C++ compiler and to Python that holds one lock, so this
         divides a first start by the number of cores. The processes are gone when it returns.
         """
+        if device.kind in _GPUS:
+            made: list[Executable] = []
+            for module, inputs in segments:
+                made.append(compile_artefact(module, inputs))
+                done()
+            return made
         owners = [tempfile.TemporaryDirectory(prefix="halyard-segment-") for _ in segments]
         jobs = [
             (module, inputs, Path(owner.name))
@@ -111,6 +125,8 @@ class InductorCompiler:
         return [_Library(Path(owner.name), owner) for owner in owners]
 
     def save(self, executable: Executable, directory: Path) -> bool:
+        if isinstance(executable, Artefact):
+            return executable.save(directory)
         if not isinstance(executable, _Library):
             return False
         directory.mkdir(parents=True, exist_ok=True)
@@ -120,6 +136,8 @@ class InductorCompiler:
         return True
 
     def load(self, directory: Path, device: DeviceInfo) -> Executable:
+        if device.kind in _GPUS:
+            return load_artefact(directory)
         # Registers the operators that a stored library may call.
         import halyard.hal.kernels.native.embedding  # noqa: F401
 
