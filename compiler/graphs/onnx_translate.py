@@ -38,7 +38,7 @@ class Translator:
     Sizes that aren't known are names of int64 tensors of shape [1].
     """
 
-    def __init__(self, graph: OnnxGraph, extra: Mapping[str, Handler] | None = None) -> None:
+    def __init__(self, graph: OnnxGraph) -> None:
         # Registered on import, which needs this module.
         import halyard.compiler.graphs.onnx_arithmetic
         import halyard.compiler.graphs.onnx_experts
@@ -46,7 +46,11 @@ class Translator:
 
         self.graph = graph
         self.values: dict[fx.Node, Any] = {}
-        self._handlers = {**_HANDLERS, **(extra or {})}
+        self._handlers = dict(_HANDLERS)
+
+    def extend(self, extra: Mapping[str, Handler]) -> None:
+        """Translate more operators, for this graph only."""
+        self._handlers.update(extra)
 
     def node(self, node: fx.Node) -> None:
         """Translate one node.
@@ -87,16 +91,20 @@ class Translator:
             if isinstance(value, Tensor):
                 if dtype is None or value.dtype == dtype:
                     return str(found)
-                return self.op("Cast", found, to=onnx_dtype(dtype))
+                return self.tensor_as(found, dtype)
             if isinstance(found, str):  # a size: [1] becomes a scalar
                 scalar = self.op("Squeeze", found, self.ints([0]))
-                return self.op("Cast", scalar, to=onnx_dtype(dtype or torch.int64))
+                return self.tensor_as(scalar, dtype or torch.int64)
             argument = found
         if isinstance(argument, bool):
             dtype = dtype or torch.bool
         elif isinstance(argument, int):
             dtype = dtype or torch.int64
         return self.graph.constant(argument, numpy_dtype(dtype or torch.float32))
+
+    def tensor_as(self, name: str, dtype: torch.dtype) -> str:
+        """A tensor cast to `dtype`; the runtime drops a cast that changes nothing."""
+        return self.op("Cast", name, to=onnx_dtype(dtype))
 
     def size(self, argument: Any) -> int | str:
         """A size: an int, or the name of an int64 tensor of shape [1]."""
