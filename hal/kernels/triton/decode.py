@@ -8,7 +8,6 @@ and the grid follows from shapes alone: a captured launch replays with other len
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -47,9 +46,9 @@ def choose_splits(
 
 @triton.jit(do_not_specialize=["window", "table_row"])
 def paged_decode_kernel(
-    q: Any, pool: Any, out: Any, partial: Any, partial_lse: Any,
-    block_tables: Any, seq_lens: Any, query_start: Any, sinks: Any,
-    qk_scale: Any, cap_scale: Any, window: Any, q_token: Any, q_head: Any, table_row: Any,
+    q: tl.tensor, pool: tl.tensor, out: tl.tensor, partial: tl.tensor, partial_lse: tl.tensor,
+    block_tables: tl.tensor, seq_lens: tl.tensor, query_start: tl.tensor, sinks: tl.tensor,
+    qk_scale: tl.tensor, cap_scale: tl.tensor, window: tl.tensor, q_token: tl.tensor, q_head: tl.tensor, table_row: tl.tensor,
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
@@ -99,9 +98,8 @@ def paged_decode_kernel(
     )  # fmt: skip
     if SPLIT:
         where = (row * (KV_HEADS * GROUP) + heads).to(tl.int64) * num_splits + split
-        lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(total))
-        tl.store(partial_lse + where, lse, mask=valid)
-        total = tl.where(total == 0.0, 1.0, total)
+        total = tl.where(total == 0.0, 1.0, total)  # no keys: peak is -inf, and so is the sum
+        tl.store(partial_lse + where, peak + tl.log2(total), mask=valid)
         tl.store(partial + where[:, None] * DIM_PAD + dim[None, :], acc / total[:, None], inside)
     else:
         result = finish_softmax(acc, total, peak, sinks, heads, valid, SINKS)
@@ -112,7 +110,7 @@ def paged_decode_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def merge_kernel(
-    out: Any, partial: Any, partial_lse: Any, query_start: Any, sinks: Any, num_splits: Any,
+    out: tl.tensor, partial: tl.tensor, partial_lse: tl.tensor, query_start: tl.tensor, sinks: tl.tensor, num_splits: tl.tensor,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
     SINKS: tl.constexpr,
 ) -> None:  # fmt: skip

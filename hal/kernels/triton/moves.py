@@ -9,7 +9,6 @@ another stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -25,7 +24,7 @@ CHUNK_WORDS = 1024  # 8-byte words a program moves: 8 KiB, 64 B in flight a thre
 
 @triton.jit
 def move_blocks_kernel(
-    source: Any, target: Any, pairs: Any, source_layer: Any, target_layer: Any,
+    source: tl.tensor, target: tl.tensor, pairs: tl.tensor, source_layer: tl.tensor, target_layer: tl.tensor,
     WORDS: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
     """source, target [layers, blocks, WORDS] int64; pairs [moves, 2] int64.

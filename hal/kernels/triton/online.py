@@ -5,7 +5,6 @@ Scores are kept in base 2 (log2 e is folded into the scale), sums and outputs in
 
 from __future__ import annotations
 
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -17,7 +16,7 @@ _TWO_LOG2E = tl.constexpr(2.0 * LOG2E)
 
 
 @triton.jit
-def _tanh(x: Any) -> Any:
+def _tanh(x: tl.tensor) -> tl.tensor:
     # 1 - e cancels for small x, where the series is exact to a rounding.
     square = x * x
     near = x * (1.0 + square * (-0.33333333 + square * (0.13333333 - square * 0.053968254)))
@@ -29,13 +28,13 @@ def _tanh(x: Any) -> Any:
 
 @triton.jit
 def attend_tiles(
-    q: Any, acc: Any, total: Any, peak: Any,
-    keys: Any, values: Any, table: Any, begin: Any, end: Any, position: Any, window: Any,
-    qk_scale: Any, cap_scale: Any,
+    q: tl.tensor, acc: tl.tensor, total: tl.tensor, peak: tl.tensor,
+    keys: tl.tensor, values: tl.tensor, table: tl.tensor, begin: tl.tensor, end: tl.tensor, position: tl.tensor, window: tl.tensor,
+    qk_scale: tl.tensor, cap_scale: tl.tensor,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Fold the keys begin .. end - 1 of one sequence and one kv head into (acc, total, peak).
 
     q [M, DIM_PAD] as stored; acc [M, DIM_PAD], total [M], peak [M] fp32; position [M] of each query;
@@ -43,14 +42,17 @@ def attend_tiles(
     past a query.
     """
     dim = tl.arange(0, DIM_PAD)
+    # Where the next tile lies is read one step ahead: were it read in the step that uses it, the
+    # compiler would spend a stage of the pipeline on it and keep fewer tiles of keys in flight.
+    key = begin + tl.arange(0, BLOCK_N)
+    block = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         # A tile spans several blocks: each of its rows finds its own.
-        if MASKED:
-            block = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
-        else:
-            block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
-        offset = (block * BLOCK_STRIDE + (key % BLOCK_SIZE) * HEAD_DIM)[:, None] + dim[None, :]
+        offset = block.to(tl.int64) * BLOCK_STRIDE + (key % BLOCK_SIZE) * HEAD_DIM
+        offset = offset[:, None] + dim[None, :]
+        after = key + BLOCK_N
+        block = tl.load(table + after // BLOCK_SIZE, mask=after < end, other=0)
         if MASKED or DIM_PAD != HEAD_DIM:
             # Slots past the end may hold anything, NaN too: they must not be read.
             inside = (key < end)[:, None] & (dim < HEAD_DIM)[None, :]
@@ -81,8 +83,14 @@ def attend_tiles(
 
 @triton.jit
 def finish_softmax(
-    acc: Any, total: Any, peak: Any, sinks: Any, heads: Any, valid: Any, SINKS: tl.constexpr
-) -> Any:
+    acc: tl.tensor,
+    total: tl.tensor,
+    peak: tl.tensor,
+    sinks: tl.tensor,
+    heads: tl.tensor,
+    valid: tl.tensor,
+    SINKS: tl.constexpr,
+) -> tl.tensor:
     """The normalised output [M, DIM_PAD], after the heads' extra logits joined the sum."""
     if SINKS:
         sink = tl.load(sinks + heads, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634

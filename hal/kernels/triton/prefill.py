@@ -6,7 +6,6 @@ number of tokens and rows; each program finds its row by bisecting query_start.
 
 from __future__ import annotations
 
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,9 +17,9 @@ __all__ = ["paged_prefill_kernel"]
 
 @triton.jit(do_not_specialize=["window", "table_row", "num_rows"])
 def paged_prefill_kernel(
-    q: Any, pool: Any, out: Any, block_tables: Any, seq_lens: Any, query_start: Any, sinks: Any,
-    qk_scale: Any, cap_scale: Any, window: Any, num_rows: Any,
-    q_token: Any, q_head: Any, table_row: Any,
+    q: tl.tensor, pool: tl.tensor, out: tl.tensor, block_tables: tl.tensor, seq_lens: tl.tensor, query_start: tl.tensor, sinks: tl.tensor,
+    qk_scale: tl.tensor, cap_scale: tl.tensor, window: tl.tensor, num_rows: tl.tensor,
+    q_token: tl.tensor, q_head: tl.tensor, table_row: tl.tensor,
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
@@ -35,7 +34,7 @@ def paged_prefill_kernel(
     GROUP_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
     TOKENS: tl.constexpr = BLOCK_M // GROUP_TILE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see the most keys: first
-    row: Any = 0
+    row: tl.tensor = 0
     after = num_rows
     while after - row > 1:
         middle = (row + after) // 2

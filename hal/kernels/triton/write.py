@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -12,8 +11,8 @@ __all__ = ["kv_write_kernel"]
 
 @triton.jit
 def kv_write_kernel(
-    k: Any, v: Any, pool: Any, slot_mapping: Any,
-    k_token: Any, k_head: Any, v_token: Any, v_head: Any,
+    k: tl.tensor, v: tl.tensor, pool: tl.tensor, slot_mapping: tl.tensor,
+    k_token: tl.tensor, k_head: tl.tensor, v_token: tl.tensor, v_head: tl.tensor,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEADS_TILE: tl.constexpr,
 ) -> None:  # fmt: skip

@@ -1,0 +1,230 @@
+"""Ahead-of-time compiles for GPUs that aren't here, held against what each of them has.
+
+Triton's compiler and both assemblers are in its wheel, so a machine without any GPU can tell that a
+kernel builds, fits in shared memory, doesn't spill and uses the matrix units. It can't tell that a
+kernel computes the right thing: that is what the interpreter and real runs are for.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from halyard.hal.kernels.triton.launch import Shape
+from halyard.hal.kernels.triton.tiles import SHARED_LIMITS, decode_tile, family, prefill_tile
+from halyard.hal.types import ITEM_SIZE, DType
+
+__all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compile_variant",
+           "variants"]  # fmt: skip
+
+KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
+                     "prefill_features", "write", "move"]  # fmt: skip
+KERNELS: tuple[KernelName, ...] = (
+    "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
+    "move",
+)  # fmt: skip
+HEAD_DIMS = (64, 80, 128, 256)
+
+# Triton's backend, its name for the architecture, threads of a warp.
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
+    "gfx942": ("hip", "gfx942", 64),
+    "gfx950": ("hip", "gfx950", 64),
+    "gfx1100": ("hip", "gfx1100", 32),
+    "gfx1201": ("hip", "gfx1201", 32),
+}
+
+_SHORT: dict[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_MATRIX = re.compile(r"\b(wgmma|tcgen05|mma|v_s?w?mma|v_s?mfma)[._]\w[\w.]*")
+_STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "source_layer",
+            "target_layer")  # fmt: skip
+# 4-byte registers a thread may put into scratch memory. fp32 runs without matrix units and holds
+# its operands in registers; it is there for exactness, not for speed.
+_SPILLS_ALLOWED: dict[str, int] = {"float32": 1 << 20, "float16": 0, "bfloat16": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel for one target; 8 kv heads of 4 query heads, blocks of 16 tokens."""
+
+    kernel: KernelName
+    target: str
+    dtype: DType
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.kernel} {self.dtype} d{self.head_dim}"
+
+
+@dataclass(frozen=True, slots=True)
+class CompileReport:
+    """What the compiler made of a variant."""
+
+    variant: Variant
+    tile: str  # "128x64, 8 warps, 3 stages"
+    shared: int  # bytes of shared memory (LDS)
+    shared_limit: int
+    registers: int  # a thread
+    spills: int  # 4-byte registers a thread
+    matrix: dict[str, int]  # matrix instructions and how often each is there
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with it; empty if it may ship."""
+        found = []
+        if self.shared > self.shared_limit:
+            found.append(f"{self.shared} bytes of shared memory, {self.shared_limit} are there")
+        if self.spills > _SPILLS_ALLOWED[self.variant.dtype]:
+            found.append(f"{self.spills} registers spilled")
+        dots = self.variant.kernel.startswith(("decode", "prefill"))
+        if dots and self.variant.dtype != "float32" and not self.matrix:
+            found.append("no matrix instructions")
+        return found
+
+
+def variants(
+    targets: tuple[str, ...] = tuple(TARGETS),
+    kernels: tuple[KernelName, ...] = KERNELS,
+    dtypes: tuple[DType, ...] = ("bfloat16", "float16", "float32"),
+    head_dims: tuple[int, ...] = HEAD_DIMS,
+) -> Iterator[Variant]:
+    """Every combination; moves copy words and have one dtype and dim."""
+    for target in targets:
+        for kernel in kernels:
+            if kernel == "move":
+                yield Variant(kernel, target, dtypes[0], head_dims[0])
+                continue
+            for dtype in dtypes:
+                for dim in head_dims:
+                    yield Variant(kernel, target, dtype, dim)
+
+
+def compile_variant(variant: Variant, **tile_changes: int) -> CompileReport:
+    """Compile it and read the result.
+
+    Args:
+        tile_changes: block_n, num_warps, ... other than the tables' (to try them).
+
+    Raises:
+        whatever Triton raises when it can't compile.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, constants, options, tile = _source(variant, tile_changes)
+    signature = {
+        name: "constexpr" if name in constants else _type(name, variant)
+        for name in function.arg_names
+    }
+    aligned = [["tt.divisibility", 16]]
+    attrs = {
+        (index,): aligned
+        for index, name in enumerate(function.arg_names)
+        if signature[name].startswith("*") or name in _STRIDES
+    }
+    compiled = triton.compile(
+        ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs),
+        target=GPUTarget(*TARGETS[variant.target]),
+        options=options,
+    )
+    text = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    names = [match[0].rstrip(".") for match in _MATRIX.finditer(text)]
+    registers, spills = _registers(compiled.asm)
+    return CompileReport(
+        variant,
+        tile,
+        compiled.metadata.shared,
+        SHARED_LIMITS[family(variant.target)],
+        registers,
+        spills,
+        {name: names.count(name) for name in dict.fromkeys(names)},
+    )
+
+
+def _source(
+    variant: Variant, changes: dict[str, int]
+) -> tuple[Any, dict[str, Any], dict[str, int], str]:
+    """The function, its constants, the compiler's options, and the tile in words."""
+    from dataclasses import replace
+
+    from halyard.hal.kernels.triton import decode, moves, prefill, write
+
+    features = variant.kernel.endswith("features")
+    item_size = ITEM_SIZE[variant.dtype]
+    shape = Shape(32, 8, variant.head_dim, 16, item_size, features, features, features)
+    if variant.kernel == "merge":
+        constants: dict[str, Any] = {
+            "HEADS": 32, "HEAD_DIM": variant.head_dim, "DIM_PAD": shape.dim_pad, "SPLITS_PAD": 64,
+            "SINKS": True,
+        }  # fmt: skip
+        return decode.merge_kernel, constants, {"num_warps": 4}, "64 splits"
+    if variant.kernel == "write":
+        constants = {
+            "KV_HEADS": 8, "HEAD_DIM": variant.head_dim, "DIM_PAD": shape.dim_pad, "BLOCK_SIZE": 16,
+            "HEADS_TILE": 8,
+        }  # fmt: skip
+        return write.kv_write_kernel, constants, {"num_warps": 4}, "8 heads"
+    if variant.kernel == "move":
+        constants = {"WORDS": 8192, "CHUNK": moves.CHUNK_WORDS}
+        return moves.move_blocks_kernel, constants, {"num_warps": 4}, f"{moves.CHUNK_WORDS} words"
+    if variant.kernel.startswith("decode"):
+        function: Any = decode.paged_decode_kernel
+        tile = decode_tile(variant.target, shape.dim_pad, item_size, shape.group)
+        extra = {"SPLIT": variant.kernel == "decode_split"}
+    else:
+        function = prefill.paged_prefill_kernel
+        tile = prefill_tile(variant.target, shape.dim_pad, item_size)
+        extra = {"SKIP_SINGLE": features}
+    tile = replace(tile, **changes)
+    words = f"{tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return function, shape.constants(tile) | extra, options, words
+
+
+def _type(name: str, variant: Variant) -> str:
+    """Triton's type of an argument."""
+    if name in ("q", "k", "v", "pool", "out"):
+        return f"*{_SHORT[variant.dtype]}"
+    if name in ("partial", "partial_lse"):  # without splits the output stands in for them
+        split = variant.kernel in ("decode_split", "merge")
+        return "*fp32" if split else f"*{_SHORT[variant.dtype]}"
+    if name == "sinks":
+        return "*fp32"
+    if name in ("block_tables", "seq_lens", "query_start"):
+        return "*i32"
+    if name in ("slot_mapping", "source", "target", "pairs"):
+        return "*i64"
+    if name in ("qk_scale", "cap_scale"):
+        return "fp32"
+    return "i32"
+
+
+def _registers(asm: dict[str, Any]) -> tuple[int, int]:
+    """Registers and spilled registers of a thread."""
+    if "amdgcn" in asm:
+        text = asm["amdgcn"]
+
+        def last(key: str) -> int:
+            found = re.findall(rf"\.{key}:\s*(\d+)", text)
+            return int(found[-1]) if found else 0
+
+        return last("vgpr_count"), last("vgpr_spill_count")
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(asm["cubin"])
+        done = subprocess.run(
+            [str(tool), "-res-usage", str(file)], capture_output=True, text=True, check=True
+        )
+    usage = {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", done.stdout)}
+    return usage.get("REG", 0), usage.get("LOCAL", 0) // 4
