@@ -79,7 +79,8 @@ def _pow(t: Translator, node: fx.Node) -> str:
     return t.op("Pow", source, t.tensor(exponent, result(node).dtype))
 
 
-@handler("aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default")
+@handler("aten.mean.dim", "aten.mean.default", "aten.sum.dim_IntList", "aten.sum.default",
+         "aten.amax.default")  # fmt: skip
 def _reduce(t: Translator, node: fx.Node) -> str:
     kind = {"mean": "ReduceMean", "sum": "ReduceSum", "amax": "ReduceMax"}[_stem(node)]
     dims = argument(node, 1, "dim")
@@ -196,6 +197,11 @@ def _arange(t: Translator, node: fx.Node) -> str:
     bounds = node.args if len(node.args) > 1 else (0, *node.args)
     start, stop, step = (*bounds, 1)[:3]
     return t.op("Range", t.tensor(start, dtype), t.tensor(stop, dtype), t.tensor(step, dtype))
+
+
+@handler("aten._assert_tensor_metadata.default")
+def _nothing(t: Translator, node: fx.Node) -> None:
+    return None
 
 
 @handler("aten.lift_fresh_copy.default")

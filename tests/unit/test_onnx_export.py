@@ -74,9 +74,7 @@ def test_the_readme_s_example_gives_hugging_face_s_tokens(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whole_program_on_mixed_steps(
-    family: str, exported: dict[str, tuple[Any, Path]]
-) -> None:
+def test_whole_program_on_mixed_steps(family: str, exported: dict[str, tuple[Any, Path]]) -> None:
     model, folder = exported[family]
     session = session_of(folder / "model.onnx")
     facts = json.loads((folder / "program.json").read_text())
