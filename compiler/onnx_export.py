@@ -179,7 +179,9 @@ def _calls(segmented: SegmentedGraph) -> list[dict[str, Any]]:
             )
         else:
             fields = asdict(call)
-            names = {key: _reference(fields.pop(key)) for key in ("q", "k", "v", "output")}
+            names: dict[str, str | None] = {
+                key: _reference(fields.pop(key)) for key in ("q", "k", "v", "output")
+            }
             sinks = fields.pop("sinks")
             names["sinks"] = None if sinks is None else _reference(sinks)
             calls.append({"kind": "attention", **names, **fields})
@@ -255,7 +257,8 @@ def _write_program(graph: ModelGraph, facts: ExportFacts, directory: Path) -> No
             onnx_graph.op("Unsqueeze", made[layer], onnx_graph.constant([0]))
             for layer in range(facts.num_layers)
         ]
-        shape = [facts.num_layers, "tokens", facts.heads.num_kv_heads, facts.heads.head_dim]
+        heads = facts.heads
+        shape = (facts.num_layers, "tokens", heads.num_kv_heads, heads.head_dim)
         joined = onnx_graph.op("Concat", *layers, axis=0)
         onnx_graph.add_output(joined, name, torch_dtype(facts.dtype), shape)
     model = onnx_graph.model("program")

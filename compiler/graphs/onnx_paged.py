@@ -45,7 +45,7 @@ class PagedAttention:
         tables = add("block_tables", torch.int32, ["rows", "blocks_per_row"])
         lengths = add("seq_lens", torch.int32, ["rows"])
         query_start = add("query_start", torch.int32, ["rows_plus_1"])
-        shape = [num_layers, "num_blocks", "block_size", num_kv_heads, head_dim]
+        shape: list[int | str] = [num_layers, "num_blocks", "block_size", num_kv_heads, head_dim]
         caches = [add(name, dtype, shape) for name in ("key_cache", "value_cache")]
 
         bounds, lengths, tables = (

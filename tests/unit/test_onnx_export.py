@@ -196,7 +196,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").read_text() == "mine"
     with pytest.raises(ConfigError, match="is a file"):
         run_export("embedded", "--onnx", str(tmp_path / "mine.txt"))
-    with pytest.raises(ConfigError, match="there is no folder .*nowhere: make it first"):
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere: make it first"):
         run_export("embedded", "--onnx", str(tmp_path / "nowhere" / "out"))
 
 
