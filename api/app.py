@@ -15,6 +15,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from halyard import __version__
 from halyard.api.controllers.chat import ChatController
 from halyard.api.controllers.completions import CompletionController
+from halyard.api.controllers.messages import MessageController
 from halyard.api.controllers.models import ModelController
 from halyard.api.controllers.page import PageController
 from halyard.api.controllers.server import ServerController
@@ -51,6 +52,7 @@ def create_app(
         route_handlers=[
             ChatController,
             CompletionController,
+            MessageController,
             ModelController,
             ServerController,
             TokenController,

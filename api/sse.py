@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import msgspec
 from litestar.types import Receive, Scope, Send
 
-from halyard.api.errors import to_api_error
+from halyard.api.errors import ApiError, to_api_error
 
-__all__ = ["DONE", "EventStream", "JsonAnswer", "event"]
+__all__ = ["DONE", "EventStream", "JsonAnswer", "event", "named_event"]
 
 logger = logging.getLogger("halyard.api")
 
@@ -24,12 +24,23 @@ def event(value: msgspec.Struct) -> bytes:
     return b"data: " + _encoder.encode(value) + b"\n\n"
 
 
+def named_event(name: str, **fields: Any) -> bytes:
+    """One server-sent event with a name, which is its type too."""
+    body = _encoder.encode({"type": name, **fields})
+    return b"event: " + name.encode() + b"\ndata: " + body + b"\n\n"
+
+
+def _plain_error_event(error: ApiError) -> bytes:
+    return b"data: " + error.body() + b"\n\n"
+
+
 class JsonAnswer:
     """ASGI: computes a value while watching the connection; answers with it as JSON.
 
     Args:
         cancel: called at the end in any case; frees what the request still holds.
         on_error: told about every failure.
+        error_body: writes a failure.
     """
 
     def __init__(
@@ -37,7 +48,9 @@ class JsonAnswer:
         work: Coroutine[Any, Any, msgspec.Struct],
         cancel: Callable[[], None],
         on_error: Callable[[BaseException], None],
+        error_body: Callable[[ApiError], bytes] = ApiError.body,
     ) -> None:
+        self._error_body = error_body
         self._work = work
         self._cancel = cancel
         self._on_error = on_error
@@ -52,7 +65,7 @@ class JsonAnswer:
         except Exception as error:  # noqa: BLE001  # the boundary: told to the client, logged, counted
             self._on_error(error)
             told = to_api_error(error)
-            status, body, headers = told.status, told.body(), told.headers
+            status, body, headers = told.status, self._error_body(told), told.headers
         finally:
             self._cancel()
         await _start(send, status, b"application/json", headers, len(body))
@@ -66,6 +79,7 @@ class EventStream:
         events: encoded events.
         cancel: called at the end in any case, at once when the client goes away.
         on_error: told about every failure.
+        error_event: writes a failure.
     """
 
     def __init__(
@@ -73,7 +87,9 @@ class EventStream:
         events: AsyncIterator[bytes],
         cancel: Callable[[], None],
         on_error: Callable[[BaseException], None],
+        error_event: Callable[[ApiError], bytes] = _plain_error_event,
     ) -> None:
+        self._error_event = error_event
         self._events = events
         self._cancel = cancel
         self._on_error = on_error
@@ -92,7 +108,7 @@ class EventStream:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:  # noqa: BLE001  # the boundary: told to the client, logged, counted
             self._on_error(error)
-            body = b"data: " + to_api_error(error).body() + b"\n\n"
+            body = self._error_event(to_api_error(error))
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
