@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["OPSET", "OnnxGraph", "numpy_dtype", "onnx_dtype"]
+__all__ = ["NUMPY_DTYPES", "OPSET", "OnnxGraph", "numpy_dtype", "onnx_dtype"]
 
 OPSET = 23
 _IR_VERSION = 11  # the one that came with the opset, so that older runtimes read the file
 
-_NUMPY: dict[torch.dtype, Any] = {
+NUMPY_DTYPES: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
     torch.float16: np.float16,
     torch.float64: np.float64,
@@ -25,9 +25,9 @@ _NUMPY: dict[torch.dtype, Any] = {
 
 def numpy_dtype(dtype: torch.dtype) -> Any:
     """numpy's type of a torch dtype; TypeError for those that numpy lacks (bfloat16)."""
-    if dtype not in _NUMPY:
+    if dtype not in NUMPY_DTYPES:
         raise TypeError(f"{dtype} has no counterpart in numpy")
-    return _NUMPY[dtype]
+    return NUMPY_DTYPES[dtype]
 
 
 def onnx_dtype(dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from halyard.compiler.graphs.onnx_graph import OPSET, numpy_dtype
+from halyard.compiler.graphs.onnx_graph import NUMPY_DTYPES, OPSET
 from halyard.compiler.graphs.onnx_segment import segment_model
 from halyard.hal.contract import CONTRACT_VERSION, Executable
 from halyard.hal.devices.streams import current_stream_handle
@@ -40,6 +40,27 @@ class _Output:
     name: str
     dtype: torch.dtype
     shape: tuple[int | tuple[int, int], ...]
+
+
+class _Binding:
+    """An IOBinding that takes tensors by address."""
+
+    def __init__(self, session: Any, device: torch.device) -> None:
+        import onnxruntime
+
+        self.inner = session.io_binding()
+        # The wrapper's own methods make the device anew at each call, which costs more than all the
+        # rest of a binding.
+        self._raw = self.inner._iobinding
+        self._device = onnxruntime.OrtDevice.make(device.type, device.index or 0)._get_c_device()
+
+    def bind_input(self, name: str, tensor: Tensor) -> None:
+        kind, shape = NUMPY_DTYPES[tensor.dtype], tensor.shape
+        self._raw.bind_input(name, self._device, kind, shape, tensor.data_ptr())
+
+    def bind_output(self, name: str, tensor: Tensor) -> None:
+        kind, shape = NUMPY_DTYPES[tensor.dtype], tensor.shape
+        self._raw.bind_output(name, self._device, kind, shape, tensor.data_ptr())
 
 
 class _Segment:
@@ -65,7 +86,7 @@ class _Segment:
         ]
         self._kind = device.kind
         self._sessions: dict[tuple[int, int], Any] = {}  # by device index and stream
-        self._bindings: dict[tuple[int, ...], Any] = {}  # by session and identities of weights
+        self._bindings: dict[tuple[int, ...], _Binding] = {}  # by session and identities of weights
         self._run_options: Any = None
         if self._kind == "cpu":
             self._session(torch.device("cpu"))  # so that what can't run shows now
@@ -77,19 +98,21 @@ class _Segment:
         binding = self._bindings.get(key)
         if binding is None:
             binding = self._bind_weights(session, key, inputs)
-        index = device.index or 0
         held = []  # what is bound by address lives until the run is over
         for i in self._others:
             tensor = inputs[i].contiguous()
             held.append(tensor)
-            _bind(binding.bind_input, self._names[i], tensor, index)
+            binding.bind_input(self._names[i], tensor)
         made = []
         for output in self._outputs:
             shape = [d if isinstance(d, int) else inputs[d[0]].shape[d[1]] for d in output.shape]
             tensor = torch.empty(shape, dtype=output.dtype, device=device)
             made.append(tensor)
-            _bind(binding.bind_output, output.name, tensor, index)
-        session.run_with_iobinding(binding, self._run_options)
+            binding.bind_output(output.name, tensor)
+        try:
+            session.run_with_iobinding(binding.inner, self._run_options)
+        except Exception as error:
+            raise RuntimeError(f"ONNX Runtime failed: {' '.join(str(error).split())}") from error
         return tuple(made)
 
     def _session(self, device: torch.device) -> Any:
@@ -138,14 +161,16 @@ class _Segment:
             )
         return session
 
-    def _bind_weights(self, session: Any, key: tuple[int, ...], inputs: tuple[Tensor, ...]) -> Any:
+    def _bind_weights(
+        self, session: Any, key: tuple[int, ...], inputs: tuple[Tensor, ...]
+    ) -> _Binding:
         """A binding that holds these weights' addresses, dropped with the first of them."""
-        binding = session.io_binding()
+        binding = _Binding(session, inputs[0].device)
         for i in self._weights:
             tensor = inputs[i]
             if not tensor.is_contiguous():
                 raise ModelError("a weight is not contiguous in memory")
-            _bind(binding.bind_input, self._names[i], tensor, tensor.device.index or 0)
+            binding.bind_input(self._names[i], tensor)
             weakref.finalize(tensor, self._bindings.pop, key, None).atexit = False
         self._bindings[key] = binding
         return binding
@@ -213,14 +238,3 @@ class OnnxRuntimeCompiler:
 
     def load(self, directory: Path, device: DeviceInfo) -> Executable:
         return _Segment((directory / _FILE).read_bytes(), device)
-
-
-def _bind(bind: Any, name: str, tensor: Tensor, index: int) -> None:
-    bind(
-        name,
-        tensor.device.type,
-        index,
-        numpy_dtype(tensor.dtype),
-        tuple(tensor.shape),
-        tensor.data_ptr(),
-    )
