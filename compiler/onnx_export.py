@@ -126,6 +126,8 @@ def export_onnx(
             weights = load({key: info for key, info in traced.weights.items() if key in needed})
             _write_weights(graph.recipes, weights, traced.constants, fresh / _WEIGHTS)
             _write_program(graph, facts, fresh)
+            # The library makes it readable for its owner alone.
+            (fresh / _WEIGHTS).chmod((fresh / _MODEL).stat().st_mode)
             description = {
                 "format": 1,
                 "producer": f"halyard {halyard.__version__}",

@@ -36,6 +36,12 @@ def _stem(node: fx.Node) -> str:
 @handler(*(name for stem in _BINARY for name in _names(stem, "Tensor", "Scalar")))
 def _binary(t: Translator, node: fx.Node) -> str:
     dtype = result(node).dtype
+    if _stem(node) == "mul":
+        for factor, other in (node.args[:2], node.args[1::-1]):
+            if isinstance(factor, fx.Node) and str(factor.target) == "aten.rsqrt.default":
+                # The form that runtimes know as a norm: they make one operator of it.
+                root = t.op("Sqrt", t.tensor(factor.args[0], dtype))
+                return t.op("Div", t.tensor(other, dtype), root)
     right = t.tensor(node.args[1], dtype)
     alpha = node.kwargs.get("alpha", 1)
     if alpha != 1:
@@ -73,10 +79,8 @@ def _gelu(t: Translator, node: fx.Node) -> str:
 
 @handler("aten.pow.Tensor_Scalar")
 def _pow(t: Translator, node: fx.Node) -> str:
-    source, exponent = t.tensor(node.args[0], result(node).dtype), node.args[1]
-    if exponent == 2:
-        return t.op("Mul", source, source)
-    return t.op("Pow", source, t.tensor(exponent, result(node).dtype))
+    dtype = result(node).dtype
+    return t.op("Pow", t.tensor(node.args[0], dtype), t.tensor(node.args[1], dtype))
 
 
 @handler("aten.mean.dim", "aten.mean.default", "aten.sum.dim_IntList", "aten.sum.default",

@@ -99,10 +99,16 @@ class OnnxGraph:
         self.outputs.append(_value(name, dtype, shape))
 
     def body(self, name: str) -> Any:
-        """The graph as onnx's GraphProto."""
+        """The graph as onnx's GraphProto, without nodes whose outputs nobody reads."""
         from onnx import helper
 
-        return helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.initializers)
+        read = {output.name for output in self.outputs}
+        kept = []
+        for node in reversed(self.nodes):
+            if read.intersection(node.output):
+                read.update(_reads(node))
+                kept.append(node)
+        return helper.make_graph(kept[::-1], name, self.inputs, self.outputs, self.initializers)
 
     def model(self, name: str) -> Any:
         """The graph as onnx's ModelProto."""
@@ -120,6 +126,17 @@ def _value(name: str, dtype: torch.dtype, shape: Sequence[int | str]) -> Any:
     from onnx import helper
 
     return helper.make_tensor_value_info(name, onnx_dtype(dtype), list(shape))
+
+
+def _reads(node: Any) -> set[str]:
+    """Names that a node reads, those that its subgraphs read from outside included."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            for inner in attribute.g.node:
+                names |= _reads(inner)
+            names.update(output.name for output in attribute.g.output)
+    return names
 
 
 def _rename(nodes: Any, old: str, new: str) -> None:
