@@ -4,7 +4,8 @@ Usage: python benchmarks/cpu_attention.py [--threads N] [--seconds S]
 
 Rivals: `sdpa` gathers the blocks of each sequence and calls scaled_dot_product_attention, the query
 heads of a group folded into query rows when decoding; `dense` is the same without the gather (keys
-and values already contiguous: what no paged cache can have). Figures are microseconds a call, and
+and values already contiguous: what no paged cache can have); `tvm` is Halyard's kernel set of that
+name, on one thread unless TVM_NUM_THREADS says otherwise. Figures are microseconds a call, and
 the ratio to native (above 1: native is faster). GB/s counts keys and values read once; `of read` is
 that over what a plain sum of a large tensor reaches in the same run.
 """
@@ -21,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.native.kernels import NativeKernels
+from halyard.hal.kernels.tvm.kernels import TvmKernels
 from halyard.hal.types import AttentionLayer, KVSpec, StepBatch
 
 BLOCK = 16
@@ -42,6 +44,7 @@ def best_of(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
 
 def make_calls(
     kernels: NativeKernels,
+    tvm: TvmKernels | None,
     device: CpuDevice,
     rows: int,
     context: int,
@@ -87,11 +90,23 @@ def make_calls(
         return scaled_dot_product_attention(wide, keys, values, is_causal=True, enable_gqa=True)
 
     dense_k, dense_v = gather(paged_k).contiguous(), gather(paged_v).contiguous()
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "native": lambda: kernels.attend(q, k, v, pool, layer, batch),
         "sdpa": lambda: attend(gather(paged_k), gather(paged_v)),
         "dense": lambda: attend(dense_k, dense_v),
     }
+    if tvm is not None:
+        other = device.allocate_kv(tvm.layout(spec), rows * per_row, host=False)
+        blocks = range(rows * per_row)
+        tvm.write_blocks(other, blocks, kernels.read_blocks(pool, blocks))
+        torch.testing.assert_close(
+            tvm.attend(q, k, v, other, layer, batch),
+            kernels.attend(q, k, v, pool, layer, batch),
+            atol=1e-5 if dtype == torch.float32 else 2e-2,
+            rtol=1e-5 if dtype == torch.float32 else 2e-2,
+        )
+        calls["tvm"] = lambda: tvm.attend(q, k, v, other, layer, batch)
+    return calls
 
 
 def main() -> None:
@@ -101,6 +116,10 @@ def main() -> None:
     options = parser.parse_args()
     device = CpuDevice()
     kernels = NativeKernels(device)
+    found = TvmKernels.probe(device.info)
+    tvm = TvmKernels(device) if found.available else None
+    if tvm is None:
+        print(f"without tvm: {'; '.join(found.reasons)}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     stream = torch.ones(1 << 26)
@@ -115,7 +134,9 @@ def main() -> None:
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             for rows, context, queries, kv_heads, dim in cells:
-                calls = make_calls(kernels, device, rows, context, queries, 8, kv_heads, dim, dtype)
+                calls = make_calls(
+                    kernels, tvm, device, rows, context, queries, 8, kv_heads, dim, dtype
+                )
                 best = best_of(calls, options.seconds)
                 text = "  ".join(
                     f"{name} {t * 1e6:9.1f} us ({t / best['native']:5.2f}x)"

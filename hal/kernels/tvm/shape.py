@@ -1,0 +1,36 @@
+"""What a TVM kernel is generated for: one function set per shape, dtype and feature set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LANES", "KernelShape"]
+
+LANES = 16  # fp32 lanes of the vectors that CPU kernels are written in; narrower ones split them
+
+
+@dataclass(frozen=True, slots=True)
+class KernelShape:
+    """Everything that is constant in a generated kernel."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str  # of activations and of KV, TVM's name is torch's
+    softcap: bool = False
+    sinks: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads of one kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def name(self) -> str:
+        """A file name for what is compiled."""
+        features = ("c" if self.softcap else "") + ("s" if self.sinks else "")
+        return (
+            f"{self.num_heads}-{self.num_kv_heads}-{self.head_dim}-{self.block_size}"
+            f"-{self.dtype}{'-' if features else ''}{features}"
+        )
