@@ -133,6 +133,8 @@ class _Segment:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
+        # A plan of memory is kept for every size of batch that ever came: there are thousands.
+        options.enable_mem_pattern = False
         # Threads that spin after each operator would take the cores from attention's.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         provider: Any = _PROVIDERS[self._kind]
@@ -143,6 +145,7 @@ class _Segment:
                 # for torch's default stream: 0 would mean "make one".
                 "user_compute_stream": str(stream or 1),
                 "use_tf32": "0",  # as torch does by default
+                "arena_extend_strategy": "kSameAsRequested",  # the KV pool has the rest
             }
             provider = (provider, settings)
             self._run_options = onnxruntime.RunOptions()
