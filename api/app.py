@@ -18,10 +18,12 @@ from halyard.api.controllers.completions import CompletionController
 from halyard.api.controllers.messages import MessageController
 from halyard.api.controllers.models import ModelController
 from halyard.api.controllers.page import PageController
+from halyard.api.controllers.responses import ResponseController
 from halyard.api.controllers.server import ServerController
 from halyard.api.controllers.tokens import TokenController
 from halyard.api.errors import exception_handler
 from halyard.api.host import EngineHost
+from halyard.api.response_store import ResponseStore
 
 __all__ = ["MAX_BODY_BYTES", "create_app"]
 
@@ -54,11 +56,12 @@ def create_app(
             CompletionController,
             MessageController,
             ModelController,
+            ResponseController,
             ServerController,
             TokenController,
             PageController,
         ],
-        state=State({"host": host}),
+        state=State({"host": host, "responses": ResponseStore()}),
         exception_handlers={Exception: exception_handler},
         on_startup=[start],
         on_shutdown=[stop],

@@ -21,6 +21,7 @@ from halyard.hal.errors import (
 __all__ = [
     "ApiError",
     "ModelNotFoundError",
+    "NotFoundError",
     "NotReadyError",
     "exception_handler",
     "to_api_error",
@@ -43,6 +44,14 @@ class NotReadyError(HalyardError):
 
 class ModelNotFoundError(HalyardError):
     """The request names a model that is not served."""
+
+
+class NotFoundError(HalyardError):
+    """Something that the request names is not here; `param` says which field named it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return _invalid(message, error.param, "invalid_value" if error.param else None)
         case ModelNotFoundError():
             return ApiError(404, message, "invalid_request_error", "model", "model_not_found")
+        case NotFoundError():
+            return ApiError(404, message, "invalid_request_error", error.param, "not_found")
         case QueueFullError():
             wait = {"Retry-After": str(max(1, round(error.retry_after)))}
             return ApiError(429, message, "rate_limit_error", None, "queue_full", wait)

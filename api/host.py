@@ -118,6 +118,11 @@ class EngineHost:
         return model
 
     @property
+    def fingerprint(self) -> str:
+        """What made the answers: see GET /v1/provenance/{fingerprint}."""
+        return f"halyard-{__version__}"
+
+    @property
     def num_requests(self) -> int:
         """Requests without a final answer yet."""
         return self._loaded.client.num_requests if self._loaded is not None else 0

@@ -1,11 +1,10 @@
 """What becomes of request parameters: honoured unless listed here. docs/api.md is made from this."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from halyard.hal.errors import RequestError
 
-__all__ = ["IGNORED", "REFUSED", "refuse"]
+__all__ = ["IGNORED", "REFUSED", "refuse", "refused_names"]
 
 IGNORED = {
     "user": "names the caller; nothing here depends on it",
@@ -17,6 +16,8 @@ IGNORED = {
     "prompt_cache_retention": "prefixes are kept as long as memory allows",
     "prediction": "a hint for speed; the answer is the same without it",
     "request_id": "send X-Request-Id instead; it names the request, not the answer",
+    "include": "nothing of what can be included exists here",
+    "max_tool_calls": "no tool runs here",
     "spaces_between_special_tokens": "no effect with the tokenizers that are read",
 }
 """Parameters that change no answer, and why."""
@@ -35,6 +36,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "chat_template": ((), "templates of callers are code"),
     "functions": ((), "give them as tools"),
     "function_call": (("none", "auto"), "use tool_choice"),
+    "conversation": ((), "use previous_response_id"),
+    "prompt": ((), "stored prompts live on OpenAI's servers"),
+    "top_logprobs": ((), "use /v1/chat/completions"),
     "verbosity": (("medium",), "say it in the messages"),
     "return_tokens_as_token_ids": ((), "use return_token_ids"),
 }
@@ -44,14 +48,29 @@ False, null, 0 and what is empty are fine for all of them.
 """
 
 
-def refuse(request: Any, names: Iterable[str] = REFUSED) -> None:
+_ELSEWHERE = {
+    "prompt": ("CompletionRequest",),
+    "top_logprobs": ("ChatCompletionRequest",),
+}
+"""Requests that honour a name which the others refuse."""
+
+
+def refused_names(kind: type) -> list[str]:
+    """Parameters of a request type that are refused."""
+    fields = getattr(kind, "__struct_fields__", ())
+    return [
+        name for name in REFUSED if name in fields and kind.__name__ not in _ELSEWHERE.get(name, ())
+    ]
+
+
+def refuse(request: Any) -> None:
     """Refuse what would change the answer but isn't served.
 
     Raises:
         RequestError: one of them is set; it is named.
     """
-    for name in names:
-        value = getattr(request, name, None)
+    for name in refused_names(type(request)):
+        value = getattr(request, name)
         fine, instead = REFUSED[name]
         if value and value not in fine:
             raise RequestError(f"{name} is not supported: {instead}", name)

@@ -24,7 +24,7 @@ def event(value: msgspec.Struct) -> bytes:
     return b"data: " + _encoder.encode(value) + b"\n\n"
 
 
-def named_event(name: str, **fields: Any) -> bytes:
+def named_event(name: str, /, **fields: Any) -> bytes:
     """One server-sent event with a name, which is its type too."""
     body = _encoder.encode({"type": name, **fields})
     return b"event: " + name.encode() + b"\ndata: " + body + b"\n\n"
@@ -45,7 +45,7 @@ class JsonAnswer:
 
     def __init__(
         self,
-        work: Coroutine[Any, Any, msgspec.Struct],
+        work: Coroutine[Any, Any, msgspec.Struct | dict[str, Any]],
         cancel: Callable[[], None],
         on_error: Callable[[BaseException], None],
         error_body: Callable[[ApiError], bytes] = ApiError.body,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import Served
 
-from halyard.api.parameters import IGNORED, REFUSED
+from halyard.api.parameters import IGNORED, REFUSED, refused_names
 from halyard.api.schemas.chat import ChatCompletionRequest
 from halyard.api.schemas.completions import CompletionRequest
 
@@ -34,16 +34,16 @@ ENDPOINTS = [
 ]
 
 
-def cases(names: Any) -> list[Any]:
+def cases(names: Any, of: Any = lambda kind: kind.__struct_fields__) -> list[Any]:
     return [
         pytest.param(path, body, name, id=f"{path}-{name}")
         for path, kind, body in ENDPOINTS
         for name in names
-        if name in kind.__struct_fields__
+        if name in of(kind)
     ]
 
 
-@pytest.mark.parametrize(("path", "body", "name"), cases(REFUSED))
+@pytest.mark.parametrize(("path", "body", "name"), cases(REFUSED, refused_names))
 def test_refused_by_name(served: Served, path: str, body: Any, name: str) -> None:
     answer = served.post(path, **body, **{name: VALUES.get(name, "some")})
     assert answer.status_code == 400
