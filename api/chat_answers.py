@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from msgspec import UNSET, UnsetType
 
 from halyard.api.answer_reader import AnswerReader, Piece, ReadingRules
-from halyard.api.deps import FINGERPRINT, now
+from halyard.api.deps import now
 from halyard.api.generation import Generation
 from halyard.api.schemas.chat import (
     CalledFunction,
@@ -60,7 +60,7 @@ class ChatAnswers:
             id=generation.answer_id,
             created=self._created,
             model=self._model,
-            system_fingerprint=FINGERPRINT,
+            system_fingerprint=self._generation.fingerprint,
             choices=[
                 part.choice(index, bool(request.return_token_ids))
                 for index, part in enumerate(parts)
@@ -121,7 +121,7 @@ class ChatAnswers:
             id=self._generation.answer_id,
             created=self._created,
             model=self._model,
-            system_fingerprint=FINGERPRINT,
+            system_fingerprint=self._generation.fingerprint,
             choices=choices,
             usage=usage,
         )

@@ -8,6 +8,7 @@ from halyard.api.convert import chat_params, chat_prompt
 from halyard.api.deps import new_id
 from halyard.api.dialect import Dialect, detect
 from halyard.api.generation import Generation
+from halyard.api.host import EngineHost
 from halyard.api.schemas.chat import ChatCompletionRequest
 from halyard.hal.errors import RequestError
 from halyard.models.tokenizer import Tokenizer
@@ -60,16 +61,20 @@ async def plan_chat(client: Client, request: ChatCompletionRequest) -> ChatPlan:
 
 
 def start_chat(
-    client: Client, request: ChatCompletionRequest, plan: ChatPlan, answer_id: str | None = None
+    host: EngineHost,
+    request: ChatCompletionRequest,
+    plan: ChatPlan,
+    answer_id: str | None = None,
 ) -> Generation:
     """Submit it."""
     return Generation(
-        client,
+        host.client,
         answer_id or new_id("chatcmpl"),
         [plan.prompt],
         plan.params,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        fingerprint=host.fingerprint,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from msgspec import UNSET, UnsetType
 
-from halyard.api.deps import FINGERPRINT, now
+from halyard.api.deps import now
 from halyard.api.generation import Generation
 from halyard.api.schemas.common import CompletionUsage
 from halyard.api.schemas.completions import (
@@ -57,7 +57,7 @@ class CompletionAnswers:
             id=self._generation.answer_id,
             created=self._created,
             model=self._model,
-            system_fingerprint=FINGERPRINT,
+            system_fingerprint=self._generation.fingerprint,
             choices=[answer.take() for own in answers for answer in self._best(own)],
             usage=self._generation.usage(),
         )
@@ -100,7 +100,7 @@ class CompletionAnswers:
             id=self._generation.answer_id,
             created=self._created,
             model=self._model,
-            system_fingerprint=FINGERPRINT,
+            system_fingerprint=self._generation.fingerprint,
             choices=choices,
             usage=usage,
         )

@@ -8,16 +8,13 @@ from typing import Any
 
 from litestar import Request
 
-from halyard import __version__
 from halyard.api.errors import to_api_error
 from halyard.api.host import EngineHost
 from halyard.hal.errors import HalyardError
 
-__all__ = ["FINGERPRINT", "error_observer", "host_of", "new_id", "now"]
+__all__ = ["error_observer", "host_of", "new_id", "now"]
 
 logger = logging.getLogger("halyard.api")
-
-FINGERPRINT = f"halyard-{__version__}"
 
 
 def host_of(request: Request[Any, Any, Any]) -> EngineHost:

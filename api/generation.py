@@ -29,7 +29,9 @@ class Generation:
         priority: int | None = None,
         cache_salt: str | None = None,
         drop_answer: bool = False,
+        fingerprint: str | None = None,
     ) -> None:
+        self.fingerprint = fingerprint  # of what makes the answers
         self.answer_id = answer_id
         self.prompts = prompts
         self.params = params

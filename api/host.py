@@ -8,12 +8,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from halyard import __version__
-from halyard.api.errors import ModelNotFoundError, NotReadyError
+from halyard.api.errors import ModelNotFoundError, NotFoundError, NotReadyError
 from halyard.api.schemas.server import Readiness, Status
 from halyard.hal.errors import EngineDeadError
 from halyard.runtime.client import Client
+
+if TYPE_CHECKING:  # it knows the engine's parts, and they are heavy
+    from halyard.api.provenance import Provenance
 
 __all__ = ["EngineHost", "Loaded", "Loader"]
 
@@ -29,6 +33,7 @@ class Loaded:
     client: Client
     device: str
     dtype: str
+    provenance: "Provenance | None" = None  # None: nobody looked
 
 
 Loader = Callable[[Callable[[str], None]], Loaded]
@@ -120,7 +125,24 @@ class EngineHost:
     @property
     def fingerprint(self) -> str:
         """What made the answers: see GET /v1/provenance/{fingerprint}."""
-        return f"halyard-{__version__}"
+        if self._loaded is None or self._loaded.provenance is None:
+            return f"halyard-{__version__}"
+        return self._loaded.provenance.fingerprint
+
+    def provenance(self, fingerprint: str) -> dict[str, Any]:
+        """What made answers with that fingerprint.
+
+        Raises:
+            NotFoundError: another server, or an earlier start of this one, made them.
+        """
+        loaded = self._loaded
+        if loaded is None or loaded.provenance is None or fingerprint != self.fingerprint:
+            raise NotFoundError(
+                f"nothing here has the fingerprint {fingerprint!r}; this server's is "
+                f"{self.fingerprint!r}",
+                "fingerprint",
+            )
+        return {"fingerprint": fingerprint, **loaded.provenance.facts}
 
     @property
     def num_requests(self) -> int:

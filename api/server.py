@@ -130,13 +130,16 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
 
 def load_engine(config: EngineConfig, tell: Callable[[str], None]) -> Loaded:
     """Build the engine and its client. Takes seconds to minutes."""
+    from halyard.api.provenance import provenance_of
     from halyard.runtime.build import build_engine
     from halyard.runtime.client import Client
 
     built = build_engine(replace(config, progress=config.progress and sys.stderr.isatty()), tell)
     plan = built.plan
+    tell("reading digests")
+    provenance = provenance_of(built, config)
     client = Client(built.engine, built.tokenizer, plan.spec.name, plan.selection.row.name)
-    return Loaded(client, plan.selection.device.name, plan.selection.dtype)
+    return Loaded(client, plan.selection.device.name, plan.selection.dtype, provenance)
 
 
 class _Server(uvicorn.Server):

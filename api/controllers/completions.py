@@ -49,6 +49,7 @@ class CompletionController(Controller):
             priority=asked.priority,
             cache_salt=asked.cache_salt,
             drop_answer=asked.max_tokens == 0,
+            fingerprint=host.fingerprint,
         )
         answers = CompletionAnswers(generation, asked, model, client.tokenizer)
         observe = error_observer(host, request)

@@ -38,7 +38,7 @@ class ResponseController(Controller):
             before = store.get(asked.previous_response_id, "previous_response_id").conversation
         chat = as_chat(asked, before)
         plan = await plan_chat(client, chat)
-        generation = start_chat(client, chat, plan, new_id("resp").replace("-", "_"))
+        generation = start_chat(host, chat, plan, new_id("resp").replace("-", "_"))
         answers = ResponseAnswers(generation, asked, model, plan.rules, host.fingerprint)
         items = asked.input
         if isinstance(items, str):

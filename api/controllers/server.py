@@ -42,3 +42,8 @@ class ServerController(Controller):
     async def status(self, request: Request[Any, Any, Any]) -> Status:
         """What runs now, for the page."""
         return host_of(request).status()
+
+    @get("/v1/provenance/{fingerprint:str}")
+    async def provenance(self, request: Request[Any, Any, Any], fingerprint: str) -> dict[str, Any]:
+        """What made answers with this system_fingerprint: files, backend, plan, versions."""
+        return host_of(request).provenance(fingerprint)

@@ -56,11 +56,11 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(**app: Any) -> Iterator[LiveServer]:
-    """Serve the embedded model on the embedded default."""
+def live_server(backend: str = "cpu", **app: Any) -> Iterator[LiveServer]:
+    """Serve the embedded model on the default backend, or one that starts sooner."""
     config = EngineConfig.create(
         model="embedded",
-        backend="cpu",
+        backend=backend,
         kv_blocks=128,
         host_kv_blocks=0,
         max_model_len=1024,

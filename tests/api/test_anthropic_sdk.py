@@ -142,7 +142,7 @@ def test_async(served: Served) -> None:
 @pytest.fixture(scope="module")
 def live() -> Iterator[LiveServer]:
     pytest.importorskip("llguidance", reason="forced calls need llguidance")
-    with live_server() as server:
+    with live_server("reference") as server:
         yield server
 
 
