@@ -10,8 +10,8 @@ import torch
 
 __all__ = ["NUMPY_DTYPES", "OPSET", "OnnxGraph", "numpy_dtype", "onnx_dtype"]
 
-OPSET = 23
-_IR_VERSION = 11  # the one that came with the opset, so that older runtimes read the file
+OPSET = 20  # the first with Gelu: any runtime since 2024 reads it
+_IR_VERSION = 9  # the one that came with the opset, so that older runtimes read the file
 
 NUMPY_DTYPES: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
