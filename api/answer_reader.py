@@ -17,6 +17,7 @@ class ReadingRules:
     thinking: bool | None = None  # True: the prompt has opened a thought; None: no thoughts here
     functions: frozenset[str] | None = None  # names that may be called; None: no tools
     shows_thoughts: bool = True
+    most_calls: int | None = None  # further ones are left out; None: no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class AnswerReader:
         self._thoughts = None
         if rules.thinking is not None:
             self._thoughts = ThoughtSplitter(rules.thinking)
+        self._most_calls = rules.most_calls
         self._shows_thoughts = rules.shows_thoughts
         self._tools = None
         if rules.functions is not None:
@@ -55,4 +57,6 @@ class AnswerReader:
         if self._tools is None:
             return Piece(thought, content)
         content, calls = self._tools.push(content, final)
+        if self._most_calls is not None:
+            calls = [call for call in calls if call.index < self._most_calls]
         return Piece(thought, content, tuple(calls))

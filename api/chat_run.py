@@ -55,8 +55,13 @@ async def plan_chat(client: Client, request: ChatCompletionRequest) -> ChatPlan:
     if params.guided is not None and thinking is not None and params.guided.kind != "lark":
         params = replace(params, guided=dialect.after_thought(params.guided, thinking))
     await client.prepare(params)
-    names = tools.names if tools is not None else None
-    rules = ReadingRules(dialect, thinking, names, request.include_reasoning is not False)
+    rules = ReadingRules(
+        dialect,
+        thinking,
+        tools.names if tools is not None else None,
+        request.include_reasoning is not False,
+        tools.most_calls if tools is not None else None,
+    )
     return ChatPlan(prompt, params, rules)
 
 

@@ -39,6 +39,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "conversation": ((), "use previous_response_id"),
     "prompt": ((), "stored prompts live on OpenAI's servers"),
     "top_logprobs": ((), "use /v1/chat/completions"),
+    "add_special_tokens": ((), "the chat template writes them"),
     "verbosity": (("medium",), "say it in the messages"),
     "return_tokens_as_token_ids": ((), "use return_token_ids"),
 }
@@ -49,7 +50,8 @@ False, null, 0 and what is empty are fine for all of them.
 
 
 _ELSEWHERE = {
-    "prompt": ("CompletionRequest",),
+    "prompt": ("CompletionRequest", "TokenizeRequest"),
+    "add_special_tokens": ("CompletionRequest", "TokenizeRequest"),
     "top_logprobs": ("ChatCompletionRequest",),
 }
 """Requests that honour a name which the others refuse."""

@@ -26,6 +26,8 @@ def as_chat(request: ResponseRequest, before: list[InputMessage]) -> ChatComplet
         raise RequestError("max_output_tokens must be at least 1", "max_output_tokens")
     if request.truncation not in (None, "disabled"):
         raise RequestError("truncation must be disabled: shorten the input", "truncation")
+    if "message.output_text.logprobs" in (request.include or ()):
+        raise RequestError("logprobs are not supported: use /v1/chat/completions", "include")
     if request.background and request.stream:
         raise RequestError("background and stream exclude each other", "background")
     if request.background and request.store is False:

@@ -110,3 +110,9 @@ def test_a_call_after_a_thought() -> None:
         thought, content, calls = read("hermes", text, cuts, False)
         assert (thought, content) == ("hm <tool_call>", "")
         assert [name for name, _ in calls] == ["look_up"]
+
+
+def test_calls_beyond_the_limit_are_left_out() -> None:
+    text = f"[TOOL_CALLS] [{CALL}, {CALL}]"
+    reader = AnswerReader(ReadingRules(Dialect("mistral"), None, NAMES, most_calls=1))
+    assert {call.index for call in reader.push(text, True).calls} == {0}

@@ -1,0 +1,132 @@
+"""Writes docs/api.md from the request types: what becomes of every parameter.
+
+python ci/api_docs.py          write it
+python ci/api_docs.py --check  exit status 1 if it is out of date
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from halyard.api.parameters import IGNORED, REFUSED, refused_names
+from halyard.api.schemas.chat import ChatCompletionRequest
+from halyard.api.schemas.completions import CompletionRequest
+from halyard.api.schemas.messages import CountTokensRequest, MessageRequest
+from halyard.api.schemas.responses import ResponseRequest
+from halyard.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "api.md"
+ENDPOINTS = {
+    "POST /v1/chat/completions": ChatCompletionRequest,
+    "POST /v1/completions": CompletionRequest,
+    "POST /v1/responses": ResponseRequest,
+    "POST /v1/messages": MessageRequest,
+    "POST /v1/messages/count_tokens": CountTokensRequest,
+    "POST /tokenize": TokenizeRequest,
+    "POST /detokenize": DetokenizeRequest,
+}
+# Endpoint-specific: what a shared name means there.
+IGNORED_THERE = {
+    ("POST /v1/responses", "stream_options"): "streams hold no padding to switch off",
+}
+REFUSED_THERE = {
+    ("POST /v1/messages", "container"): "nothing runs code here",
+    ("POST /v1/messages", "mcp_servers"): "no tool runs here",
+    ("POST /v1/messages", "context_management"): "shorten the messages",
+}
+INTRO = """\
+# The HTTP API
+
+Made by `PYTHONPATH=pkg python ci/api_docs.py` from the request types; a test checks that it is up to date.
+
+Change the base URL of a program written for OpenAI, vLLM or Anthropic, nothing else. Every parameter
+is honoured, ignored because it changes no answer, or refused with a 400 that names it. Names that
+are not listed are ignored. `null` is the default everywhere.
+
+| endpoint | what |
+|---|---|
+| `POST /v1/chat/completions` | conversations, with tools, thoughts and structured output |
+| `POST /v1/completions` | text goes on; `echo`, `logprobs`, `prompt_logprobs` |
+| `POST /v1/responses` | conversations that the server remembers (the last 1000, in memory) |
+| `GET /v1/responses/{id}` | a stored response; also `DELETE`, `POST .../cancel`, `GET .../input_items` |
+| `POST /v1/messages` | Anthropic's conversations |
+| `POST /v1/messages/count_tokens` | how long one is |
+| `GET /v1/models`, `GET /v1/models/{id}` | what is served |
+| `POST /tokenize`, `POST /detokenize` | text to ids and back |
+| `GET /v1/provenance/{fingerprint}` | what made the answers with that `system_fingerprint` |
+| `GET /health`, `/ready`, `/version`, `/metrics`, `/status`, `/schema` | for operators |
+
+**Structured output.** `response_format`, `structured_outputs` or one of the `guided_*` fields, at most
+one. Needs `llguidance`. Schemas are always held to (`strict` changes nothing); what can't be held to,
+can't be satisfied or is too complex is refused before anything runs. Models that think do so first:
+the form holds for what follows the thought.
+
+**Tools.** The chat template decides how calls are written (Hermes and Qwen, Mistral, Llama 3); a model
+whose template knows none refuses `tools`. `tool_choice` required or by name is enforced by a
+grammar; auto is read off the answer. Thoughts (`<think>`) come back as `reasoning_content`.
+
+**Errors** are `{"error": {"message", "type", "param", "code"}}`, for `/v1/messages` Anthropic's
+envelope. 400 names the field, 404 an unknown model, 429 a full queue (with Retry-After), 503 a
+server that loads, stops or has failed.
+"""
+
+
+def comments(kind: type) -> dict[str, str]:
+    """Field name -> the comment beside it, read off the sources of a type and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not base.__module__.startswith("halyard."):
+            continue
+        text = (
+            ROOT / (base.__module__.removeprefix("halyard.").replace(".", "/") + ".py")
+        ).read_text()
+        body = text.partition(f"class {base.__name__}(")[2].partition("\nclass ")[0]
+        for name, comment in re.findall(r"^    (\w+): [^\n#]*(?:# ([^\n]*))?$", body, re.MULTILINE):
+            found[name] = comment or found.get(name, "")
+    return found
+
+
+def row(endpoint: str, kind: type, name: str, comment: str) -> str:
+    if reason := IGNORED_THERE.get((endpoint, name)):
+        return f"| `{name}` | ignored | {reason} |"
+    if reason := REFUSED_THERE.get((endpoint, name)):
+        return f"| `{name}` | refused | {reason} |"
+    if name in refused_names(kind):
+        fine, instead = REFUSED[name]
+        allowed = f"; fine: {', '.join(map(repr, fine))}" if fine else ""
+        return f"| `{name}` | refused | {instead}{allowed} |"
+    if name in IGNORED:
+        return f"| `{name}` | ignored | {IGNORED[name]} |"
+    return f"| `{name}` | honoured | {comment} |"
+
+
+def page() -> str:
+    parts = [INTRO]
+    for endpoint, kind in ENDPOINTS.items():
+        told = comments(kind)
+        rows = [row(endpoint, kind, name, told.get(name, "")) for name in kind.__struct_fields__]
+        order = {"honoured": 0, "ignored": 1, "refused": 2}
+        rows.sort(key=lambda line: order[line.split(" | ")[1]])
+        parts.append(
+            f"## {endpoint}\n\n| parameter | | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        )
+    return "\n".join(parts)
+
+
+def main() -> int:
+    text = page()
+    if "--check" in sys.argv[1:]:
+        if PAGE.is_file() and PAGE.read_text() == text:
+            return 0
+        print("docs/api.md is out of date: run PYTHONPATH=pkg python ci/api_docs.py")
+        return 1
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
