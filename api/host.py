@@ -68,6 +68,13 @@ class EngineHost:
         self._loaded: Loaded | None = None
         self._samples: deque[tuple[float, int]] = deque(maxlen=64)
 
+    @classmethod
+    def of(cls, loaded: Loaded, served_names: Sequence[str] = ()) -> "EngineHost":
+        """A host of an engine that is loaded already."""
+        host = cls(lambda _: loaded, served_names)
+        host._loaded = loaded
+        return host
+
     def start(self) -> None:
         """Begin to load. Called on the event loop that will serve."""
         loop = asyncio.get_running_loop()

@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": ("serve", "serve a model over HTTP, in OpenAI's API"),
     "generate": ("generate", "complete a prompt"),
     "chat": ("chat", "chat with a model in the terminal"),
+    "batch": ("batch", "answer a file of requests; goes on where it was stopped"),
     "plan": ("plan", "what would run, on what, with how much memory, and why"),
     "devices": ("devices", "what hardware is here and which backends can use it"),
     "bench": ("bench", "measure a model"),
