@@ -33,12 +33,14 @@ _BUILT_IN: dict[Axis, dict[str, str]] = {
         "reference": "halyard.hal.kernels.reference.kernels:ReferenceKernels",
         "native": "halyard.hal.kernels.native.kernels:NativeKernels",
         "triton": "halyard.hal.kernels.triton.kernels:TritonKernels",
+        "tvm": "halyard.hal.kernels.tvm.kernels:TvmKernels",
     },
     "graphs": {
         "null": "halyard.compiler.graphs.null:NullCompiler",
         "eager": "halyard.compiler.graphs.eager:EagerCompiler",
         "inductor": "halyard.compiler.graphs.inductor:InductorCompiler",
         "onnxruntime": "halyard.compiler.graphs.onnxruntime:OnnxRuntimeCompiler",
+        "tvm": "halyard.compiler.graphs.tvm:TvmCompiler",
     },
 }
 

@@ -1,0 +1,131 @@
+"""Segments compiled by TVM answer as Hugging Face does, at every size of batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_program_matches_hf import Batch
+from tiny_models import save_tiny_model, tiny_model
+
+from halyard.compiler.build import build_program
+from halyard.compiler.graphs.tvm import TvmCompiler
+from halyard.compiler.program import HeadShape, Program, UnboundProgram
+from halyard.hal.devices.cpu import CpuDevice
+from halyard.hal.errors import BackendUnavailableError, ModelError
+from halyard.hal.kernels.reference.kernels import ReferenceKernels
+from halyard.models.adapter import build_meta_module
+from halyard.models.spec import ModelSpec
+
+pytest.importorskip("tvm", reason='needs pip install "halyard[tvm]"')
+
+DEVICE = CpuDevice()
+COMPILER = TvmCompiler()
+
+
+def build(family: str, dtype: Any = "float32") -> UnboundProgram:
+    spec = ModelSpec.from_hf(tiny_model(family).config)
+    traceable = build_meta_module(spec, dtype)
+    return build_program(
+        traceable,
+        traceable.buffers_by_name,
+        COMPILER,
+        DEVICE.info,
+        name=family,
+        num_layers=spec.num_layers,
+        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+        vocab_size=spec.vocab_size,
+        dtype=dtype,
+        torch_device=DEVICE.torch_device,
+    )
+
+
+def bind(family: str, unbound: UnboundProgram) -> tuple[Any, Program]:
+    """(Hugging Face model, program)"""
+    model = tiny_model(family)
+    spec = ModelSpec.from_hf(model.config)
+    kernels = ReferenceKernels(DEVICE)
+    state = model.state_dict()
+    program = unbound.bind({name: state[name].clone() for name in unbound.weights}, kernels)
+    pool = DEVICE.allocate_kv(kernels.layout(spec.kv_spec("float32", 4)), 64, host=False)
+    pool.data.fill_(float("nan"))
+    program.set_pool(pool)
+    return model, program
+
+
+def check(model: Any, program: Program) -> None:
+    """Packed prefill, chunks beside decodes, decode of as many rows as tokens, one token alone."""
+    generator = random.Random(1)
+    sequences = [[generator.randrange(128) for _ in range(n)] for n in (23, 9, 17)]
+    batch = Batch(sequences)
+    got: list[list[torch.Tensor]] = [[], [], []]
+    steps: tuple[dict[int, int], ...] = (
+        {0: 10, 1: 8}, {0: 6, 1: 1, 2: 5}, {0: 4, 2: 9}, {0: 1, 2: 1}, {0: 1}, {2: 1},
+    )  # fmt: skip
+    for counts in steps:
+        for row, logits in batch.step(program, counts).items():
+            got[row].append(logits)
+    with torch.no_grad():
+        for row, sequence in enumerate(sequences):
+            expected = model(torch.tensor([sequence[: batch.done[row]]])).logits[0]
+            found = torch.cat(got[row])
+            assert torch.equal(found.argmax(-1), expected.argmax(-1))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_logits(family: str) -> None:
+    check(*bind(family, build(family)))
+
+
+def test_bfloat16_is_refused_in_one_line() -> None:
+    with pytest.raises(BackendUnavailableError, match="not in bfloat16: use --dtype") as caught:
+        build("llama", "bfloat16")
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_operators_are_named() -> None:
+    with pytest.raises(ModelError, match=r"can't hold the operator aten\.\w+") as caught:
+        build("mixtral")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_devices_are_refused() -> None:
+    rocm = dataclasses.replace(DEVICE.info, kind="rocm")
+    (reason,) = COMPILER.probe(rocm).reasons
+    assert reason == "the tvm graph compiler runs on the cpu, not on rocm"
+
+
+MATRIX = """
+backends:
+  - {name: reference, device: cpu, kernels: reference, graph: eager, dtypes: [float32],
+     status: untested, role: test}
+  - {name: tvm, device: cpu, kernels: tvm, graph: tvm, dtypes: [float32],
+     status: untested, role: test}
+select: [reference]
+pools: []
+"""
+
+
+def test_greedy_engine(tmp_path: Path) -> None:
+    from halyard import LLM, SamplingParams
+
+    save_tiny_model("qwen3", tmp_path)
+    generator = random.Random(0)
+    prompts = [[generator.randrange(128) for _ in range(n)] for n in (1, 15, 17, 33)]
+    params = SamplingParams(temperature=0, max_tokens=6)
+    answers = {}
+    matrix = tmp_path / "matrix.yaml"
+    matrix.write_text(MATRIX)
+    for backend in ("reference", "tvm"):
+        with LLM(
+            tmp_path, backend=backend, dtype="float32", kv_blocks=32, max_batched_tokens=8,
+            max_num_sequences=4, cache_dir=tmp_path / "cache", matrix=matrix,
+        ) as llm:  # fmt: skip
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            answers[backend] = [output.outputs[0].token_ids for output in outputs]
+    assert answers["tvm"] == answers["reference"]
