@@ -2,7 +2,9 @@
 
 import re
 import secrets
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from litestar import Litestar
 from litestar.config.cors import CORSConfig
@@ -13,6 +15,8 @@ from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from halyard import __version__
+from halyard.api.batches import BatchStore
+from halyard.api.controllers.batches import BatchController, FileController
 from halyard.api.controllers.chat import ChatController
 from halyard.api.controllers.completions import CompletionController
 from halyard.api.controllers.messages import MessageController
@@ -22,6 +26,7 @@ from halyard.api.controllers.responses import ResponseController
 from halyard.api.controllers.server import ServerController
 from halyard.api.controllers.tokens import TokenController
 from halyard.api.errors import exception_handler
+from halyard.api.files import FileStore
 from halyard.api.host import EngineHost
 from halyard.api.response_store import ResponseStore
 
@@ -36,32 +41,46 @@ def create_app(
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
     allowed_origins: Sequence[str] = (),
+    data_dir: Path | None = None,
 ) -> ASGIApp:
     """The server around an engine that `host` loads once the server has started.
 
     Args:
         max_body_bytes: a larger request body is refused with 413.
         allowed_origins: web sites whose scripts may call the API (CORS).
+        data_dir: keeps files and batches; None: a folder that goes away with the server.
     """
+    passing = tempfile.TemporaryDirectory(prefix="halyard-") if data_dir is None else None
+    folder = data_dir or Path(passing.name if passing is not None else "")
+    files = FileStore(folder / "files")
+    batches = BatchStore(folder / "batches", files, host)
 
     async def start(_: Litestar) -> None:
         host.start()
+        batches.start()
 
     async def stop(_: Litestar) -> None:
+        batches.stop()
         await host.close(0.0)
+        if passing is not None:
+            passing.cleanup()
 
     app = Litestar(
         route_handlers=[
+            BatchController,
             ChatController,
             CompletionController,
             MessageController,
+            FileController,
             ModelController,
             ResponseController,
             ServerController,
             TokenController,
             PageController,
         ],
-        state=State({"host": host, "responses": ResponseStore()}),
+        state=State(
+            {"host": host, "responses": ResponseStore(), "files": files, "batches": batches}
+        ),
         exception_handlers={Exception: exception_handler},
         on_startup=[start],
         on_shutdown=[stop],

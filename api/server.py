@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -36,6 +37,7 @@ class ServerConfig:
     grace_seconds: float = 5.0  # running requests get that long when the server is stopped
     access_log: bool = False  # one line a request
     allowed_origins: tuple[str, ...] = ()  # web sites that may call the API (CORS)
+    data_dir: Path | None = None  # keeps files and batches; None: only while the server runs
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -97,7 +99,7 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
         return load_engine(config, told)
 
     host = EngineHost(load, server.served_model_names, on_failure, on_ready)
-    app = create_app(host, allowed_origins=server.allowed_origins)
+    app = create_app(host, allowed_origins=server.allowed_origins, data_dir=server.data_dir)
     process = _Server(
         uvicorn.Config(
             app,

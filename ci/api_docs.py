@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from halyard.api.parameters import IGNORED, REFUSED, refused_names
+from halyard.api.schemas.batches import BatchRequest
 from halyard.api.schemas.chat import ChatCompletionRequest
 from halyard.api.schemas.completions import CompletionRequest
 from halyard.api.schemas.messages import CountTokensRequest, MessageRequest
@@ -25,6 +26,7 @@ ENDPOINTS = {
     "POST /v1/responses": ResponseRequest,
     "POST /v1/messages": MessageRequest,
     "POST /v1/messages/count_tokens": CountTokensRequest,
+    "POST /v1/batches": BatchRequest,
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,
 }
@@ -54,6 +56,8 @@ are not listed are ignored. `null` is the default everywhere.
 | `GET /v1/responses/{id}` | a stored response; also `DELETE`, `POST .../cancel`, `GET .../input_items` |
 | `POST /v1/messages` | Anthropic's conversations |
 | `POST /v1/messages/count_tokens` | how long one is |
+| `POST /v1/files`, `GET /v1/files[/{id}[/content]]`, `DELETE` | files of batches, in `--data-dir` |
+| `POST /v1/batches`, `GET /v1/batches[/{id}]`, `POST .../cancel` | many requests in a file; `halyard batch` is the same without a server |
 | `GET /v1/models`, `GET /v1/models/{id}` | what is served |
 | `POST /tokenize`, `POST /detokenize` | text to ids and back |
 | `GET /v1/provenance/{fingerprint}` | what made the answers with that `system_fingerprint` |

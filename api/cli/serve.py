@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from halyard.api.cli import options
 
@@ -25,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--access-log", action="store_true", help="log one line a request")
     group.add_argument("--allow-origin", nargs="+", default=(), metavar="ORIGIN",
                        help="web sites whose scripts may call the API")  # fmt: skip
+    group.add_argument("--data-dir", type=Path, metavar="DIR",
+                       help="keeps files and batches (default: only while it runs)")  # fmt: skip
 
     options.add_engine_arguments(parser)
 
@@ -45,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         grace_seconds=args.grace_seconds,
         access_log=args.access_log,
         allowed_origins=tuple(args.allow_origin),
+        data_dir=args.data_dir,
     )
     if args.access_log:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)

@@ -26,6 +26,7 @@ class Served:
     port: int
     host: EngineHost
     http: httpx.Client
+    stop: Callable[[], None] = lambda: None
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
@@ -69,6 +70,7 @@ def serve_engine() -> Iterator[Callable[..., Served]]:
             server.should_exit = True
             thread.join(10)
 
+        served.stop = stop
         stops.append(stop)
         assert served.until(lambda: server.started)
         if wait:
