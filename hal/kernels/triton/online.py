@@ -5,7 +5,6 @@ Scores are kept in base 2 (log2 e is folded into the scale), sums and outputs in
 
 from __future__ import annotations
 
-
 import triton
 import triton.language as tl
 

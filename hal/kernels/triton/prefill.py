@@ -6,7 +6,6 @@ number of tokens and rows; each program finds its row by bisecting query_start.
 
 from __future__ import annotations
 
-
 import triton
 import triton.language as tl
 
