@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from halyard.api.schemas.common import CompletionUsage, PromptTokensDetails
-from halyard.hal.errors import EngineDeadError, HalyardError
+from halyard.hal.errors import EngineDeadError, HalyardError, RequestError
 from halyard.runtime.client import SHUTTING_DOWN, Client, RequestStream
+from halyard.runtime.guided import TOO_COMPLEX
 from halyard.runtime.outputs import RequestDelta
 from halyard.runtime.request import SamplingParams
 
@@ -114,6 +115,8 @@ class Generation:
             if new.error is not None:
                 if new.error == SHUTTING_DOWN or self._client.error is not None:
                     raise EngineDeadError(new.error)
+                if new.error == TOO_COMPLEX and self.params.guided is not None:
+                    raise RequestError(new.error, self.params.guided.param)
                 raise HalyardError(new.error)
             if not self.drop_answer:
                 self._answer_tokens += len(new.token_ids)

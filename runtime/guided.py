@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from halyard.runtime.request import Constraint
 
-__all__ = ["GrammarCompiler", "Guidance", "MaskRow", "Masks", "Vocabulary"]
+__all__ = ["TOO_COMPLEX", "GrammarCompiler", "Guidance", "MaskRow", "Masks", "Vocabulary"]
 
 _CACHED = 64  # compiled constraints kept
 _MAX_TEXT = 128 << 10  # characters of a constraint
@@ -42,7 +42,8 @@ _LIMITS = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-_TOO_COMPLEX = "the answer's grammar grew too complex to go on"
+_TRIED_STEPS = 3
+TOO_COMPLEX = "the answer's grammar grew too complex to go on"
 
 
 class Vocabulary(Protocol):
@@ -167,7 +168,7 @@ class GrammarCompiler:
         failures = {}
         for number, (row, matcher) in enumerate(zip(rows, matchers, strict=True)):
             if matcher.is_error():
-                failures[row.position] = _TOO_COMPLEX
+                failures[row.position] = TOO_COMPLEX
                 packed[number] = -1
             elif not packed[number].any():  # the matcher found just now that nothing can follow
                 self._allow_ends(packed[number])
@@ -205,15 +206,23 @@ class GrammarCompiler:
         except (ValueError, RecursionError) as error:
             raise _refusal(constraint, str(error)) from None
         if not matcher.is_error():
-            first = matcher.deep_copy()
-            mask = first.compute_bitmask()
-            if first.is_error():
-                raise _refusal(constraint, first.get_error())
-            if not np.frombuffer(mask, np.uint8).any():
-                raise _refusal(constraint, "no text satisfies it")
+            self._try(constraint, matcher.deep_copy())
         if matcher.is_error():
             raise _refusal(constraint, matcher.get_error())
         return matcher
+
+    def _try(self, constraint: Constraint, matcher: Any) -> None:
+        """Take a few steps: what is impossible or explodes should be refused before it runs."""
+        for step in range(_TRIED_STEPS):
+            mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            if matcher.is_error():
+                raise _refusal(constraint, matcher.get_error())
+            allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+            if not len(allowed) and step == 0:
+                raise _refusal(constraint, "no text satisfies it")
+            going_on = [token for token in allowed[:8].tolist() if token not in self._eos]
+            if not going_on or not matcher.consume_token(going_on[0]):
+                return
 
     def _build_trie(self, library: Any) -> Any:
         tokenizer = self._tokenizer

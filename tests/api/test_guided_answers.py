@@ -78,29 +78,29 @@ def test_greedy_answers_are_the_best_allowed_token(llm: LLM) -> None:
     assert answer.logprobs[0][chosen].logprob < 0  # of the model's own distribution
 
 
-def test_preempted_answers_go_on_in_their_grammar() -> None:
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_preempted_answers_go_on_in_their_grammar(mode: str) -> None:
     schema = {"type": "array", "items": {"type": "integer"}, "minItems": 12, "maxItems": 16}
     params = SamplingParams(
         guided=Constraint.json_schema(schema), max_tokens=90, temperature=1.0, seed=5
     )
-    for mode in ("recompute", "swap"):
-        with LLM(
-            "embedded",
-            backend="reference",
-            kv_blocks=8,
-            host_kv_blocks=64,
-            max_model_len=112,
-            preemption=mode,
-        ) as llm:
-            outputs = llm.generate([f"a{i} = " for i in range(3)], params, use_tqdm=False)
-            stats = llm.engine.stats().scheduler
-            assert stats.preemptions_swap + stats.preemptions_recompute > 0
-        for output in outputs:
-            text = output.outputs[0].text
-            if output.outputs[0].finish_reason == "stop":
-                assert 12 <= len(json.loads(text)) <= 16
-            else:
-                assert json.loads(text.rstrip("- ,\n") + "]")
+    with LLM(
+        "embedded",
+        backend="cpu",
+        kv_blocks=8,
+        host_kv_blocks=64,
+        max_model_len=112,
+        preemption=mode,
+    ) as llm:
+        outputs = llm.generate([f"a{i} = " for i in range(3)], params, use_tqdm=False)
+        stats = llm.engine.stats().scheduler
+        assert stats.preemptions_swap + stats.preemptions_recompute > 0
+    for output in outputs:
+        text = output.outputs[0].text
+        if output.outputs[0].finish_reason == "stop":
+            assert 12 <= len(json.loads(text)) <= 16
+        else:
+            assert json.loads(text.rstrip("- ,\n") + "]")
 
 
 def test_stop_strings_and_min_tokens_still_hold(llm: LLM) -> None:
