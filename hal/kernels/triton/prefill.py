@@ -33,7 +33,7 @@ def paged_prefill_kernel(
     GROUP_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
     TOKENS: tl.constexpr = BLOCK_M // GROUP_TILE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see the most keys: first
-    row: tl.tensor = 0
+    row = num_rows * 0  # a tensor, also where the loop has nothing to do
     after = num_rows
     while after - row > 1:
         middle = (row + after) // 2

@@ -46,9 +46,10 @@ _SHORT: dict[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf1
 _MATRIX = re.compile(r"\b(wgmma|tcgen05|mma|v_s?w?mma|v_s?mfma)[._]\w[\w.]*")
 _STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "source_layer",
             "target_layer")  # fmt: skip
-# 4-byte registers a thread may put into scratch memory. fp32 runs without matrix units and holds
-# its operands in registers; it is there for exactness, not for speed.
-_SPILLS_ALLOWED: dict[str, int] = {"float32": 1 << 20, "float16": 0, "bfloat16": 0}
+# 4-byte registers a thread may put into scratch memory; others: none. RDNA 3 has 256 registers a
+# thread, and a head of 256 does not fit beside its sums. fp32 (any number) runs without matrix units
+# and keeps its operands in registers: it is there for exactness, not for speed.
+_SPILLS_ALLOWED: dict[tuple[str, int], int] = {("gfx1100", 256): 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ class CompileReport:
         found = []
         if self.shared > self.shared_limit:
             found.append(f"{self.shared} bytes of shared memory, {self.shared_limit} are there")
-        if self.spills > _SPILLS_ALLOWED[self.variant.dtype]:
+        allowed = _SPILLS_ALLOWED.get((self.variant.target, self.variant.head_dim), 0)
+        if self.variant.dtype != "float32" and self.spills > allowed:
             found.append(f"{self.spills} registers spilled")
         dots = self.variant.kernel.startswith(("decode", "prefill"))
         if dots and self.variant.dtype != "float32" and not self.matrix:

@@ -63,6 +63,12 @@ _DECODE_AMD: _Table = {
     512: Tile(16, 32, 4, 2),
     1024: Tile(16, 16, 4, 2),
 }
+_DECODE_RDNA: _Table = {  # 256 registers a thread: smaller tiles, more threads
+    128: Tile(16, 32, 4, 2),
+    256: Tile(16, 32, 8, 2),
+    512: Tile(16, 16, 8, 2),
+    1024: Tile(16, 16, 8, 2),
+}
 _DECODE_INTERPRETER: _Table = {1024: Tile(16, 64, 4, 1)}
 
 _DECODE: dict[str, _Table] = {
@@ -74,8 +80,8 @@ _DECODE: dict[str, _Table] = {
     "gfx90a": _DECODE_AMD,
     "gfx942": _DECODE_AMD,
     "gfx950": _DECODE_AMD,
-    "gfx11": _DECODE_AMD,
-    "gfx12": _DECODE_AMD,
+    "gfx11": _DECODE_RDNA,
+    "gfx12": _DECODE_RDNA,
     "interpreter": _DECODE_INTERPRETER,
 }
 
@@ -100,8 +106,13 @@ _PREFILL_CDNA: _Table = {
     256: Tile(128, 32, 4, 2),
     512: Tile(64, 32, 4, 2),
 }
-_PREFILL_RDNA: _Table = {
-    128: Tile(64, 32, 4, 2),
+_PREFILL_RDNA3: _Table = {
+    128: Tile(64, 32, 8, 2),
+    256: Tile(64, 16, 8, 2),
+    512: Tile(16, 16, 8, 2),
+}
+_PREFILL_RDNA4: _Table = {
+    128: Tile(64, 32, 8, 2),
     256: Tile(64, 32, 8, 2),
     512: Tile(32, 16, 8, 2),
 }
@@ -114,8 +125,8 @@ _PREFILL: dict[str, _Table] = {
     "gfx90a": _PREFILL_CDNA,
     "gfx942": _PREFILL_CDNA,
     "gfx950": _PREFILL_CDNA,
-    "gfx11": _PREFILL_RDNA,
-    "gfx12": _PREFILL_RDNA,
+    "gfx11": _PREFILL_RDNA3,
+    "gfx12": _PREFILL_RDNA4,
     "interpreter": {1024: Tile(64, 64, 4, 1)},
 }
 # fp32 has no matrix units at full precision: small tiles, sums in registers.

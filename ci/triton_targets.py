@@ -1,0 +1,77 @@
+"""Compile every Triton kernel for every GPU it claims, on a machine without any.
+
+Usage: python ci/triton_targets.py [--targets gfx942,sm_90] [--dtypes bfloat16] [--json FILE]
+
+One line a kernel; exit status 1 if one doesn't compile, needs more shared memory than its target
+has, spills registers or has no matrix instructions. Shows nothing about numerics or speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from halyard.hal.kernels.triton.targets import (
+    HEAD_DIMS,
+    KERNELS,
+    TARGETS,
+    CompileReport,
+    compile_variant,
+    variants,
+)
+
+
+def told(report: CompileReport) -> str:
+    """A report as one line."""
+    matrix = ", ".join(f"{count} {name.split('.')[0]}" for name, count in report.matrix.items())
+    return (
+        f"{report.variant!s:42} {report.tile:27} {report.shared / 1024:6.1f} of "
+        f"{report.shared_limit // 1024:3} KiB  {report.registers:3} registers  "
+        f"{report.spills:3} spilled  {matrix[:60]}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--dtypes", default="bfloat16,float16,float32")
+    parser.add_argument("--dims", default=",".join(map(str, HEAD_DIMS)))
+    parser.add_argument("--json", metavar="FILE", help="write all reports there")
+    options = parser.parse_args()
+    import triton
+
+    started, rows, bad = time.perf_counter(), [], 0
+    chosen: Any = variants(
+        tuple(options.targets.split(",")),
+        tuple(options.kernels.split(",")),
+        tuple(options.dtypes.split(",")),
+        tuple(map(int, options.dims.split(","))),
+    )
+    for variant in chosen:
+        try:
+            report = compile_variant(variant)
+        except Exception as error:  # noqa: BLE001 - a compiler may raise anything: one red line each
+            problems = [f"does not compile: {' '.join(str(error).split())[-200:]}"]
+            rows.append({"variant": asdict(variant), "problems": problems})
+            line = str(variant)
+        else:
+            problems = report.problems()
+            rows.append(asdict(report) | {"problems": problems})
+            line = told(report)
+        bad += bool(problems)
+        print(line + "".join(f"  WRONG: {problem}" for problem in problems), flush=True)
+    took = time.perf_counter() - started
+    print(f"triton {triton.__version__}: {len(rows)} kernels, {bad} wrong, {took:.0f} s")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"triton": triton.__version__, "kernels": rows}, file, indent=1)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The Triton kernels' numerics on a machine without a GPU, in Triton's interpreter.
+
+A process either compiles or interprets, so this file runs itself in a process of its own with
+TRITON_INTERPRET=1. No bfloat16: the interpreter computes its dots on raw bits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process with TRITON_INTERPRET=1")
+# float16 runs the same code with other roundings: a few shapes are enough.
+CELLS = [
+    *(("float32", name) for name in ("gqa", "mqa_5", "dim_24", "block_32", "window_5")),
+    ("float32", "all_features"),
+    ("float16", "all_features"),
+]
+
+if INTERPRETING:
+    import triton_checks as checks
+
+    from halyard.hal.devices.cpu import CpuDevice
+
+
+@pytest.mark.skipif(INTERPRETING, reason="this is the process it starts")
+def test_in_a_process_that_interprets() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= len(CELLS) + 8
+
+
+def made(dtype: str = "float32", **options: Any) -> Any:
+    return checks.context(CpuDevice(), dtype, **options)  # type: ignore[arg-type]
+
+
+@inside
+@pytest.mark.parametrize(("dtype", "name"), CELLS)
+def test_prefill_then_decode(dtype: str, name: str) -> None:
+    checks.prefill_then_decode(made(dtype), **checks.SHAPES[name])
+
+
+@inside
+@pytest.mark.parametrize("name", ["all_features"])
+def test_split_keys_are_merged(name: str) -> None:
+    checks.prefill_then_decode(made(num_splits=3), **checks.SHAPES[name])
+
+
+@inside
+def test_a_group_wider_than_a_tile() -> None:
+    sequences = checks.Sequences(made(), [19], heads=80, kv_heads=1, dim=16)
+    sequences.step([18])
+    sequences.step([1])
+
+
+@inside
+def test_mixed() -> None:
+    checks.mixed(made())
+
+
+@inside
+def test_decode_rows_beside_a_long_chunk() -> None:
+    checks.long_mixed(made(), heads=2, kv_heads=1, dim=32)
+
+
+@inside
+@pytest.mark.parametrize("swap", ["kernel", "copy"])
+def test_moves(swap: str) -> None:
+    checks.moves(made(swap=swap))
+
+
+@inside
+def test_canonical_form() -> None:
+    checks.canonical(made())
+
+
+@inside
+def test_a_token_without_slot_is_not_written() -> None:
+    checks.no_slot(made())
+
+
+@inside
+@pytest.mark.parametrize("change", [{"scale": 0.2}, {"window": 40}, {"softcap": 5.0}], ids=str)
+def test_the_checks_see_wrong_kernels(change: dict[str, float]) -> None:
+    from dataclasses import replace
+
+    from halyard.hal.conformance.case import NonconformanceError
+
+    context = made()
+    right = context.kernels.launcher.attend
+    context.kernels.launcher.attend = lambda q, data, layer, batch: right(
+        q, data, replace(layer, **change), batch
+    )
+    with pytest.raises(NonconformanceError, match="error"):
+        checks.mixed(context)

@@ -1,0 +1,157 @@
+"""The Triton kernels and their device on a real GPU: numerics, moves, captured steps, memory."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halyard.hal.devices.cuda import CudaDevice
+from halyard.hal.devices.rocm import RocmDevice
+from halyard.hal.errors import CapacityError
+from halyard.hal.types import BlockMove, DType, KVSpec
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conformance"))
+
+KIND = RocmDevice if torch.version.hip else CudaDevice
+PROBE = KIND.probe()
+pytestmark = pytest.mark.skipif(
+    not PROBE.available, reason="no GPU here: " + "; ".join(PROBE.reasons)
+)
+if PROBE.available:
+    pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
+
+import triton_checks as checks  # noqa: E402
+
+from halyard.hal.conformance.sequences import Sequences  # noqa: E402
+
+DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
+
+
+@pytest.fixture(scope="module")
+def device() -> Any:
+    opened = KIND()
+    yield opened
+    opened.close()
+    opened.close()  # idempotent
+
+
+def test_info_is_filled_at_open(device: Any) -> None:
+    assert device.info.num_cores > 0
+    assert device.info.memory_bytes > 1 << 30
+    assert device.info.arch == PROBE.info.arch  # type: ignore[union-attr]
+    assert abs(device.info.num_cores - PROBE.info.num_cores) <= device.info.num_cores // 4  # type: ignore[union-attr]
+    memory = device.memory()
+    assert 0 < memory.free <= memory.total
+
+
+@pytest.mark.parametrize("name", list(checks.SHAPES))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_then_decode(device: Any, dtype: DType, name: str) -> None:
+    checks.prefill_then_decode(checks.context(device, dtype), **checks.SHAPES[name])
+
+
+@pytest.mark.parametrize("splits", [2, 7, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_keys_are_merged(device: Any, dtype: DType, splits: int) -> None:
+    context = checks.context(device, dtype, num_splits=splits)
+    checks.prefill_then_decode(context, **checks.SHAPES["gqa"])
+    checks.prefill_then_decode(context, **checks.SHAPES["all_features"])
+
+
+@pytest.mark.parametrize("name", ["gqa", "window_33", "all_features", "block_128"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed(device: Any, dtype: DType, name: str) -> None:
+    checks.mixed(checks.context(device, dtype), **checks.SHAPES[name])
+    checks.long_mixed(checks.context(device, dtype), **checks.SHAPES[name])
+
+
+@pytest.mark.parametrize("swap", ["kernel", "copy"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moves_and_blocks(device: Any, dtype: DType, swap: str) -> None:
+    context = checks.context(device, dtype, swap=swap)
+    checks.moves(context)
+    checks.canonical(context)
+    checks.no_slot(context)
+
+
+def test_host_pools_are_pinned_and_in_reach(device: Any) -> None:
+    kernels = checks.context(device, "bfloat16").kernels
+    host = device.allocate_kv(kernels.layout(KVSpec(2, 2, 64, "bfloat16")), 5, host=True)
+    assert host.data.device.type == "cpu"
+    assert host.data.is_pinned()
+    assert kernels._in_reach(host)
+
+
+def test_too_large_a_pool_is_refused_in_one_line(device: Any) -> None:
+    layout = checks.context(device, "bfloat16").kernels.layout(KVSpec(32, 8, 128, "bfloat16"))
+    for host in (False, True):
+        with pytest.raises(CapacityError, match="ask for fewer") as caught:
+            device.allocate_kv(layout, 1 << 24, host=host)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("context_length", [40, 3000])
+def test_a_captured_step_replays_with_other_lengths(device: Any, context_length: int) -> None:
+    """One graph, then the same rows one token longer, then other rows in other blocks."""
+    context = checks.context(device, "bfloat16")
+    lengths = [context_length, 17, context_length // 2]
+    sequences = Sequences(context, [n + 3 for n in lengths])
+    for row, length in enumerate(lengths):
+        sequences.fill(row, length)
+
+    def inputs() -> tuple[Any, ...]:
+        rows = range(len(lengths))
+        spans = [(done, done + 1) for done in sequences.done]
+        batch = sequences.batch(rows, spans)  # type: ignore[arg-type]
+        packed = (sequences.packed(x, rows, spans) for x in (sequences.q, sequences.k, sequences.v))  # type: ignore[arg-type]
+        return batch, *packed
+
+    width = -(-(max(lengths) + 3) // sequences.block)
+    batch, q, k, v = inputs()
+    tables = torch.full((len(lengths), width), -1, dtype=torch.int32, device="cuda")
+    tables[:, : batch.block_tables.shape[1]] = batch.block_tables
+    static = replace(batch, block_tables=tables, max_seq_len=width * sequences.block)
+    out: list[Any] = [None]
+
+    def step() -> None:
+        out[0] = context.kernels.attend(q, k, v, sequences.pool, sequences.layer, static)
+
+    replay = device.capture(step)
+    assert replay is not None
+    for _ in range(3):
+        fresh, new_q, new_k, new_v = inputs()
+        for old, new in ((q, new_q), (k, new_k), (v, new_v)):
+            old.copy_(new)
+        for name in ("positions", "slot_mapping", "seq_lens", "query_start"):
+            getattr(static, name).copy_(getattr(fresh, name))
+        tables[:, : fresh.block_tables.shape[1]] = fresh.block_tables
+        replay()
+        device.synchronize()
+        host = out[0].cpu()
+        for row in range(len(lengths)):
+            last = sequences.done[row] = sequences.done[row] + 1
+            sequences._compare(row, last - 1, last, host[row : row + 1])
+
+
+def test_what_cannot_be_captured_is_none(device: Any) -> None:
+    value = torch.ones(1, device="cuda")
+    assert device.capture(lambda: value.item() and None) is None
+    assert (value + 1).item() == 2.0  # the device goes on
+
+
+def test_a_move_and_an_attend_follow_each_other_without_waiting(device: Any) -> None:
+    context = checks.context(device, "bfloat16")
+    sequences = Sequences(context, [31])
+    host = device.allocate_kv(sequences.pool.layout, 4, host=True)
+    sequences.step([30])
+    old = sequences.tables[0]
+    spare = [b for b in range(sequences.pool.num_blocks) if b not in old][:2]
+    context.kernels.swap_out(sequences.pool, host, [BlockMove(old[0], 2), BlockMove(old[1], 0)])
+    context.kernels.swap_in(sequences.pool, host, [BlockMove(2, spare[0]), BlockMove(0, spare[1])])
+    sequences.tables[0] = spare
+    sequences.step([1])
