@@ -211,4 +211,6 @@ def test_compiled_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_other_devices_are_told() -> None:
     metal = replace(DEVICE.info, kind="metal")
-    assert TvmKernels.probe(metal).reasons == ("the tvm kernels run on the cpu, not on metal",)
+    assert TvmKernels.probe(metal).reasons == ("the tvm kernels run on cpu and cuda, not on metal",)
+    cuda = TvmKernels.probe(replace(DEVICE.info, kind="cuda"))
+    assert cuda.available == torch.cuda.is_available()

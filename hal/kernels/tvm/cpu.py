@@ -16,12 +16,11 @@ from typing import Any
 from tvm.script import tirx as T  # noqa: N812 - TVM's own convention
 
 from halyard.hal.kernels.tvm.expressions import LOG2E, fast_exp2, fast_tanh
-from halyard.hal.kernels.tvm.shape import LANES, KernelShape
+from halyard.hal.kernels.tvm.shape import LANES, KernelShape, tile_of
 
 __all__ = ["cpu_functions"]
 
 SPAN = 256  # keys whose scores are held at a time
-_TILE = 8  # entries a tile: as many chains of products as hide their latency
 _HIDDEN = -3.0e38  # a score that no query sees; finite, so that differences stay finite
 _LOWEST = -1.0e30  # where running maxima start: above hidden scores
 
@@ -32,11 +31,10 @@ def cpu_functions(shape: KernelShape, parallel: bool) -> dict[str, Any]:
     Args:
         parallel: spread rows and kv heads over TVM's threads.
     """
-    parts = -(-shape.group // _TILE)
     return {
         "write": _write(shape),
-        "decode": _attend(shape, -(-shape.group // parts), True, parallel),
-        "prefill": _attend(shape, _TILE, False, parallel),
+        "decode": _attend(shape, tile_of(shape, "decode"), True, parallel),
+        "prefill": _attend(shape, tile_of(shape, "prefill"), False, parallel),
     }
 
 

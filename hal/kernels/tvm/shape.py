@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LANES", "KernelShape"]
+__all__ = ["LANES", "PREFILL_TILE", "KernelShape", "num_tiles", "tile_of"]
 
 LANES = 16  # fp32 lanes of the vectors that CPU kernels are written in; narrower ones split them
+
+PREFILL_TILE = 8  # entries (a query of a head each) that share a load of keys and values
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +36,17 @@ class KernelShape:
             f"{self.num_heads}-{self.num_kv_heads}-{self.head_dim}-{self.block_size}"
             f"-{self.dtype}{'-' if features else ''}{features}"
         )
+
+
+def tile_of(shape: KernelShape, name: str) -> int:
+    """Entries a tile of "decode" or "prefill": a decode row has one entry a head of the group."""
+    if name == "prefill":
+        return PREFILL_TILE
+    parts = -(-shape.group // PREFILL_TILE)
+    return -(-shape.group // parts)
+
+
+def num_tiles(shape: KernelShape, name: str, max_query_len: int) -> int:
+    """Tiles of the longest row that `name` is for."""
+    queries = 1 if name == "decode" else max_query_len
+    return -(-queries * shape.group // tile_of(shape, name))
