@@ -2,17 +2,18 @@
 
 A code generator that crashes ends its process, and no other: `emit_source` reports it. What comes
 out has been generated, no more; nothing here runs it. As a program: `python -m
-halyard.hal.kernels.tvm.emit TARGET DTYPE FILE` writes one target's source.
+halyard.hal.kernels.tvm.emit TARGET SHAPE FILE` writes one target's source, SHAPE in JSON.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,9 +52,16 @@ class Emission:
         return sum(f"{name}_kernel" in self.source for name in ("write", "decode", "prefill"))
 
 
-def emit_source(target: str, dtype: str, timeout: float = 120.0) -> Emission:
-    """Generate in a fresh process, killed after `timeout` seconds. Never raises for what fails."""
-    command = [sys.executable, "-m", __name__, target, dtype]
+def emit_source(
+    target: str, dtype: str, timeout: float = 120.0, shape: KernelShape | None = None
+) -> Emission:
+    """Generate in a fresh process, killed after `timeout` seconds. Never raises for what fails.
+
+    Args:
+        shape: what to generate for; None: a common model's, in `dtype`.
+    """
+    facts = json.dumps(asdict(shape or KernelShape(*_SHAPE, dtype)))
+    command = [sys.executable, "-m", __name__, target, facts]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,14 +108,15 @@ def _without_vendor_tools() -> None:
     )
 
 
-def _main(kind: str, dtype: str, file: str) -> None:
+def _main(kind: str, facts: str, file: str) -> None:
     import tvm
 
     from halyard.hal.kernels.tvm.gpu import gpu_functions
 
     _without_vendor_tools()
     # WebGPU has no 64-bit integers.
-    functions = gpu_functions(KernelShape(*_SHAPE, dtype), "int32" if kind == "webgpu" else "int64")
+    shape = KernelShape(**json.loads(facts))
+    functions = gpu_functions(shape, "int32" if kind == "webgpu" else "int64")
     built = tvm.compile(tvm.IRModule(functions), target=_target(kind))
     (module,) = built.mod.imports
     Path(file).write_text(module.inspect_source("asm" if kind == "rocm" else ""))
