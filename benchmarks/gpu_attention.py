@@ -88,7 +88,7 @@ class Bench:
         blocks = size // (BLOCK * self.token_bytes) // 16 * 16
         self.pool: KVPool = self.device.allocate_kv(self.kernels.layout(spec), blocks, host=False)
         torch.manual_seed(0)
-        self.pool.data.normal_()
+        self.pool.data.normal_()  # the last use of the GPU's generator: a failed capture breaks it
         self.layer = AttentionLayer(0, self.heads, self.kv_heads, self.dim, self.dim**-0.5)
         self.copy_rate = self._measure_copy()
 
@@ -122,7 +122,7 @@ class Bench:
         """Batches of a cell in blocks of their own, as many as keep the cache cold."""
         needs = [-(-context // BLOCK) for _, context in cell.rows]
         fit = min(MAX_COPIES, -(-COLD_BYTES // (cell.context * self.token_bytes)))
-        order = torch.randperm(self.pool.num_blocks, device="cuda").to(torch.int32)
+        order = torch.randperm(self.pool.num_blocks).to(torch.int32).cuda()
         copies = max(1, min(fit, self.pool.num_blocks // sum(needs)))
         return [self._batch(cell, needs, order[n * sum(needs) :]) for n in range(copies)]
 
@@ -152,7 +152,7 @@ class Bench:
     def inputs(self, cell: Cell) -> tuple[Tensor, Tensor, Tensor]:
         tokens = sum(queries for queries, _ in cell.rows)
         draw = [
-            torch.randn(tokens, heads, self.dim, device="cuda").to(self.dtype)
+            torch.randn(tokens, heads, self.dim).to(self.dtype).cuda()
             for heads in (self.heads, self.kv_heads, self.kv_heads)
         ]
         return draw[0], draw[1], draw[2]
@@ -189,9 +189,7 @@ class Bench:
             k, v = (half.view(-1, BLOCK, *shape[1:]) for half in halves)
             per_row = context // BLOCK
             folded = query.view(rows, self.kv_heads, -1, self.dim)
-            tables = [
-                torch.randint(len(k), (rows * per_row,), device="cuda") for _ in range(copies)
-            ]
+            tables = [torch.randint(len(k), (rows * per_row,)).cuda() for _ in range(copies)]
 
             def gathered(table: Tensor) -> Tensor:
                 wide = [x[table].view(rows, context, *shape[1:]).transpose(1, 2) for x in (k, v)]
@@ -222,9 +220,7 @@ class Bench:
                     .view(-1, 256, *tail) for half in halves)  # fmt: skip
             used = torch.full((rows,), context, dtype=torch.int32, device="cuda")
             per_row = context // 256
-            tables = [
-                torch.randint(len(k), (rows, per_row), device="cuda").int() for _ in range(copies)
-            ]
+            tables = [torch.randint(len(k), (rows, per_row)).int().cuda() for _ in range(copies)]
             yield "flash", [
                 lambda t=t: varlen_attn(query, k, v, starts * queries, None, queries, context,
                                         seqused_k=used, block_table=t, **extra)
@@ -260,10 +256,11 @@ class Bench:
             ):
                 yield Tile(m, n, warps, stages), None
 
-    def use(self, tile: Tile | None, splits: int | None) -> None:
+    def use(self, cell: Cell, tile: Tile | None, splits: int | None) -> None:
         """Take this tile (None: the table's) and number of splits (None: the heuristic's)."""
         launcher: Any = self.kernels.launcher
-        launcher.decode_override = launcher.prefill_override = tile
+        launcher.decode_override = tile if cell.decode else None
+        launcher.prefill_override = None if cell.decode else tile
         launcher._num_splits = splits
         launcher._variants.clear()
 
@@ -301,14 +298,14 @@ class Bench:
         batches, qkv = self.batches(cell), self.inputs(cell)
         found = []
         for tile, splits in self.tiles(cell):
-            self.use(tile, splits)
+            self.use(cell, tile, splits)
             try:
                 took = self.seconds(self._calls(batches, qkv), budget)
             except Exception as problem:  # noqa: BLE001 - too large for the device: told, not fatal
                 print(f"    {tile}: {str(problem).splitlines()[0][:80]}", flush=True)
                 continue
             found.append((took, tile, splits))
-        self.use(None, None)
+        self.use(cell, None, None)
         table = self.seconds(self._calls(batches, qkv), budget)
         print(f"{cell.name:24} table {self.told(cell, table)}", flush=True)
         for took, tile, splits in sorted(found, key=lambda entry: entry[0])[:5]:

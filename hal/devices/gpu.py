@@ -107,6 +107,7 @@ class GpuDevice:
                 fn()
         except RuntimeError as error:  # something in it waits for the device, or can't be recorded
             log.warning("a step could not be captured: %s", str(error).splitlines()[0])
+            self._graph_pool = None  # torch holds this one for recording still
             return None
         replay: Callable[[], None] = graph.replay
         return replay
