@@ -181,9 +181,10 @@ def _attend(shape: KernelShape, tile: int, decode: bool, index: str) -> Any:
                             + T.min(base + tile - 1, entries - 1) // group + 1
                         )  # fmt: skip
                         begin: T.let[T.int32] = T.max(early - window + 1, 0) // THREADS
-                        # Entries past the end repeat the last one and are not stored.
+                        # Entries past the end repeat the last one and are not stored. Rows without
+                        # tokens (padding of a captured step) read nothing.
                         for i in T.unroll(shares):
-                            if i * THREADS + thread < size:
+                            if here and i * THREADS + thread < size:
                                 query[
                                     (i * THREADS + thread) // dim,
                                     (i * THREADS + thread) % dim,
