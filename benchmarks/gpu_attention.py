@@ -246,8 +246,8 @@ class Bench:
         group = self.heads // self.kv_heads
         rows = max(16, 1 << (group - 1).bit_length())
         if cell.decode:
-            splits = [None, 1, 2, 3, 4] if len(cell.rows) > 1 else [None, 8, 16, 32, 64]
-            for n, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4, 5)):
+            splits = [None, 1, 2] if len(cell.rows) > 1 else [None, 16, 64]
+            for n, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4)):
                 for split in splits:
                     yield Tile(rows, n, warps, stages), split
         else:
@@ -294,10 +294,14 @@ class Bench:
         print(line, flush=True)
         return result
 
-    def sweep(self, cell: Cell, budget: float) -> None:
+    def sweep(self, cell: Cell, budget: float, deadline: float) -> None:
+        """Try tiles until the deadline (perf_counter) and print the best."""
         batches, qkv = self.batches(cell), self.inputs(cell)
         found = []
         for tile, splits in self.tiles(cell):
+            if time.perf_counter() > deadline:
+                print("    stopped: the time is over (--limit)", flush=True)
+                break
             self.use(cell, tile, splits)
             try:
                 took = self.seconds(self._calls(batches, qkv), budget)
@@ -346,7 +350,7 @@ def main() -> None:
             elif time.perf_counter() - started > options.limit:
                 print(f"{cell.name:24} left out: {options.limit:.0f} s are over (--limit)")
             elif options.sweep:
-                bench.sweep(cell, 0.02)
+                bench.sweep(cell, 0.02, started + options.limit)
             else:
                 results.append(bench.run(cell, options.seconds))
     if options.json:
