@@ -50,12 +50,13 @@ class UnboundProgram:
             for source in recipe.sources:
                 left[source] = left.get(source, 0) + 1
         made: dict[str, Tensor] = {}
+        where = next(iter(weights.values())).device  # constants from the cache are on the host
         for name, recipe in self.recipes.items():
             tensors = []
             for source in recipe.sources:
                 left[source] -= 1
                 if source in self.constants:
-                    tensors.append(self.constants[source])
+                    tensors.append(self.constants[source].to(where))
                 else:
                     tensors.append(weights[source] if left[source] else weights.pop(source))
             made[name] = recipe.make(tensors)

@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prove.add_argument("--report", type=Path, metavar="DIR",
                        help="write results.json, junit.xml and index.html there")  # fmt: skip
     prove.add_argument("--matrix", type=Path, metavar="FILE", help="another hw_matrix.yaml")
+    prove.add_argument("--jobs", type=int, default=1, metavar="N",
+                       help="worker processes at a time (default 1)")  # fmt: skip
     prove.add_argument("--list", action="store_true", help="list the cells and run none")
 
     differ = kinds.add_parser("diff", help="where two backends part on one model and prompt")
@@ -106,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
         previous = results.load(old) if old.is_file() else None
     started = time.perf_counter()
     show = _Progress(len(cases))
-    found = run_cases(backend, cases, show)
+    found = run_cases(backend, cases, show, max(1, args.jobs))
     show.close()
     report = results.make(
         backend,

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("plan", "what would run, on what, with how much memory, and why"),
     "devices": ("devices", "what hardware is here and which backends can use it"),
     "bench": ("bench", "measure a model"),
+    "export": ("export", "write a model's graphs and weights for use elsewhere"),
     "conformance": ("conformance", "prove a backend, or find where two part"),
 }
 

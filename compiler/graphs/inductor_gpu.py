@@ -50,12 +50,12 @@ def compile_artefact(segment: fx.GraphModule, inputs: Sequence[Tensor]) -> Artef
     options = {
         "config_patches": {
             "triton.cudagraphs": False,  # the whole step is captured, not each segment
-            "compile_threads": 1,  # a pool of subprocesses takes longer to start than it saves
             "fx_graph_cache": True,
         }
     }
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the library's own
+        warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 is asked for: it is kept
         compiled = standalone_compile(
             segment, list(inputs), dynamic_shapes="from_graph", options=options
         )

@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,20 @@ def run_cases(
     backend: BackendUnderTest,
     cases: Sequence[Case],
     tell: Callable[[Result], None] = lambda result: None,
+    jobs: int = 1,
 ) -> list[Result]:
-    """Results in the order of the cases; `tell` is called with each as it comes."""
+    """Results in the order of the cases; `tell` is called with each as it comes.
+
+    Args:
+        jobs: workers at a time. Cases measure no time, so they may share a machine and a device.
+    """
     results: dict[str, Result] = {}
+    lock = threading.Lock()
 
     def keep(result: Result) -> None:
-        results[result["id"]] = result
-        tell(result)
+        with lock:
+            results[result["id"]] = result
+            tell(result)
 
     waiting: list[Case] = []
     for case in cases:
@@ -46,8 +55,15 @@ def run_cases(
             keep(_plain(case, "not_claimed", "; ".join(reasons)))
         else:
             waiting.append(case)
-    while waiting:
-        waiting = _run_worker(backend, waiting, keep)
+
+    def work(own: list[Case]) -> None:
+        while own:
+            own = _run_worker(backend, own, keep)
+
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        # Dealt out one by one: the long ones of a level don't fall to one worker.
+        for future in [pool.submit(work, waiting[first::jobs]) for first in range(jobs)]:
+            future.result()
     return [results[case.id] for case in cases]
 
 

@@ -25,8 +25,10 @@ from halyard.runtime.request import SamplingParams
 
 __all__ = ["MARGINS", "cases"]
 
-# Natural-log probabilities between the two best tokens below which either may win.
-MARGINS: dict[DType, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
+# Natural-log probabilities between the two best tokens below which either may win: in low precision
+# two units in the last place of a logit of 64 (float16), a tenth of which is what bfloat16 can hold
+# of such a logit. The tiny models' logits reach that.
+MARGINS: dict[DType, float] = {"float32": 1e-3, "float16": 0.125, "bfloat16": 0.5}
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, logprobs=2)
 EMBEDDED_PROMPTS = (
