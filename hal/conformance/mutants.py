@@ -165,8 +165,6 @@ def _no_slot_is_slot_zero(batch: StepBatch, size: int) -> dict[str, Tensor]:
 
 
 def _tables_of_the_row_before(batch: StepBatch, size: int) -> dict[str, Tensor]:
-    longer = batch.seq_lens.min() == batch.seq_lens.max()
-    del longer
     rolled = batch.block_tables.roll(1, 0)
     same = (rolled >= 0) == (batch.block_tables >= 0)
     return {"block_tables": torch.where(same.all(1, keepdim=True), rolled, batch.block_tables)}

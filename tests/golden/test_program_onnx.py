@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from program_checks import bind, check
 from test_program_matches_hf import Batch
 from tiny_models import PROVEN, save_tiny_model, tiny_model
 
@@ -19,7 +20,6 @@ from halyard.compiler.graphs.onnxruntime import OnnxRuntimeCompiler
 from halyard.compiler.program import HeadShape, Program, UnboundProgram
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.errors import BackendUnavailableError, ModelError
-from halyard.hal.kernels.reference.kernels import ReferenceKernels
 from halyard.models.adapter import build_meta_module
 from halyard.models.spec import ModelSpec
 
@@ -46,39 +46,6 @@ def build(family: str, dtype: Any = "float32") -> UnboundProgram:
         dtype=dtype,
         torch_device=DEVICE.torch_device,
     )
-
-
-def bind(family: str, unbound: UnboundProgram, seed: int = 0) -> tuple[Any, Program]:
-    """(Hugging Face model, program)"""
-    model = tiny_model(family, seed)
-    spec = ModelSpec.from_hf(model.config)
-    kernels = ReferenceKernels(DEVICE)
-    state = model.state_dict()
-    program = unbound.bind({name: state[name].clone() for name in unbound.weights}, kernels)
-    pool = DEVICE.allocate_kv(kernels.layout(spec.kv_spec("float32", 4)), 64, host=False)
-    pool.data.fill_(float("nan"))
-    program.set_pool(pool)
-    return model, program
-
-
-def check(model: Any, program: Program) -> None:
-    """Packed prefill, chunks beside decodes, decode of as many rows as tokens, one token alone."""
-    generator = random.Random(1)
-    sequences = [[generator.randrange(128) for _ in range(n)] for n in (23, 9, 17)]
-    batch = Batch(sequences)
-    got: list[list[torch.Tensor]] = [[], [], []]
-    steps: tuple[dict[int, int], ...] = (
-        {0: 10, 1: 8}, {0: 6, 1: 1, 2: 5}, {0: 4, 2: 9}, {0: 1, 2: 1}, {0: 1}, {2: 1},
-    )  # fmt: skip
-    for counts in steps:
-        for row, logits in batch.step(program, counts).items():
-            got[row].append(logits)
-    with torch.no_grad():
-        for row, sequence in enumerate(sequences):
-            expected = model(torch.tensor([sequence[: batch.done[row]]])).logits[0]
-            found = torch.cat(got[row])
-            assert torch.equal(found.argmax(-1), expected.argmax(-1))
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def case(family: str) -> tuple[Any, Program]:

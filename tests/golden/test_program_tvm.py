@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from test_program_matches_hf import Batch
+from program_checks import bind, check
 from tiny_models import save_tiny_model, tiny_model
 
 from halyard.compiler.build import build_program
 from halyard.compiler.graphs.tvm import TvmCompiler
-from halyard.compiler.program import HeadShape, Program, UnboundProgram
+from halyard.compiler.program import HeadShape, UnboundProgram
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.errors import BackendUnavailableError, ModelError
-from halyard.hal.kernels.reference.kernels import ReferenceKernels
 from halyard.models.adapter import build_meta_module
 from halyard.models.spec import ModelSpec
 
@@ -42,39 +40,6 @@ def build(family: str, dtype: Any = "float32") -> UnboundProgram:
         dtype=dtype,
         torch_device=DEVICE.torch_device,
     )
-
-
-def bind(family: str, unbound: UnboundProgram) -> tuple[Any, Program]:
-    """(Hugging Face model, program)"""
-    model = tiny_model(family)
-    spec = ModelSpec.from_hf(model.config)
-    kernels = ReferenceKernels(DEVICE)
-    state = model.state_dict()
-    program = unbound.bind({name: state[name].clone() for name in unbound.weights}, kernels)
-    pool = DEVICE.allocate_kv(kernels.layout(spec.kv_spec("float32", 4)), 64, host=False)
-    pool.data.fill_(float("nan"))
-    program.set_pool(pool)
-    return model, program
-
-
-def check(model: Any, program: Program) -> None:
-    """Packed prefill, chunks beside decodes, decode of as many rows as tokens, one token alone."""
-    generator = random.Random(1)
-    sequences = [[generator.randrange(128) for _ in range(n)] for n in (23, 9, 17)]
-    batch = Batch(sequences)
-    got: list[list[torch.Tensor]] = [[], [], []]
-    steps: tuple[dict[int, int], ...] = (
-        {0: 10, 1: 8}, {0: 6, 1: 1, 2: 5}, {0: 4, 2: 9}, {0: 1, 2: 1}, {0: 1}, {2: 1},
-    )  # fmt: skip
-    for counts in steps:
-        for row, logits in batch.step(program, counts).items():
-            got[row].append(logits)
-    with torch.no_grad():
-        for row, sequence in enumerate(sequences):
-            expected = model(torch.tensor([sequence[: batch.done[row]]])).logits[0]
-            found = torch.cat(got[row])
-            assert torch.equal(found.argmax(-1), expected.argmax(-1))
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
