@@ -120,6 +120,7 @@ class Client:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "default",
     ) -> RequestStream:
         """Queue a request.
 
@@ -138,6 +139,7 @@ class Client:
             request_id=request_id,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
         if request.request_id in self._streams:
             raise HalyardError(f"request id {request.request_id} is in use")

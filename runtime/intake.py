@@ -44,6 +44,7 @@ class Intake:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "default",
     ) -> Request:
         """Build a request; the answer is cut to what the context leaves.
 
@@ -81,6 +82,7 @@ class Intake:
             priority=priority,
             arrival_time=time.monotonic(),
             cache_salt=cache_salt,
+            tenant=tenant,
             seed=(params.seed if params.seed is not None else self._seeds.getrandbits(64)) % 2**64,
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             guidance=self.guidance(params),

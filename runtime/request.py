@@ -164,6 +164,7 @@ class Request:
     priority: int = 0  # lower runs first
     arrival_time: float = 0.0  # seconds, time.monotonic()
     cache_salt: str = ""  # prefix blocks are shared only among equal salts
+    tenant: str = "default"  # whose request it is: for fair shares, limits and usage
     seed: int = 0  # resolved: params.seed or one drawn by the engine
     stop_token_ids: frozenset[int] = field(
         default_factory=frozenset
