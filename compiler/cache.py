@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import platform
 import shutil
@@ -32,12 +31,12 @@ import torch
 import halyard
 from halyard.compiler.program import UnboundProgram
 from halyard.compiler.stored import structure_of, with_structure
+from halyard.hal import fallbacks
 from halyard.hal.contract import GraphCompiler
 from halyard.hal.types import DeviceInfo
 
 __all__ = ["ArtefactCache", "default_directory", "load_or_build"]
 
-logger = logging.getLogger("halyard.cache")
 
 _FORMAT = "1"
 _MAX_BYTES = 1 << 30
@@ -98,7 +97,7 @@ class ArtefactCache:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = (self.directory / f"{key}.lock").open("w")
         except OSError as error:
-            logger.warning("can't use the cache %s: %s", self.directory, error)
+            fallbacks.note("program_cache", f"can't use the cache {self.directory}: {error}")
             yield
             return
         with lock:
@@ -120,7 +119,7 @@ class ArtefactCache:
             )
             program = with_structure(structure, executables, constants)
         except Exception as error:  # noqa: BLE001 - whatever the damage, compiling anew mends it
-            logger.warning("discarding a damaged cache entry %s: %s", entry, error)
+            fallbacks.note("program_cache", f"discarding a damaged cache entry {entry}: {error}")
             shutil.rmtree(entry, ignore_errors=True)
             return None
         with contextlib.suppress(OSError):
@@ -133,7 +132,7 @@ class ArtefactCache:
             self.directory.mkdir(parents=True, exist_ok=True)
             fresh = Path(tempfile.mkdtemp(prefix=f"{key}-", suffix=".new", dir=self.directory))
         except OSError as error:
-            logger.warning("can't write to the cache %s: %s", self.directory, error)
+            fallbacks.note("program_cache", f"can't write to the cache {self.directory}: {error}")
             return False
         try:
             for number, executable in enumerate(program.executables):
@@ -149,7 +148,9 @@ class ArtefactCache:
             fresh.rename(self.directory / key)  # fails if another was quicker: its is as good
         except OSError as error:
             if not (self.directory / key / "manifest.json").is_file():
-                logger.warning("can't write to the cache %s: %s", self.directory, error)
+                fallbacks.note(
+                    "program_cache", f"can't write to the cache {self.directory}: {error}"
+                )
                 return False
         finally:
             shutil.rmtree(fresh, ignore_errors=True)

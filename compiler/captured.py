@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from halyard.compiler.program import Program
+from halyard.hal import fallbacks
 from halyard.hal.contract import Device
 from halyard.hal.types import KVPool, StepBatch
 
@@ -120,6 +121,10 @@ class CapturedProgram:
         replay = self._device.capture(step)
         if replay is None:
             self._enabled = False
+            fallbacks.note(
+                "graph_capture",
+                "decode steps are launched one kernel at a time: the device could not record one",
+            )
             return None
         self._replays[bucket, reach] = (replay, made[-1])
         return self._replays[bucket, reach]

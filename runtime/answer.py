@@ -111,9 +111,10 @@ class Answers:
         """Deltas of one step. None if nothing is new for the user."""
         new: dict[int, _New] = {}
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-        cached = 0
+        cached, started = 0, 0.0
         for event in events:
             cached = max(cached, event.num_cached_tokens)
+            started = started or event.started
             if event.prompt_logprobs is not None:
                 prompt_logprobs = (None, *event.prompt_logprobs)
             answer = self._answers[event.index]
@@ -140,6 +141,7 @@ class Answers:
             num_cached_tokens=cached,
             prompt_logprobs=prompt_logprobs,
             finished=self.finished,
+            started=started,
         )
 
     def _take(self, answer: _Answer, event: TokenEvent, gain: _New) -> None:

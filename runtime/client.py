@@ -185,15 +185,17 @@ class Client:
         self._wake.set()
 
     def _abort(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
             self._send((request_id, None))
-            self.engine.metrics.observe_cancelled(request_id)
+            self.engine.metrics.observe_cancelled(request_id, stream.request.tenant)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hand one step's events to their streams."""
         by_request: dict[str, list[TokenEvent]] = {}
         for event in events:
             by_request.setdefault(event.request_id, []).append(event)
+        delivered: list[tuple[Request, RequestDelta]] = []
         for request_id, own in by_request.items():
             stream = self._streams.get(request_id)
             if stream is None:
@@ -203,10 +205,11 @@ class Client:
                 self._send((request_id, index))
             stream.answers.abandoned.clear()
             if delta is not None:
-                self.engine.metrics.observe_delta(stream.request, delta)
+                delivered.append((stream.request, delta))
                 if delta.finished:
                     del self._streams[request_id]
                 stream.put(delta)
+        self.engine.metrics.observe_deltas(delivered)
 
     def _fail_streams(self, reason: str) -> None:
         """Every request gets an answer, if only an error."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from halyard.hal import fallbacks
 from halyard.runtime.plan import StepOutput, StepPlan, TokenEvent
 from halyard.runtime.request import Request
 
@@ -30,6 +31,10 @@ class EngineStats:
     generated_tokens: int  # sampled so far
     busy_seconds: float  # spent in steps
     uptime_seconds: float
+    phase_seconds: dict[str, float] = field(default_factory=dict)  # of steps, by what they did
+    swap_out_seconds: float = 0.0  # of phase "run", on moves to the host tier
+    swap_in_seconds: float = 0.0
+    fallbacks: dict[str, int] = field(default_factory=dict)  # part -> slower ways taken
 
 
 class Engine:
@@ -55,6 +60,7 @@ class Engine:
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._busy_seconds = 0.0
+        self._phases = dict.fromkeys(("schedule", "run", "wait", "commit"), 0.0)
         self._started = time.monotonic()
         self._closed = False
 
@@ -108,11 +114,20 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan is None:
             return []
+        planned = time.perf_counter()
         result = self.executor.run(plan)
+        issued = time.perf_counter()
         output = result.wait()
+        computed = time.perf_counter()
         events = self._fail_bad_rows(plan, output)
         events += self.scheduler.commit(plan, output)
-        self._count(plan, output, time.perf_counter() - started)
+        ended = time.perf_counter()
+        phases = self._phases
+        phases["schedule"] += planned - started
+        phases["run"] += issued - planned
+        phases["wait"] += computed - issued
+        phases["commit"] += ended - computed
+        self._count(plan, output, ended - started)
         return events
 
     def stats(self) -> EngineStats:
@@ -123,6 +138,10 @@ class Engine:
             generated_tokens=self._generated_tokens,
             busy_seconds=self._busy_seconds,
             uptime_seconds=time.monotonic() - self._started,
+            phase_seconds=dict(self._phases),
+            swap_out_seconds=self.executor.swap_out_seconds,
+            swap_in_seconds=self.executor.swap_in_seconds,
+            fallbacks=fallbacks.counts(),
         )
 
     def check_integrity(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,10 @@ class Executor:
         self.pool = pool
         self.host_pool = host_pool
         self.sampler = sampler
+        self.swap_out_seconds = (
+            0.0  # on the caller's clock: what issuing took, where moves are issued
+        )
+        self.swap_in_seconds = 0.0
         program.set_pool(pool)
 
     def run(self, plan: StepPlan) -> RunningStep:
@@ -103,10 +108,14 @@ class Executor:
         if swap_out or swap_in:
             if self.host_pool is None:
                 raise AssertionError("the plan swaps, but there is no host pool")
+            started = time.perf_counter()
             if swap_out:
                 self.kernels.swap_out(self.pool, self.host_pool, swap_out)
+            middle = time.perf_counter()
+            self.swap_out_seconds += middle - started
             if swap_in:
                 self.kernels.swap_in(self.pool, self.host_pool, swap_in)
+                self.swap_in_seconds += time.perf_counter() - middle
         if copies:
             self.kernels.copy_blocks(self.pool, copies)
 

@@ -69,3 +69,4 @@ class RequestDelta:
         None  # once, with the first answer token
     )
     finished: bool = False  # every answer has ended
+    started: float = 0.0  # time.monotonic() when its first step was planned; 0: not known

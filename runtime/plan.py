@@ -96,3 +96,4 @@ class TokenEvent(NamedTuple):
     stop_reason: int | str | None = None  # the stop token id or stop string; None for eos
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     error: str | None = None  # with finish_reason "error"
+    started: float = 0.0  # time.monotonic() when its first step was planned; 0: never

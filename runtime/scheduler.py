@@ -239,6 +239,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.RUNNING
+        sequence.mark_started()
         insort(self._running, sequence, key=_ORDER)
         self._num_reserved += sequence.num_forks
 
@@ -406,6 +407,7 @@ class Scheduler:
             reason,
             stop,
             sequence.num_cached_tokens,
+            started=sequence.started,
         )
 
     # -- bookkeeping --------------------------------------------------------------------------

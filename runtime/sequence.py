@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
@@ -43,6 +44,7 @@ class Sequence:
     block_digests: list[bytes] = field(default_factory=list)  # of full blocks, as far as computed
     status: SequenceStatus = SequenceStatus.WAITING
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache, first admission
+    started: float = 0.0  # time.monotonic() when it first ran; 0: not yet
     num_forks: int = 0  # answers still to be split off at the first sampled token
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # gathered over chunks
     prompt_logprobs_sent: bool = False  # or never asked for
@@ -54,6 +56,10 @@ class Sequence:
     def order(self) -> tuple[int, float, int]:
         """Sort key of service: priority, then arrival."""
         return (self.request.priority, self.request.arrival_time, self.seq_id)
+
+    def mark_started(self) -> None:
+        """It runs. The first time counts: until then it queued."""
+        self.started = self.started or time.monotonic()
 
     @property
     def num_answer_tokens(self) -> int:

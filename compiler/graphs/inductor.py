@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from halyard.compiler.graphs.inductor_gpu import Artefact, compile_artefact, load_artefact
+from halyard.hal import fallbacks
 from halyard.hal.contract import CONTRACT_VERSION, Executable
 from halyard.hal.errors import BackendUnavailableError
 from halyard.hal.types import DeviceInfo, Probe
@@ -184,7 +185,10 @@ def _compile_in_processes(
                     if status == 0:
                         done()
                 elif time.monotonic() > deadline:
-                    logger.warning("a segment took over %d s to compile", _TIMEOUT)
+                    fallbacks.note(
+                        "parallel_compile",
+                        f"a segment took over {_TIMEOUT} s to compile: the rest one after another",
+                    )
                     break  # those that run are ended below, and their jobs done here
             else:
                 continue

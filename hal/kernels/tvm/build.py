@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from halyard.hal import fallbacks
 from halyard.hal.errors import BackendUnavailableError
 from halyard.hal.kernels.tvm.shape import KernelShape
 
@@ -65,7 +66,7 @@ def load_functions(
         try:
             return _functions(tvm.runtime.load_module(str(path)))
         except Exception as error:  # noqa: BLE001 - whatever the damage, compiling anew mends it
-            logger.warning("discarding a damaged TVM kernel %s: %s", path, error)
+            fallbacks.note("kernel_cache", f"discarding a damaged TVM kernel {path}: {error}")
     started = time.perf_counter()
     try:
         executable = tvm.compile(tvm.IRModule(make()), target=target)
@@ -115,4 +116,5 @@ def _store(executable: Any, path: Path) -> None:
                 file.write(digest)
             os.replace(library, path)
     except Exception as error:  # noqa: BLE001 - a cache: no linker, a full disk, a read-only home
-        logger.info("TVM kernels are not kept on disk: %s", " ".join(str(error).split()))
+        told = " ".join(str(error).split())
+        fallbacks.note("kernel_cache", f"TVM kernels are not kept on disk: {told}")

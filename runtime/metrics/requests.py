@@ -1,0 +1,137 @@
+"""Requests as their clients see them: one observation a step for all rows of the step. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from halyard.runtime.metrics.store import BoundedLabels, Store
+from halyard.runtime.outputs import RequestDelta
+from halyard.runtime.request import Request
+
+__all__ = ["MAX_TENANTS", "RequestMetrics", "RequestTimes"]
+
+MAX_TENANTS = 32  # more tenants than that share one label value
+_MAX_ERROR_TYPES = 64
+
+
+class RequestTimes:
+    """A request's way so far; times in seconds of time.monotonic()."""
+
+    __slots__ = ("arrival", "first", "last", "longest", "started", "tenant", "tokens")
+
+    def __init__(self, tenant: str, arrival: float, started: float, now: float) -> None:
+        self.tenant = tenant  # the label, not always the name
+        self.arrival = arrival
+        self.started = started  # the first step that worked on it
+        self.first = now  # its first token
+        self.last = now  # its latest token
+        self.tokens = 0  # of all its answers
+        self.longest = 0  # about the length of its longest answer
+
+
+class RequestMetrics:
+    """Observes what clients are given. Belongs to the event loop's thread."""
+
+    def __init__(self, store: Store, max_tenants: int = MAX_TENANTS) -> None:
+        self._store = store
+        self._tenant = BoundedLabels(max_tenants)
+        self._error_type = BoundedLabels(_MAX_ERROR_TYPES)
+        self._open: dict[str, RequestTimes] = {}  # by request id, from the first token on
+        self._finished: deque[float] = deque(maxlen=64)  # times of the last finished requests
+        self._gaps = store.histogram("inter_token_latency_seconds")
+
+    @property
+    def num_open(self) -> int:
+        """Requests between their first token and their end."""
+        return len(self._open)
+
+    def times(self, request_id: str) -> RequestTimes | None:
+        """Of a request that has a token and has not ended."""
+        return self._open.get(request_id)
+
+    def observe_deltas(self, deltas: Iterable[tuple[Request, RequestDelta]]) -> None:
+        """What requests gained in one step."""
+        now = time.monotonic()
+        known = self._open
+        gaps: dict[float, int] = {}  # time of the last token -> rows: most rows of a step share it
+        for request, delta in deltas:
+            completions = delta.completions
+            if len(completions) == 1:
+                gained = total = len(completions[0].token_ids)
+            else:
+                lengths = [len(new.token_ids) for new in completions]
+                gained, total = max(lengths, default=0), sum(lengths)
+            if gained:
+                times = known.get(request.request_id)
+                if times is None:
+                    times = known[request.request_id] = self._begin(request, delta, now)
+                elif gained == 1:
+                    last = times.last
+                    gaps[last] = gaps.get(last, 0) + 1
+                else:
+                    self._gaps.observe((now - times.last) / gained, gained)
+                times.last = now
+                times.tokens += total
+                times.longest += gained
+            # Answers end one by one, a request with its last.
+            if delta.finished or (
+                len(completions) > 1 and any(new.finish_reason is not None for new in completions)
+            ):
+                self._end(request, delta, now)
+        for last, rows in gaps.items():
+            self._gaps.observe(now - last, rows)
+
+    def observe_cancelled(self, request_id: str, tenant: str) -> None:
+        """The client went away."""
+        label = self._tenant(tenant)
+        times = self._open.pop(request_id, None)
+        if times is not None:
+            self._store.add("tenant_generation_tokens", times.tokens, label)
+        self._store.add("requests", 1, "abort", label)
+
+    def observe_error(self, kind: str, tenant: str) -> None:
+        """A request was refused or failed; `kind` is one of few words: the error's code."""
+        self._store.add("request_errors", 1, self._error_type(kind), self._tenant(tenant))
+
+    def estimated_wait_seconds(self, num_waiting: int) -> float:
+        """How long a queue of that length takes at the pace of the last requests; at least 1."""
+        if len(self._finished) < 2:
+            return 1.0
+        span = time.monotonic() - self._finished[0]
+        return max(1.0, num_waiting * span / len(self._finished))
+
+    def _begin(self, request: Request, delta: RequestDelta, now: float) -> RequestTimes:
+        store, label = self._store, self._tenant(request.tenant)
+        times = RequestTimes(label, request.arrival_time, delta.started or now, now)
+        observe = store.histogram
+        observe("time_to_first_token_seconds", label).observe(now - times.arrival)
+        observe("request_queue_seconds", label).observe(max(0.0, times.started - times.arrival))
+        observe("request_prefill_seconds").observe(max(0.0, now - times.started))
+        observe("request_prompt_tokens").observe(delta.num_prompt_tokens)
+        store.add("tenant_prompt_tokens", delta.num_prompt_tokens, label)
+        store.add("tenant_cached_tokens", delta.num_cached_tokens, label)
+        return times
+
+    def _end(self, request: Request, delta: RequestDelta, now: float) -> None:
+        store, label = self._store, self._tenant(request.tenant)
+        for new in delta.completions:
+            if new.finish_reason is not None:
+                store.add("requests", 1, new.finish_reason, label)
+        if not delta.finished:
+            return
+        self._finished.append(now)
+        observe = store.histogram
+        observe("request_latency_seconds", label).observe(now - request.arrival_time)
+        times = self._open.pop(request.request_id, None)
+        if times is None:
+            return  # it never had a token
+        store.add("tenant_generation_tokens", times.tokens, label)
+        observe("request_generation_tokens").observe(times.tokens)
+        observe("request_inference_seconds").observe(max(0.0, now - times.started))
+        decoding = times.last - times.first
+        observe("request_decode_seconds").observe(decoding)
+        if times.longest > 1 and decoding > 0:
+            observe("time_per_output_token_seconds").observe(decoding / (times.longest - 1))
+            observe("request_tokens_per_second").observe((times.longest - 1) / decoding)
