@@ -38,6 +38,7 @@ TORCH_FREE = (
     "halyard.runtime.block_pool",
     "halyard.runtime.config",
     "halyard.runtime.cost_model",
+    "halyard.runtime.fair_queue",
     "halyard.runtime.intake",
     "halyard.runtime.kv_manager",
     "halyard.runtime.outputs",

@@ -121,6 +121,7 @@ class Client:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "default",
+        share: float = 1.0,
     ) -> RequestStream:
         """Queue a request.
 
@@ -140,6 +141,7 @@ class Client:
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
+            share=share,
         )
         if request.request_id in self._streams:
             raise HalyardError(f"request id {request.request_id} is in use")

@@ -45,6 +45,7 @@ class Intake:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "default",
+        share: float = 1.0,
     ) -> Request:
         """Build a request; the answer is cut to what the context leaves.
 
@@ -83,6 +84,7 @@ class Intake:
             arrival_time=time.monotonic(),
             cache_salt=cache_salt,
             tenant=tenant,
+            share=share,
             seed=(params.seed if params.seed is not None else self._seeds.getrandbits(64)) % 2**64,
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             guidance=self.guidance(params),

@@ -165,6 +165,7 @@ class Request:
     arrival_time: float = 0.0  # seconds, time.monotonic()
     cache_salt: str = ""  # prefix blocks are shared only among equal salts
     tenant: str = "default"  # whose request it is: for fair shares, limits and usage
+    share: float = 1.0  # of the tenant's service when tenants compete, against others' shares
     seed: int = 0  # resolved: params.seed or one drawn by the engine
     stop_token_ids: frozenset[int] = field(
         default_factory=frozenset

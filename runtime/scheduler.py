@@ -2,7 +2,8 @@
 
 Running sequences come first, in order of priority and arrival; each gets at least one token, and
 prompts share what is left of the token budget in chunks. Then swapped sequences come back, then
-waiting ones are admitted. When blocks run out, the last in order gives way.
+waiting ones are admitted, fairly among tenants. When blocks run out, the last in order gives way,
+where tenants compete the last one of the tenant that had the most.
 """
 
 from __future__ import annotations
@@ -14,16 +15,11 @@ from operator import attrgetter
 
 from halyard.hal.errors import RequestError
 from halyard.runtime.config import SchedulerConfig
+from halyard.runtime.fair_queue import ANSWER_COST, FairQueue
 from halyard.runtime.kv_manager import KVManager
-from halyard.runtime.plan import (
-    PlanRow,
-    StepOutput,
-    StepPlan,
-    TokenEvent,
-    TokenLogprob,
-)
+from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenEvent, TokenLogprob
 from halyard.runtime.request import Request
-from halyard.runtime.sequence import Sequence, SequenceStatus
+from halyard.runtime.sequence import Sequence, SequenceStatus, check_queues
 from halyard.runtime.stats import SchedulerStats
 
 __all__ = ["Scheduler"]
@@ -43,7 +39,7 @@ class Scheduler:
         self.kv = KVManager(
             config.num_blocks, config.num_host_blocks, config.block_size, config.prefix_cache
         )
-        self._waiting: list[Sequence] = []  # sorted by order
+        self._waiting = FairQueue()
         self._swapped: list[Sequence] = []  # sorted by order
         self._running: list[Sequence] = []  # sorted by order
         self._by_request: dict[str, list[Sequence]] = {}
@@ -61,6 +57,10 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    def num_waiting_of(self, tenant: str) -> int:
+        """Sequences of one tenant that wait."""
+        return self._waiting.waiting_of(tenant)
 
     def has_work(self) -> bool:
         return bool(self._running or self._waiting or self._swapped or self._plan)
@@ -81,7 +81,8 @@ class Scheduler:
             prompt_logprobs_sent=request.params.prompt_logprobs is None,
         )
         self._by_request[request.request_id] = [sequence]
-        insort(self._waiting, sequence, key=_ORDER)
+        self._waiting.enter(request)
+        self._waiting.add(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Give up a request, or one of its answers. No event follows. False if it isn't known."""
@@ -106,14 +107,10 @@ class Scheduler:
         (sequence,) = sequences
         if self._plan is not None:
             raise AssertionError("a sequence is detached between steps only")
-        queue = {
-            SequenceStatus.RUNNING: self._running,
-            SequenceStatus.WAITING: self._waiting,
-            SequenceStatus.SWAPPED: self._swapped,
-        }[sequence.status]
-        queue.remove(sequence)
+        self._unlist(sequence)
         self._forget_progress(sequence)
         del self._by_request[request_id]
+        self._waiting.leave(sequence.request)
         return sequence
 
     def adopt(self, sequence: Sequence) -> bool:
@@ -133,6 +130,7 @@ class Scheduler:
             )
         sequence.seq_id = next(self._sequence_ids)
         self._by_request[request.request_id] = [sequence]
+        self._waiting.enter(request)
         size = self.config.block_size
         computed, sequence.num_computed_tokens = sequence.num_computed_tokens, 0
         needed = -(-computed // size)
@@ -142,7 +140,7 @@ class Scheduler:
             self._start(sequence)
             return True
         sequence.status = SequenceStatus.WAITING
-        insort(self._waiting, sequence, key=_ORDER)
+        self._waiting.add(sequence)
         return False
 
     def reset(self) -> None:
@@ -158,8 +156,9 @@ class Scheduler:
             self.config.prefix_cache,
         )
         self.kv.counters = counters
-        for queue in (self._waiting, self._swapped, self._running):
-            queue.clear()
+        self._waiting = FairQueue()
+        self._swapped.clear()
+        self._running.clear()
         self._by_request.clear()
         self._in_progress.clear()
         self._plan = None
@@ -207,6 +206,8 @@ class Scheduler:
             position += 1
             if remaining == 1 and has_slot(sequence):  # most rows of most steps: keep it short
                 rows.append(PlanRow(sequence, start, 1, 1 + sequence.num_forks))
+                if self._waiting.contended:
+                    self._waiting.charge(sequence.request, ANSWER_COST)
                 budget -= 1
                 continue
             if remaining > 1:  # leave one token for each sequence behind
@@ -214,7 +215,7 @@ class Scheduler:
                 remaining = min(remaining, max(1, budget - behind))
             while self.kv.blocks_to_grow(sequence, remaining) > self.kv.device.num_free:
                 preempted = True
-                victim = self._running[-1]
+                victim = self._victim(position)
                 self._preempt(victim)
                 if victim is sequence:
                     return True
@@ -222,12 +223,24 @@ class Scheduler:
             budget -= remaining
         return preempted
 
+    def _victim(self, position: int) -> Sequence:
+        """Who gives way, among those from `position` on: they have no row yet."""
+        last, account = self._running[-1], self._waiting.account
+        if not self._waiting.contended:
+            return last
+        rank = last.request.priority
+        behind = [s for s in self._running[position:] if s.request.priority == rank]
+        return max(behind, key=lambda s: (account(s.request.tenant), s.order), default=last)
+
     def _plan_row(self, rows: list[PlanRow], sequence: Sequence, num_tokens: int) -> None:
         start = sequence.num_computed_tokens
         self.kv.grow(sequence, num_tokens)
         last = start + num_tokens == len(sequence.token_ids)
         samples = 1 + sequence.num_forks if last else 0
         rows.append(PlanRow(sequence, start, num_tokens, samples))
+        if self._waiting.contended:
+            cost = 1 if start < sequence.num_prompt_tokens else ANSWER_COST
+            self._waiting.charge(sequence.request, cost * num_tokens)
 
     def _budget(self, rows: list[PlanRow]) -> int:
         return self.config.max_batched_tokens - sum(row.num_tokens for row in rows)
@@ -262,18 +275,16 @@ class Scheduler:
 
     def _admit_waiting(self, rows: list[PlanRow]) -> None:
         budget = self._budget(rows)
-        position = 0
-        while position < len(self._waiting) and budget > 0:
-            sequence = self._waiting[position]
+        for sequence in self._waiting.in_turn():
+            if budget <= 0:
+                return
             if sequence.waits_for is not None and sequence.waits_for in self._in_progress:
-                position += 1  # another one is computing its next block: share it when it's done
-                continue
+                continue  # another one is computing its next block: share it when it's done
             sequence.waits_for = None
             digests = self.kv.reusable_digests(sequence)
             found, cost = self.kv.find_prefix(digests)
             if found < len(digests) and digests[found] in self._in_progress:
                 sequence.waits_for = digests[found]
-                position += 1
                 continue
             size = self.config.block_size
             remaining = len(sequence.token_ids) - found * size
@@ -284,7 +295,7 @@ class Scheduler:
             needed = cost + -(-(found * size + wanted) // size) - found
             if not self._has_seat(sequence) or needed > self.kv.device.num_free:
                 return
-            del self._waiting[position]
+            self._waiting.remove(sequence)
             self.kv.take_prefix(sequence, digests[:found])
             self._count_prefix(sequence)
             self._in_progress.update(dict.fromkeys(digests[found:], sequence))
@@ -302,7 +313,7 @@ class Scheduler:
         self.kv.counters.prefix_hits += cached
 
     def _preempt(self, victim: Sequence) -> None:
-        """Take the last running sequence off the device."""
+        """Take a running sequence off the device."""
         self._running.remove(victim)
         self._num_reserved -= victim.num_forks
         self._forget_progress(victim)
@@ -318,7 +329,7 @@ class Scheduler:
             victim.status = SequenceStatus.WAITING
             if not victim.prompt_logprobs_sent:
                 victim.prompt_logprobs.clear()
-            insort(self._waiting, victim, key=_ORDER)
+            self._waiting.add(victim)
 
     def _should_swap(self, victim: Sequence) -> bool:
         if self.config.preemption == "recompute" or not self.kv.can_swap_out(victim):
@@ -414,13 +425,7 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         """Take a sequence out of the books; memory in flight is freed by the commit."""
-        if sequence.status is SequenceStatus.RUNNING:
-            self._running.remove(sequence)
-            self._num_reserved -= sequence.num_forks
-        elif sequence.status is SequenceStatus.WAITING:
-            self._waiting.remove(sequence)
-        elif sequence.status is SequenceStatus.SWAPPED:
-            self._swapped.remove(sequence)
+        self._unlist(sequence)
         self._forget_progress(sequence)
         sequence.status = SequenceStatus.FINISHED
         if sequence.in_flight:
@@ -431,6 +436,16 @@ class Scheduler:
         siblings.remove(sequence)
         if not siblings:
             del self._by_request[sequence.request.request_id]
+            self._waiting.leave(sequence.request)
+
+    def _unlist(self, sequence: Sequence) -> None:
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self._num_reserved -= sequence.num_forks
+        elif sequence.status is SequenceStatus.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.status is SequenceStatus.SWAPPED:
+            self._swapped.remove(sequence)
 
     def _forget_progress(self, sequence: Sequence) -> None:
         """It computes no more prompt blocks that others could wait for."""
@@ -466,34 +481,17 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the books do not balance."""
-        flying = [row.sequence for row in self._plan.rows] if self._plan else []
+        rows = self._plan.rows if self._plan else ()
         listed = [*self._running, *self._waiting, *self._swapped]
-        gone = [s for s in flying if s.aborted]
-        self.kv.check_integrity([*listed, *gone])
-        for name, sequences in (
-            ("running", self._running),
-            ("waiting", self._waiting),
-            ("swapped", self._swapped),
-        ):
-            for sequence in sequences:
-                if sequence.status.value != name:
-                    raise AssertionError(f"sequence {sequence.seq_id} is misfiled as {name}")
-            if sorted(sequences, key=_ORDER) != sequences:
-                raise AssertionError(f"the {name} list is out of order")
-        for sequence in listed:
-            if sequence.num_computed_tokens >= len(sequence.token_ids):
-                raise AssertionError(f"sequence {sequence.seq_id} has nothing left to compute")
-            held = len(sequence.block_ids) + len(sequence.host_block_ids)
-            if held * self.config.block_size < sequence.num_computed_tokens:
-                raise AssertionError(f"sequence {sequence.seq_id} lacks blocks")
+        self.kv.check_integrity([*listed, *(r.sequence for r in rows if r.sequence.aborted)])
+        self._waiting.check_integrity()
+        check_queues(self._running, list(self._waiting), self._swapped, self.config.block_size)
         known = [s for own in self._by_request.values() for s in own]
         if sorted(map(id, known)) != sorted(map(id, listed)):
             raise AssertionError("requests and queues do not name the same sequences")
         if self._num_reserved != sum(s.num_forks for s in self._running):
             raise AssertionError("the seats reserved for forks do not add up")
         for digest, sequence in self._in_progress.items():
-            if (
-                sequence.status is not SequenceStatus.RUNNING
-                or digest not in sequence.block_digests
-            ):
+            running = sequence.status is SequenceStatus.RUNNING
+            if not running or digest not in sequence.block_digests:
                 raise AssertionError("a block in progress belongs to nobody")

@@ -10,7 +10,7 @@ from enum import Enum
 from halyard.runtime.plan import FinishReason, TokenLogprob
 from halyard.runtime.request import Request
 
-__all__ = ["Sequence", "SequenceStatus"]
+__all__ = ["Sequence", "SequenceStatus", "check_queues"]
 
 
 class SequenceStatus(Enum):
@@ -77,3 +77,21 @@ class Sequence:
             if stops:
                 return "stop", token
         return ("length", None) if count >= request.max_tokens else (None, None)
+
+
+def check_queues(
+    running: list[Sequence], waiting: list[Sequence], swapped: list[Sequence], block_size: int
+) -> None:
+    """Raise AssertionError if a sequence is in the wrong queue, or has lost its blocks."""
+    for name, sequences in (("running", running), ("waiting", waiting), ("swapped", swapped)):
+        for sequence in sequences:
+            if sequence.status.value != name:
+                raise AssertionError(f"sequence {sequence.seq_id} is misfiled as {name}")
+            if sequence.num_computed_tokens >= len(sequence.token_ids):
+                raise AssertionError(f"sequence {sequence.seq_id} has nothing left to compute")
+            held = len(sequence.block_ids) + len(sequence.host_block_ids)
+            if held * block_size < sequence.num_computed_tokens:
+                raise AssertionError(f"sequence {sequence.seq_id} lacks blocks")
+        orders = [sequence.order for sequence in sequences]
+        if name != "waiting" and sorted(orders) != orders:
+            raise AssertionError(f"the {name} list is out of order")

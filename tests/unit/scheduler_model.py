@@ -97,6 +97,8 @@ def request(
     arrival: float = 0.0,
     priority: int = 0,
     salt: str = "",
+    tenant: str = "default",
+    share: float = 1.0,
     **params: object,
 ) -> Request:
     sampling = SamplingParams(**params)  # type: ignore[arg-type]
@@ -109,6 +111,8 @@ def request(
         arrival_time=arrival,
         priority=priority,
         cache_salt=salt,
+        tenant=tenant,
+        share=share,
     )
 
 
@@ -140,6 +144,7 @@ class Fuzzer:
     """Random traffic on one scheduler, every invariant checked after every call."""
 
     def __init__(self, config: SchedulerConfig, seed: int) -> None:
+        self.seed = seed
         self.random = random.Random(seed)
         self.scheduler = Scheduler(config)
         self.device = SimulatedDevice(self.scheduler)
@@ -167,6 +172,8 @@ class Fuzzer:
             arrival=float(self.count),
             priority=rng.choice([0, 0, 0, 1, -1]),
             salt=rng.choice(["", "", "tenant"]),
+            tenant=rng.choice(["a", "a", "b", "c"][: 1 + self.seed % 4]),
+            share=rng.choice([1.0, 2.0]),
             n=min(n, self.config.max_num_sequences),
             max_tokens=rng.randrange(1, self.config.max_model_len - len(prompt) + 1),
             ignore_eos=rng.random() < 0.5,

@@ -212,7 +212,7 @@ def test_finish_reasons() -> None:
     device = SimulatedDevice(scheduler)
     scheduler.add(request("r", prompt, max_tokens=12, ignore_eos=True, stop_token_ids=[stop]))
     # Request.stop_token_ids is resolved by the intake; do it by hand here.
-    object.__setattr__(scheduler._waiting[0].request, "stop_token_ids", frozenset({stop}))
+    object.__setattr__(next(iter(scheduler._waiting)).request, "stop_token_ids", frozenset({stop}))
     events = []
     while scheduler.has_work():
         plan = scheduler.schedule()
