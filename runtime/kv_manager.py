@@ -4,7 +4,8 @@ One step's moves are gathered here while the scheduler plans, and taken once. Th
 the order swap_out, swap_in, copies, rows; the rules that make this safe:
 
 - What a step reads or writes on the host, and every copy's source, is held (an extra reference)
-  until the step is committed, so no block is claimed twice within a step.
+  until the step is planned, so no block is claimed twice within a step. Steps run in the order they
+  were planned in, so a later one may claim it before this one has run.
 - A device block is demoted only when it is allocated again; its content was computed in an earlier
   step, so reading it first is right.
 """
@@ -92,6 +93,7 @@ class KVManager:
         if shared is not None:
             position, block = shared
             copy = self._allocate()
+            sequence.block_ids = sequence.block_ids[:]
             sequence.block_ids[position] = copy
             self._copies.append(BlockMove(block, copy))
             self._held_device.append(block)  # our reference becomes the hold
@@ -156,15 +158,15 @@ class KVManager:
         self._take(sequence, [(digest, self.host.find(digest)) for digest in digests])
         sequence.num_computed_tokens = len(digests) * self.block_size
 
-    def publish(self, sequence: Sequence, first_token: int) -> Iterator[bytes]:
-        """Make blocks findable that became full by tokens first_token .. num_computed_tokens.
+    def publish(self, sequence: Sequence, first_token: int, end: int) -> Iterator[bytes]:
+        """Make blocks findable that became full by tokens first_token .. end - 1, all known.
 
         Yields their digests.
         """
         if not self.prefix_cache:
             return
         first = first_token // self.block_size
-        last = sequence.num_computed_tokens // self.block_size
+        last = end // self.block_size
         if first == last:
             return
         digests = self.digests(sequence)
@@ -223,7 +225,7 @@ class KVManager:
         return moves
 
     def release_holds(self) -> None:
-        """The step that needed the moves has run."""
+        """The step that needs the moves is planned."""
         for block in self._held_device:
             self.device.release(block)
         for block in self._held_host:

@@ -34,6 +34,7 @@ class PlanRow(NamedTuple):
     start: int  # tokens whose KV exists already; the first position computed in this step
     num_tokens: int  # >= 1
     num_samples: int  # 0: the row ends before the prompt does; n > 1: first answer token of n forks
+    source: int = -1  # >= 0: its token is that sample of the step before, unknown to the host yet
 
     @property
     def end(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
+from collections import deque
 from dataclasses import replace
 from operator import attrgetter
 
@@ -17,21 +18,24 @@ from halyard.hal.errors import RequestError
 from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.fair_queue import ANSWER_COST, FairQueue
 from halyard.runtime.kv_manager import KVManager
-from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenEvent, TokenLogprob
+from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenEvent
 from halyard.runtime.request import Request
-from halyard.runtime.sequence import Sequence, SequenceStatus, check_queues
+from halyard.runtime.scheduler_checks import Books, check_books
+from halyard.runtime.sequence import Sequence, SequenceStatus
 from halyard.runtime.stats import SchedulerStats
 
 __all__ = ["Scheduler"]
 
 _ORDER = attrgetter("order")
+_NEEDS_TOKENS = attrgetter("needs_tokens")
 
 
 class Scheduler:
-    """schedule() -> plan -> (somebody runs it) -> commit(plan, output), strictly in turn.
+    """schedule() -> plan -> (somebody runs it) -> commit(plan, output).
 
-    `add` and `abort` may come at any moment, also between schedule and commit; memory of a sequence
-    that is in flight is freed by the commit.
+    While a plan is in flight, schedule_ahead() may make the one after it; plans are committed in
+    their order. `add` and `abort` may come at any moment, also between schedule and commit; memory
+    of a sequence that is in flight is freed by the commit of its last plan.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -46,7 +50,8 @@ class Scheduler:
         self._in_progress: dict[bytes, Sequence] = {}  # prefix blocks being computed, by whom
         self._sequence_ids = itertools.count()
         self._steps = itertools.count()
-        self._plan: StepPlan | None = None  # scheduled, not committed
+        self._plans: deque[StepPlan] = deque()  # scheduled, not committed: at most two
+        self._short = False  # the last plan ahead found too few blocks: one must be made behind
         self._num_reserved = 0  # answers of running sequences that will be forked off
         self._preemptions = {"swap": 0, "recompute": 0}
         self._slots_used = 0  # summed over steps, for the average waste
@@ -63,7 +68,7 @@ class Scheduler:
         return self._waiting.waiting_of(tenant)
 
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting or self._swapped or self._plan)
+        return bool(self._running or self._waiting or self._swapped or self._plans)
 
     def add(self, request: Request) -> None:
         """Queue a request. Its id must not be in use."""
@@ -71,15 +76,7 @@ class Scheduler:
             raise AssertionError(f"request id {request.request_id} is in use")
         if len(request.prompt_token_ids) + request.max_tokens > self.config.max_model_len:
             raise AssertionError(f"request {request.request_id} was not fitted to the context")
-        sequence = Sequence(
-            seq_id=next(self._sequence_ids),
-            request=request,
-            index=0,
-            token_ids=list(request.prompt_token_ids),
-            num_prompt_tokens=len(request.prompt_token_ids),
-            num_forks=request.params.n - 1,
-            prompt_logprobs_sent=request.params.prompt_logprobs is None,
-        )
+        sequence = Sequence.first_of(request, next(self._sequence_ids))
         self._by_request[request.request_id] = [sequence]
         self._waiting.enter(request)
         self._waiting.add(sequence)
@@ -105,7 +102,7 @@ class Scheduler:
             what = "is not running here" if not sequences else "has several answers"
             raise RequestError(f"request {request_id} {what}: it can't be moved")
         (sequence,) = sequences
-        if self._plan is not None:
+        if self._plans:
             raise AssertionError("a sequence is detached between steps only")
         self._unlist(sequence)
         self._forget_progress(sequence)
@@ -161,15 +158,16 @@ class Scheduler:
         self._running.clear()
         self._by_request.clear()
         self._in_progress.clear()
-        self._plan = None
+        self._plans.clear()
         self._num_reserved = 0
 
     # -- planning -----------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
-        """Plan one step. None if there is nothing to run."""
-        if self._plan is not None:
+        """Plan one step, with none in flight. None if there is nothing to run."""
+        if self._plans:
             raise AssertionError("the last plan has not been committed")
+        self._short = False
         rows: list[PlanRow] = []
         preempted = self._plan_running(rows)
         if not preempted and self._swapped:
@@ -180,21 +178,52 @@ class Scheduler:
             if self._running or self._waiting or self._swapped:
                 raise AssertionError("there is work but nothing could be scheduled")
             return None
-        for row in rows:
-            row.sequence.in_flight = True
+        return self._issue(rows)
+
+    def schedule_ahead(self) -> StepPlan | None:
+        """Plan the step after the one in flight, whose tokens nobody knows yet.
+
+        A row that turns out to have ended is computed for nothing; its tokens are dropped. Nobody
+        gives way: where blocks run short, the rest waits for the next schedule(). None if nothing
+        can run before the commit.
+        """
+        if len(self._plans) != 1:
+            raise AssertionError("a step is planned ahead of exactly one other")
+        if self._short or self._num_reserved or any(map(_NEEDS_TOKENS, self._running)):
+            return None
+        rows: list[PlanRow] = []
+        short = self._plan_running(rows, ahead=True)
+        if not short and self._swapped:
+            self._resume_swapped(rows)
+        if not short and self._waiting and not self._swapped:
+            self._admit_waiting(rows)
+        return self._issue(rows) if rows else None
+
+    def _issue(self, rows: list[PlanRow]) -> StepPlan:
+        """Rows become a plan in flight."""
+        num_tokens = num_samples = 0
+        for sequence, _, tokens, samples, _ in rows:
+            sequence.in_flight += 1
+            num_tokens += tokens
+            if samples:
+                sequence.num_pending_tokens += 1
+                sequence.sample_index = num_samples
+                num_samples += samples
         moves = self.kv.take_moves()
-        self._plan = StepPlan(
+        self.kv.release_holds()
+        plan = StepPlan(
             step=next(self._steps),
             rows=tuple(rows),
-            num_tokens=sum(row.num_tokens for row in rows),
+            num_tokens=num_tokens,
             swap_out=moves.swap_out,
             swap_in=moves.swap_in,
             copies=moves.copies,
         )
-        return self._plan
+        self._plans.append(plan)
+        return plan
 
-    def _plan_running(self, rows: list[PlanRow]) -> bool:
-        """Rows for running sequences. True if one had to give way."""
+    def _plan_running(self, rows: list[PlanRow], ahead: bool = False) -> bool:
+        """Rows for running sequences. True if one had to give way or, ahead, to wait."""
         preempted = False
         budget = self.config.max_batched_tokens
         position = 0
@@ -202,10 +231,16 @@ class Scheduler:
         while position < len(self._running):
             sequence = self._running[position]
             start = sequence.num_computed_tokens
-            remaining = len(sequence.token_ids) - start
+            pending = sequence.num_pending_tokens
+            num_tokens = len(sequence.token_ids) + pending
+            remaining = num_tokens - start
             position += 1
+            if pending and num_tokens >= sequence.max_len:
+                continue  # it ends with what is being sampled
             if remaining == 1 and has_slot(sequence):  # most rows of most steps: keep it short
-                rows.append(PlanRow(sequence, start, 1, 1 + sequence.num_forks))
+                source = sequence.sample_index if pending else -1
+                rows.append(PlanRow(sequence, start, 1, 1 + sequence.num_forks, source))
+                sequence.num_computed_tokens = start + 1
                 if self._waiting.contended:
                     self._waiting.charge(sequence.request, ANSWER_COST)
                 budget -= 1
@@ -214,6 +249,9 @@ class Scheduler:
                 behind = len(self._running) - position
                 remaining = min(remaining, max(1, budget - behind))
             while self.kv.blocks_to_grow(sequence, remaining) > self.kv.device.num_free:
+                if ahead:
+                    self._short = True
+                    return True
                 preempted = True
                 victim = self._victim(position)
                 self._preempt(victim)
@@ -235,9 +273,11 @@ class Scheduler:
     def _plan_row(self, rows: list[PlanRow], sequence: Sequence, num_tokens: int) -> None:
         start = sequence.num_computed_tokens
         self.kv.grow(sequence, num_tokens)
-        last = start + num_tokens == len(sequence.token_ids)
+        last = start + num_tokens == sequence.num_tokens
         samples = 1 + sequence.num_forks if last else 0
-        rows.append(PlanRow(sequence, start, num_tokens, samples))
+        source = sequence.sample_index if sequence.num_pending_tokens else -1
+        rows.append(PlanRow(sequence, start, num_tokens, samples, source))
+        sequence.num_computed_tokens = start + num_tokens
         if self._waiting.contended:
             cost = 1 if start < sequence.num_prompt_tokens else ANSWER_COST
             self._waiting.charge(sequence.request, cost * num_tokens)
@@ -314,6 +354,8 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         """Take a running sequence off the device."""
+        if victim.in_flight:
+            raise AssertionError("a sequence in flight can't give way")
         self._running.remove(victim)
         self._num_reserved -= victim.num_forks
         self._forget_progress(victim)
@@ -341,24 +383,27 @@ class Scheduler:
     # -- results ------------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, output: StepOutput) -> list[TokenEvent]:
-        """Take in what a step computed: advance, fork, finish, free."""
-        if plan is not self._plan:
-            raise AssertionError("commit is for the plan that was scheduled last")
-        self._plan = None
+        """Take in what a step computed: append, fork, finish, free."""
+        if not self._plans or plan is not self._plans[0]:
+            raise AssertionError("commit is for the oldest plan in flight")
+        self._plans.popleft()
         events: list[TokenEvent] = []
         ended: list[Sequence] = []
         size = self.config.block_size
         for row, tokens, logprobs, prompt_logprobs in zip(
             plan.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True
         ):
-            sequence, start, num_tokens, num_samples = row
-            sequence.in_flight = False
+            sequence, start, num_tokens, num_samples, _ = row
+            sequence.in_flight -= 1
+            if num_samples:
+                sequence.num_pending_tokens -= 1
             if sequence.aborted:
-                self.kv.release(sequence)
+                if not sequence.in_flight:
+                    self.kv.release(sequence)
                 continue
-            end = sequence.num_computed_tokens = start + num_tokens
+            end = start + num_tokens
             if start // size != end // size:
-                for digest in self.kv.publish(sequence, start):
+                for digest in self.kv.publish(sequence, start, end):
                     self._in_progress.pop(digest, None)
             if prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
                 sequence.prompt_logprobs.extend(prompt_logprobs)
@@ -367,31 +412,20 @@ class Scheduler:
             answers = [sequence, *self._fork(sequence)] if sequence.num_forks else (sequence,)
             for position, answer in enumerate(answers):
                 logprob = logprobs[position] if logprobs else None
-                event = self._append(answer, tokens[position], logprob)
+                event = answer.append(tokens[position], logprob)
                 events.append(event)
                 if event.finish_reason is not None:
                     ended.append(answer)
         self._count_waste()
         for sequence in ended:
             self._remove(sequence)
-        self.kv.release_holds()
         return events
 
     def _fork(self, parent: Sequence) -> list[Sequence]:
         """Split off the answers 1 .. n - 1 at the first sampled token."""
         children = []
         for number in range(parent.num_forks):
-            child = Sequence(
-                seq_id=next(self._sequence_ids),
-                request=parent.request,
-                index=number + 1,
-                token_ids=list(parent.token_ids),
-                num_prompt_tokens=parent.num_prompt_tokens,
-                num_computed_tokens=parent.num_computed_tokens,
-                num_cached_tokens=parent.num_cached_tokens,
-                prompt_logprobs_sent=True,
-                status=SequenceStatus.RUNNING,
-            )
+            child = parent.fork(next(self._sequence_ids), number + 1)
             self.kv.fork(parent, child)
             self._by_request[parent.request.request_id].append(child)
             insort(self._running, child, key=_ORDER)
@@ -399,27 +433,6 @@ class Scheduler:
         self._num_reserved -= parent.num_forks
         parent.num_forks = 0
         return children
-
-    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenEvent:
-        request = sequence.request
-        sequence.token_ids.append(token)
-        reason, stop = sequence.finish_reason(token)
-        prompt_logprobs = None
-        if not sequence.prompt_logprobs_sent:
-            sequence.prompt_logprobs_sent = True
-            prompt_logprobs = tuple(sequence.prompt_logprobs)
-            sequence.prompt_logprobs = []
-        return TokenEvent(
-            request.request_id,
-            sequence.index,
-            (token,),
-            (logprob,) if logprob is not None else None,
-            prompt_logprobs,
-            reason,
-            stop,
-            sequence.num_cached_tokens,
-            started=sequence.started,
-        )
 
     # -- bookkeeping --------------------------------------------------------------------------
 
@@ -481,17 +494,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the books do not balance."""
-        rows = self._plan.rows if self._plan else ()
-        listed = [*self._running, *self._waiting, *self._swapped]
-        self.kv.check_integrity([*listed, *(r.sequence for r in rows if r.sequence.aborted)])
         self._waiting.check_integrity()
-        check_queues(self._running, list(self._waiting), self._swapped, self.config.block_size)
-        known = [s for own in self._by_request.values() for s in own]
-        if sorted(map(id, known)) != sorted(map(id, listed)):
-            raise AssertionError("requests and queues do not name the same sequences")
-        if self._num_reserved != sum(s.num_forks for s in self._running):
-            raise AssertionError("the seats reserved for forks do not add up")
-        for digest, sequence in self._in_progress.items():
-            running = sequence.status is SequenceStatus.RUNNING
-            if not running or digest not in sequence.block_digests:
-                raise AssertionError("a block in progress belongs to nobody")
+        queues = (self._running, list(self._waiting), self._swapped)
+        check_books(Books(self.kv, *queues, self._plans, self._by_request, self._in_progress,
+                          self._num_reserved))  # fmt: skip

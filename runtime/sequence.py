@@ -7,10 +7,10 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
-from halyard.runtime.plan import FinishReason, TokenLogprob
+from halyard.runtime.plan import FinishReason, TokenEvent, TokenLogprob
 from halyard.runtime.request import Request
 
-__all__ = ["Sequence", "SequenceStatus", "check_queues"]
+__all__ = ["Sequence", "SequenceStatus"]
 
 
 class SequenceStatus(Enum):
@@ -26,9 +26,11 @@ class SequenceStatus(Enum):
 class Sequence:
     """Tokens and memory of one answer.
 
-    Invariants: num_computed_tokens < len(token_ids) between steps (the last token's KV is written
-    when the next one is sampled); a running sequence holds ceil(num_computed_tokens / block_size)
-    device blocks between steps.
+    Steps may be in flight: what they compute counts as computed, and a token they sample is pending
+    until it is committed. Invariants: num_computed_tokens < num_tokens (the last token's KV is
+    written when the next one is sampled); a running sequence holds ceil(num_computed_tokens /
+    block_size) device blocks. `block_ids` only ever grows in place: any other change makes a new
+    array, so that a copy of it can tell whether it is stale.
     """
 
     seq_id: int
@@ -37,8 +39,10 @@ class Sequence:
     token_ids: list[int]  # prompt and answer so far
     num_prompt_tokens: int
     num_computed_tokens: int = (
-        0  # tokens whose KV exists (on the device, or on the host if swapped)
+        0  # tokens whose KV exists once the issued steps have run (on the host if swapped)
     )
+    num_pending_tokens: int = 0  # sampled by steps in flight, not known yet
+    sample_index: int = -1  # of the pending token, among what its step samples
     block_ids: array[int] = field(default_factory=lambda: array("i"))  # device blocks, in order
     host_block_ids: list[int] = field(default_factory=list)  # while swapped out
     block_digests: list[bytes] = field(default_factory=list)  # of full blocks, as far as computed
@@ -48,9 +52,50 @@ class Sequence:
     num_forks: int = 0  # answers still to be split off at the first sampled token
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # gathered over chunks
     prompt_logprobs_sent: bool = False  # or never asked for
-    in_flight: bool = False  # part of a plan that is not committed yet
+    in_flight: int = 0  # plans it is part of that are not committed yet
     aborted: bool = False  # given up while in flight: freed at commit
     waits_for: bytes | None = None  # digest of a block that another sequence is computing
+    slot: int = -1  # where the batcher keeps its row (row_table.py); of no meaning to the scheduler
+    max_len: int = field(init=False)  # tokens at which the answer is as long as it may be
+    ends: frozenset[int] = field(init=False)  # tokens that may end it; empty if none does
+    needs_tokens: bool = field(init=False)  # the host must know a token before the next is drawn
+
+    def __post_init__(self) -> None:
+        request = self.request
+        params = request.params
+        self.max_len = self.num_prompt_tokens + request.max_tokens
+        self.ends = request.stop_token_ids
+        if not params.ignore_eos:
+            self.ends |= request.eos_token_ids
+        self.needs_tokens = request.guidance is not None or params.prompt_logprobs is not None
+
+    @classmethod
+    def first_of(cls, request: Request, seq_id: int) -> Sequence:
+        """The first answer of a new request; the others are forked off it."""
+        return cls(
+            seq_id=seq_id,
+            request=request,
+            index=0,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_forks=request.params.n - 1,
+            prompt_logprobs_sent=request.params.prompt_logprobs is None,
+        )
+
+    def fork(self, seq_id: int, index: int) -> Sequence:
+        """Another answer with the same tokens so far, running; it has no blocks yet."""
+        return Sequence(
+            seq_id=seq_id,
+            request=self.request,
+            index=index,
+            token_ids=list(self.token_ids),
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_computed_tokens=self.num_computed_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            started=self.started,
+            prompt_logprobs_sent=True,
+            status=SequenceStatus.RUNNING,
+        )
 
     @property
     def order(self) -> tuple[int, float, int]:
@@ -62,8 +107,37 @@ class Sequence:
         self.started = self.started or time.monotonic()
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and answer, pending tokens included."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
     def num_answer_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def append(self, token: int, logprob: TokenLogprob | None) -> TokenEvent:
+        """Take in a sampled token. The event says whether the answer ends with it."""
+        self.token_ids.append(token)
+        reason, stop = None, None
+        if token in self.ends or len(self.token_ids) >= self.max_len:
+            reason, stop = self.finish_reason(token)
+        prompt_logprobs = None
+        if not self.prompt_logprobs_sent:
+            self.prompt_logprobs_sent = True
+            prompt_logprobs = tuple(self.prompt_logprobs)
+            self.prompt_logprobs = []
+        return TokenEvent(
+            self.request.request_id,
+            self.index,
+            (token,),
+            (logprob,) if logprob is not None else None,
+            prompt_logprobs,
+            reason,
+            stop,
+            self.num_cached_tokens,
+            None,
+            self.started,
+        )
 
     def finish_reason(self, token: int) -> tuple[FinishReason | None, int | None]:
         """Does the answer end with `token`, its last one? (why, the stop token that ended it)."""
@@ -77,21 +151,3 @@ class Sequence:
             if stops:
                 return "stop", token
         return ("length", None) if count >= request.max_tokens else (None, None)
-
-
-def check_queues(
-    running: list[Sequence], waiting: list[Sequence], swapped: list[Sequence], block_size: int
-) -> None:
-    """Raise AssertionError if a sequence is in the wrong queue, or has lost its blocks."""
-    for name, sequences in (("running", running), ("waiting", waiting), ("swapped", swapped)):
-        for sequence in sequences:
-            if sequence.status.value != name:
-                raise AssertionError(f"sequence {sequence.seq_id} is misfiled as {name}")
-            if sequence.num_computed_tokens >= len(sequence.token_ids):
-                raise AssertionError(f"sequence {sequence.seq_id} has nothing left to compute")
-            held = len(sequence.block_ids) + len(sequence.host_block_ids)
-            if held * block_size < sequence.num_computed_tokens:
-                raise AssertionError(f"sequence {sequence.seq_id} lacks blocks")
-        orders = [sequence.order for sequence in sequences]
-        if name != "waiting" and sorted(orders) != orders:
-            raise AssertionError(f"the {name} list is out of order")

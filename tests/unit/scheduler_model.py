@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.plan import StepOutput, StepPlan, TokenEvent, TokenLogprob
@@ -23,6 +24,14 @@ def history(previous: int, token: int) -> int:
     return hash((previous, token))
 
 
+class IssuedStep(NamedTuple):
+    """A plan with copies of what was known when it was made."""
+
+    plan: StepPlan
+    blocks: list[list[int]]
+    tokens: list[list[int]]
+
+
 class SimulatedDevice:
     """Executes plans on dictionaries instead of tensors, in the order the contract states."""
 
@@ -33,8 +42,21 @@ class SimulatedDevice:
         self.host: list[list[int | None]] = [
             [None] * self.size for _ in range(config.num_host_blocks)
         ]
+        self.sampled: list[int] = []  # by the last step that ran
 
     def run(self, plan: StepPlan) -> StepOutput:
+        return self.execute(self.issue(plan))
+
+    def issue(self, plan: StepPlan) -> IssuedStep:
+        """What the device is told when a step is planned; it may run much later."""
+        return IssuedStep(
+            plan,
+            [list(row.sequence.block_ids) for row in plan.rows],
+            [list(row.sequence.token_ids) for row in plan.rows],
+        )
+
+    def execute(self, step: IssuedStep) -> StepOutput:
+        plan = step.plan
         targets = [move.target for move in plan.swap_in] + [move.target for move in plan.copies]
         assert len(set(targets)) == len(targets), "a device block is written twice"
         assert len({m.target for m in plan.swap_out}) == len(plan.swap_out), "host block twice"
@@ -46,20 +68,21 @@ class SimulatedDevice:
         for move in plan.copies:
             self.device[move.target] = list(self.device[move.source])
         written: set[tuple[int, int]] = set()
-        for row in plan.rows:
-            sequence = row.sequence
+        for row, blocks, known in zip(plan.rows, step.blocks, step.tokens, strict=True):
+            if row.source >= 0:
+                assert len(known) == row.start, "only the last token may be unknown"
+                known.append(self.sampled[row.source])
             for position in range(row.start, row.end):
-                slot = (sequence.block_ids[position // self.size], position % self.size)
+                slot = (blocks[position // self.size], position % self.size)
                 assert slot not in written, "two rows write one slot"
                 written.add(slot)
-                before = self._read(row.sequence.block_ids, position - 1) if position else 0
+                before = self._read(blocks, position - 1) if position else 0
                 assert before is not None, "the slot before was never written"
-                token = sequence.token_ids[position]
-                self.device[slot[0]][slot[1]] = history(before, token)
+                self.device[slot[0]][slot[1]] = history(before, known[position])
         tokens: list[tuple[int, ...]] = []
         prompt_logprobs: list[tuple[TokenLogprob, ...] | None] = []
-        for row in plan.rows:
-            seen = self._check(row.sequence.block_ids, row.sequence.token_ids[: row.end])
+        for row, blocks, known in zip(plan.rows, step.blocks, step.tokens, strict=True):
+            seen = self._check(blocks, known[: row.end])
             first = row.sequence.index
             tokens.append(
                 tuple(hash((seen, first + i)) % VOCABULARY for i in range(row.num_samples))
@@ -67,13 +90,11 @@ class SimulatedDevice:
             asks = row.sequence.request.params.prompt_logprobs is not None
             last = min(row.end, row.sequence.num_prompt_tokens - 1)
             prompt_logprobs.append(
-                tuple(
-                    TokenLogprob(row.sequence.token_ids[p + 1], -1.0, 1, ())
-                    for p in range(row.start, last)
-                )
+                tuple(TokenLogprob(known[p + 1], -1.0, 1, ()) for p in range(row.start, last))
                 if asks
                 else None
             )
+        self.sampled = [token for own in tokens for token in own]
         return StepOutput(tuple(tokens), (None,) * len(tokens), tuple(prompt_logprobs))
 
     def _read(self, blocks: Iterable[int], position: int) -> int | None:
@@ -108,6 +129,7 @@ def request(
         sampling,
         max_tokens=sampling.max_tokens or 8,
         eos_token_ids=frozenset({EOS}),
+        stop_token_ids=frozenset(sampling.stop_token_ids or ()),
         arrival_time=arrival,
         priority=priority,
         cache_salt=salt,
@@ -117,22 +139,33 @@ def request(
 
 
 def run_all(
-    config: SchedulerConfig, requests: list[Request], *, limit: int = 5000
+    config: SchedulerConfig, requests: list[Request], *, limit: int = 5000, ahead: bool = False
 ) -> tuple[dict[tuple[str, int], list[int]], Scheduler, list[StepPlan]]:
-    """Run requests to the end: answers by (request id, index), the scheduler and all plans."""
+    """Run requests to the end: answers by (request id, index), the scheduler and all plans.
+
+    With `ahead`, each step runs when the one after it has been planned.
+    """
     scheduler = Scheduler(config)
     device = SimulatedDevice(scheduler)
     for item in requests:
         scheduler.add(item)
     answers: dict[tuple[str, int], list[int]] = {}
     plans: list[StepPlan] = []
-    while scheduler.has_work():
-        plan = scheduler.schedule()
+    flying: IssuedStep | None = None
+
+    def issued(plan: StepPlan | None) -> IssuedStep | None:
         scheduler.check_integrity()
-        assert plan is not None
+        if plan is None:
+            return None
         plans.append(plan)
         assert plan.num_tokens <= config.max_batched_tokens
-        for event in scheduler.commit(plan, device.run(plan)):
+        return device.issue(plan)
+
+    while scheduler.has_work():
+        step = flying or issued(scheduler.schedule())
+        assert step is not None
+        flying = issued(scheduler.schedule_ahead()) if ahead else None
+        for event in scheduler.commit(step.plan, device.execute(step)):
             answers.setdefault((event.request_id, event.index), []).extend(event.token_ids)
         scheduler.check_integrity()
         limit -= 1
@@ -143,7 +176,11 @@ def run_all(
 class Fuzzer:
     """Random traffic on one scheduler, every invariant checked after every call."""
 
-    def __init__(self, config: SchedulerConfig, seed: int) -> None:
+    def __init__(self, config: SchedulerConfig, seed: int, ahead: float = 0.0) -> None:
+        self.ahead = ahead  # how often a step is planned while one is in flight
+        self.flying: IssuedStep | None = None
+        self.planned_ahead = 0
+        self.dropped = 0  # rows that were computed for nothing
         self.seed = seed
         self.random = random.Random(seed)
         self.scheduler = Scheduler(config)
@@ -217,20 +254,33 @@ class Fuzzer:
         if self.random.random() < 0.25 and len(self.live) < 30:
             self.arrive()
         self.abort_one()
-        plan = self.scheduler.schedule()
-        self.scheduler.check_integrity()
-        if plan is None:
+        self.advance()
+
+    def advance(self) -> None:
+        step = self.flying or self._issue(self.scheduler.schedule())
+        if step is None:
             return
-        output = self.device.run(plan)
+        self.flying = None
+        if self.random.random() < self.ahead:
+            self.abort_one()
+            self.flying = self._issue(self.scheduler.schedule_ahead())
+            self.planned_ahead += self.flying is not None
         self.abort_one()
-        self.take(self.scheduler.commit(plan, output))
+        output = self.device.execute(step)
+        self.abort_one()
+        self.dropped += sum(row.sequence.aborted for row in step.plan.rows)
+        self.take(self.scheduler.commit(step.plan, output))
         self.scheduler.check_integrity()
+
+    def _issue(self, plan: StepPlan | None) -> IssuedStep | None:
+        self.scheduler.check_integrity()
+        return self.device.issue(plan) if plan is not None else None
 
     def drain(self) -> None:
         while self.scheduler.has_work():
-            plan = self.scheduler.schedule()
-            assert plan is not None
-            self.take(self.scheduler.commit(plan, self.device.run(plan)))
+            before = self.scheduler.stats()
+            self.advance()
+            assert self.flying or self.scheduler.stats() != before, "no progress"
         self.scheduler.check_integrity()
         stats = self.scheduler.stats()
         assert stats.blocks_used == 0

@@ -24,7 +24,7 @@ def compute(kv: KVManager, item: Sequence, num_tokens: int) -> None:
     start = item.num_computed_tokens
     kv.grow(item, num_tokens)
     item.num_computed_tokens += num_tokens
-    list(kv.publish(item, start))
+    list(kv.publish(item, start, item.num_computed_tokens))
     kv.take_moves()
     kv.release_holds()
 

@@ -77,6 +77,108 @@ def test_fuzz_over_random_configurations(seed: int) -> None:
     fuzzer.drain()
 
 
+@pytest.mark.parametrize("host_blocks", [0, 30])
+@pytest.mark.parametrize("policy", ["swap", "recompute"])
+def test_fuzz_with_late_commits(policy: str, host_blocks: int) -> None:
+    """The next step is planned, most of the time, before the last one has run."""
+    fuzzer = Fuzzer(
+        config(
+            **TINY,
+            max_batched_tokens=9,
+            num_host_blocks=host_blocks,
+            preemption=policy,
+            cost=PreemptionCost(1, 1.0, 4.0),
+        ),
+        seed=len(policy) * 100 + host_blocks,
+        ahead=0.9,
+    )
+    for _ in range(1500):
+        fuzzer.step()
+    fuzzer.drain()
+    stats = fuzzer.scheduler.stats()
+    assert fuzzer.planned_ahead > 300
+    assert fuzzer.dropped > 20
+    assert stats.preemptions_swap + stats.preemptions_recompute > 20
+    assert stats.counters.prefix_hits > 0
+    assert stats.counters.blocks_copied > 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_planning_ahead_changes_no_answer(seed: int) -> None:
+    """Random requests under pressure: priorities, forks, ends by token and by length."""
+    rng = random.Random(seed)
+    block_size, num_blocks = rng.choice([1, 2, 4, 16]), rng.randrange(10, 24)
+    settings = SchedulerConfig(
+        num_blocks=num_blocks,
+        max_model_len=min(48, num_blocks * block_size),
+        block_size=block_size,
+        num_host_blocks=rng.choice([0, 3, 40]),
+        max_num_sequences=6,
+        max_batched_tokens=6 + rng.randrange(12),
+        prefix_cache=rng.random() < 0.8,
+        preemption=rng.choice(["swap", "recompute"]),  # type: ignore[arg-type]
+    )
+    top = settings.max_model_len
+    shared = [rng.randrange(1, 50) for _ in range(top)]
+    requests = []
+    for number in range(14):
+        prompt = [*shared[: rng.randrange(top // 3)], *[rng.randrange(1, 50)] * rng.randrange(1, 4)]
+        requests.append(
+            request(
+                f"r{number}",
+                prompt,
+                arrival=float(number),
+                priority=rng.choice([0, 0, 1]),
+                n=rng.choice([1, 1, 1, 3]),
+                max_tokens=rng.randrange(1, top - len(prompt)),
+                ignore_eos=rng.random() < 0.3,
+                stop_token_ids=[rng.randrange(50)] if rng.random() < 0.3 else None,
+                min_tokens=1,
+            )
+        )
+    behind, _, _ = run_all(settings, requests)
+    ahead, scheduler, plans = run_all(settings, requests, ahead=True)
+    assert ahead == behind
+    assert any(row.source >= 0 for plan in plans for row in plan.rows)
+    assert scheduler.stats().blocks_used == 0
+
+
+def test_a_row_that_had_ended_is_dropped_and_its_blocks_come_back() -> None:
+    scheduler = Scheduler(config())
+    device = SimulatedDevice(scheduler)
+    scheduler.add(request("r", [1, 2, 3], max_tokens=9, stop_token_ids=list(range(50))))
+    first = scheduler.schedule()
+    assert first is not None
+    issued = device.issue(first)
+    second = scheduler.schedule_ahead()
+    assert second is not None
+    assert second.rows[0].source == 0
+    also = device.issue(second)
+    (event,) = scheduler.commit(first, device.execute(issued))
+    assert event.finish_reason == "stop"
+    assert scheduler.has_work()  # until the step that runs for nothing is back
+    scheduler.check_integrity()
+    assert scheduler.stats().blocks_used > 0
+    assert scheduler.commit(second, device.execute(also)) == []
+    assert scheduler.stats().blocks_used == 0
+    assert not scheduler.has_work()
+
+
+def test_nothing_is_planned_ahead_of_a_token_that_the_host_must_see() -> None:
+    for special in ({"prompt_logprobs": 0}, {"n": 2}):
+        scheduler = Scheduler(config())
+        scheduler.add(request("r", [1, 2, 3], max_tokens=9, **special))
+        assert scheduler.schedule() is not None
+        assert scheduler.schedule_ahead() is None
+
+
+def test_an_answer_that_ends_by_its_length_wastes_no_row() -> None:
+    scheduler = Scheduler(config())
+    scheduler.add(request("r", [1, 2, 3], max_tokens=1))
+    assert scheduler.schedule() is not None
+    assert scheduler.schedule_ahead() is None
+
+
 def test_fuzz_without_prefix_cache() -> None:
     fuzzer = Fuzzer(config(**TINY, prefix_cache=False, num_host_blocks=20), seed=5)
     for _ in range(600):
@@ -211,8 +313,6 @@ def test_finish_reasons() -> None:
     scheduler = Scheduler(config())
     device = SimulatedDevice(scheduler)
     scheduler.add(request("r", prompt, max_tokens=12, ignore_eos=True, stop_token_ids=[stop]))
-    # Request.stop_token_ids is resolved by the intake; do it by hand here.
-    object.__setattr__(next(iter(scheduler._waiting)).request, "stop_token_ids", frozenset({stop}))
     events = []
     while scheduler.has_work():
         plan = scheduler.schedule()
