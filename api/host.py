@@ -204,12 +204,12 @@ class EngineHost:
             return b"# HELP halyard_ready Whether requests are answered\n" \
                    b"# TYPE halyard_ready gauge\nhalyard_ready 0\n"  # fmt: skip
         client = self._loaded.client
-        return client.engine.metrics.render(client.stats())
+        return client.metrics.render(client.stats())
 
     def observe_error(self, kind: str) -> None:
         """Count a refused or failed request."""
         if self._loaded is not None:
-            self._loaded.client.engine.metrics.observe_error(kind)
+            self._loaded.client.metrics.observe_error(kind)
 
     async def close(self, grace_seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
         """Refuse new requests, give running ones that long, answer the rest with an error, stop.
@@ -240,6 +240,7 @@ class EngineHost:
     def _succeed(self, loaded: Loaded) -> None:
         self.loading = False
         self._loaded = loaded
+        loaded.client.start()
         if self._on_ready is not None:
             self._on_ready(loaded)
 

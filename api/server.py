@@ -1,4 +1,4 @@
-"""The HTTP server in front of one engine: port, start, welcome, shutdown. No torch until the port is taken."""
+"""The HTTP server in front of one engine: port, start, welcome, shutdown. No torch: that is the engine's."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -38,6 +38,10 @@ class ServerConfig:
     access_log: bool = False  # one line a request
     allowed_origins: tuple[str, ...] = ()  # web sites that may call the API (CORS)
     data_dir: Path | None = None  # keeps files and batches; None: only while the server runs
+    in_process: bool = (
+        False  # the engine's steps run in a thread here, not in a process of their own
+    )
+    hang_seconds: float | None = 120.0  # a step that takes longer has hung; None: may take for ever
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -76,9 +80,14 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
     Raises:
         ConfigError: the port can't be had; nothing was loaded then.
     """
-    from halyard.api.app import create_app
+    from halyard.runtime.process_port import end_all, launch
 
     listener = bind(server.host, server.port)
+    # The engine's process starts at once: what this one imports takes half a second.
+    starting = None if server.in_process else launch(config)
+    from halyard.api.app import create_app
+    from halyard.api.loading import load_engine, start_engine
+
     url = _url(server.host, listener.getsockname()[1])
     say(f"Halyard listens on {url} and loads {config.model} ...")
     failures: list[BaseException] = []
@@ -96,7 +105,9 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
             tell(phase)
             say(f"  {phase}")
 
-        return load_engine(config, told)
+        if starting is None:
+            return load_engine(config, told)
+        return start_engine(config, told, hang_seconds=server.hang_seconds, starting=starting)
 
     host = EngineHost(load, server.served_model_names, on_failure, on_ready)
     app = create_app(host, allowed_origins=server.allowed_origins, data_dir=server.data_dir)
@@ -124,24 +135,11 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
         status = _FAILED
     if host.loading:
         # A compiler or a download still runs in its thread; the interpreter would wait for it.
+        end_all()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
-
-
-def load_engine(config: EngineConfig, tell: Callable[[str], None]) -> Loaded:
-    """Build the engine and its client. Takes seconds to minutes."""
-    from halyard.api.provenance import provenance_of
-    from halyard.runtime.build import build_engine
-    from halyard.runtime.client import Client
-
-    built = build_engine(replace(config, progress=config.progress and sys.stderr.isatty()), tell)
-    plan = built.plan
-    tell("reading digests")
-    provenance = provenance_of(built, config)
-    client = Client(built.engine, built.tokenizer, plan.spec.name, plan.selection.row.name)
-    return Loaded(client, plan.selection.device.name, plan.selection.dtype, provenance)
 
 
 class _Server(uvicorn.Server):

@@ -49,6 +49,12 @@ TORCH_FREE = (
     "halyard.api.cli.main",
     "halyard.api.cli.options",
     "halyard.api.cli.devices",
+    # The server's process: torch is the engine's.
+    "halyard.runtime.client",
+    "halyard.runtime.process_port",
+    "halyard.api.app",
+    "halyard.api.loading",
+    "halyard.api.server",
 )
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from halyard.models.source import ModelSource
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["Tokenizer", "has_tokenizer", "load_tokenizer"]
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -154,15 +154,19 @@ def _byte_level_alphabet() -> dict[str, int]:
     return table
 
 
+def has_tokenizer(source: ModelSource) -> bool:
+    """Whether a checkpoint holds a tokenizer's files."""
+    present = [name for name in _FILES if (source.path / name).is_file()]
+    return bool(present) and present != ["tokenizer_config.json"]
+
+
 def load_tokenizer(source: ModelSource) -> Tokenizer | None:
     """The tokenizer of a checkpoint, or None if it has none.
 
     Raises:
         ModelError: there is one, but it can't be read.
     """
-    folder = source.path
-    present = [name for name in _FILES if (folder / name).is_file()]
-    if not present or present == ["tokenizer_config.json"]:
+    if not has_tokenizer(source):
         return None
     try:
         return Tokenizer(_load(source))

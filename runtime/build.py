@@ -13,17 +13,21 @@ from halyard.compiler.captured import CapturedProgram
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import HeadShape, Program, UnboundProgram
 from halyard.hal.contract import Device, GraphCompiler, PagedKernels
+from halyard.hal.errors import RequestError
 from halyard.hal.registry import load_part
 from halyard.models import experts as _experts  # noqa: F401 - its operator is called by cached programs
+from halyard.models.source import ModelSource
 from halyard.models.tokenizer import Tokenizer, load_tokenizer
 from halyard.models.weights import load_weights
 from halyard.runtime.config import EngineConfig, SchedulerConfig
 from halyard.runtime.engine import Engine
 from halyard.runtime.executor import Executor
+from halyard.runtime.facts import engine_facts
 from halyard.runtime.guided import GrammarCompiler
 from halyard.runtime.intake import Intake, Limits
 from halyard.runtime.metrics import Metrics
 from halyard.runtime.planner import ExecutionPlan, make_plan
+from halyard.runtime.port import EngineFacts
 from halyard.runtime.sampler import Sampler
 from halyard.runtime.scheduler import Scheduler
 
@@ -40,8 +44,9 @@ class BuiltEngine:
     """An engine and what was decided about it."""
 
     engine: Engine
-    tokenizer: Tokenizer | None  # None: the checkpoint has none; prompts are token ids
+    tokenizer: Tokenizer | None  # None: the checkpoint has none (prompts are token ids), or later
     plan: ExecutionPlan
+    facts: EngineFacts
     startup_seconds: float
     phases: dict[str, float]  # seconds by phase
 
@@ -67,11 +72,18 @@ class _Clock:
                 self._tell(name)
 
 
-def build_engine(config: EngineConfig, tell: Callable[[str], None] | None = None) -> BuiltEngine:
+def build_engine(
+    config: EngineConfig,
+    tell: Callable[[str], None] | None = None,
+    *,
+    tokenizer_later: bool = False,
+) -> BuiltEngine:
     """Plan, compile, load, allocate.
 
     Args:
         tell: is called with the name of each phase as it begins.
+        tokenizer_later: the engine reads the tokenizer when a constraint needs it, not at once:
+            text is somebody else's work.
 
     Raises:
         HalyardError: the model can't be served here; one line says why.
@@ -80,8 +92,10 @@ def build_engine(config: EngineConfig, tell: Callable[[str], None] | None = None
     clock.phase("planning")
     plan = make_plan(config)
     row, memory = plan.selection.row, plan.memory
-    clock.phase("reading the tokenizer")
-    tokenizer = load_tokenizer(plan.source) if plan.source is not None else None
+    tokenizer = None
+    if plan.source is not None and not (tokenizer_later and plan.spec.eos_token_ids):
+        clock.phase("reading the tokenizer")
+        tokenizer = load_tokenizer(plan.source)
     device: Device = load_part("devices", row.device)()
     try:
         kernels: PagedKernels = load_part("kernels", row.kernels)(device)
@@ -113,18 +127,32 @@ def build_engine(config: EngineConfig, tell: Callable[[str], None] | None = None
         eos_token_ids=frozenset(eos),
         max_num_sequences=config.max_num_sequences,
     )
+    bytes_per_block = executor.pool.layout.bytes_per_block
+    facts = engine_facts(plan, config, limits, bytes_per_block, clock.phases)
     grammars = None
-    if tokenizer is not None:
-        grammars = GrammarCompiler(tokenizer, limits.vocab_size, limits.eos_token_ids)
+    if plan.source is not None and facts.has_tokenizer:
+        grammars = GrammarCompiler(
+            _vocabulary(plan.source, tokenizer), limits.vocab_size, limits.eos_token_ids
+        )
     engine = Engine(
         scheduler,
         executor,
         Intake(limits, config.seed, grammars),
-        Metrics(plan.spec.name, row.name, executor.pool.layout.bytes_per_block),
+        Metrics(plan.spec.name, row.name, bytes_per_block),
         config.max_queue_len,
     )
     seconds = time.perf_counter() - clock.started
-    return BuiltEngine(engine, tokenizer, plan, seconds, clock.phases)
+    return BuiltEngine(engine, tokenizer, plan, facts, seconds, clock.phases)
+
+
+def _vocabulary(source: ModelSource, loaded: Tokenizer | None) -> Callable[[], Tokenizer]:
+    def vocabulary() -> Tokenizer:
+        tokenizer = loaded if loaded is not None else load_tokenizer(source)
+        if tokenizer is None:
+            raise RequestError("the checkpoint's tokenizer is gone: structured output needs it")
+        return tokenizer
+
+    return vocabulary
 
 
 def _build_executor(

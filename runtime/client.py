@@ -1,10 +1,8 @@
-"""The asyncio side of an engine: streams for requests, one thread for the step loop. No torch."""
+"""The asyncio side of an engine: one stream a request, whatever thread or process the steps run in. No torch."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -18,11 +16,12 @@ from halyard.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from halyard.models.tokenizer import Tokenizer
-    from halyard.runtime.engine import Engine, EngineStats
+    from halyard.runtime.engine import EngineStats
+    from halyard.runtime.intake import Limits
+    from halyard.runtime.metrics import Metrics
+    from halyard.runtime.port import EnginePort
 
 __all__ = ["Client", "RequestStream"]
-
-logger = logging.getLogger("halyard.engine")
 
 SHUTTING_DOWN = "the server is shutting down"
 
@@ -66,42 +65,53 @@ class RequestStream(AsyncIterator[RequestDelta]):
 
 
 class Client:
-    """Submits requests to an engine that runs in a thread of its own.
+    """Submits requests to one engine and hands its answers out.
 
-    All methods but `close` return at once and belong to the event loop's thread; the engine belongs
-    to its thread. The two meet in the inbox (loop to engine) and `_deliver` (engine to loop, one
-    call a step).
+    All methods but `close` return at once and belong to the event loop's thread.
     """
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer | None, model_name: str, backend_name: str
-    ) -> None:
-        self.engine = engine
+    def __init__(self, port: EnginePort, tokenizer: Tokenizer | None) -> None:
+        self.port = port
         self.tokenizer = tokenizer
-        self.model_name = model_name
-        self.backend_name = backend_name
-        self.max_model_len = engine.intake.limits.max_model_len
+        self.model_name = port.facts.model_name
+        self.backend_name = port.facts.backend_name
+        self.max_model_len = port.facts.limits.max_model_len
         self.error: str | None = None
         self._streams: dict[str, RequestStream] = {}
-        self._inbox: deque[Request | tuple[str, int | None]] = deque()
-        self._wake = threading.Event()
-        self._stopping = False
         self._refusing = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="halyard-engine", daemon=True)
-        self._thread.start()
+        self._started = False
+        self._on_death: Callable[[str], None] | None = None
+
+    def start(self, on_death: Callable[[str], None] | None = None) -> None:
+        """Bind it to the running event loop; the first request does that too.
+
+        Args:
+            on_death: is called with the reason when the engine has failed.
+        """
+        self._on_death = on_death or self._on_death
+        if not self._started:
+            self._started = True
+            self.port.start(self._deliver, self._die)
 
     @property
     def alive(self) -> bool:
-        return self.error is None and self._thread.is_alive()
+        return self.error is None and self.port.alive
 
     @property
     def num_requests(self) -> int:
         """Requests without a final answer yet."""
         return len(self._streams)
 
+    @property
+    def limits(self) -> Limits:
+        return self.port.facts.limits
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.port.metrics
+
     def stats(self) -> EngineStats:
-        return self.engine.stats()
+        return self.port.stats()
 
     async def prepare(self, params: SamplingParams) -> None:
         """Compile what `submit` would otherwise compile on the event loop.
@@ -110,7 +120,8 @@ class Client:
             RequestError: the constraint is malformed, impossible or too complex.
         """
         if params.guided is not None:
-            await asyncio.to_thread(self.engine.intake.guidance, params)
+            self.start()
+            await self.port.prepare(params)
 
     def submit(
         self,
@@ -134,7 +145,7 @@ class Client:
             raise EngineDeadError(self.error)
         if self._refusing:
             raise EngineDeadError(SHUTTING_DOWN)
-        request = self.engine.intake.request(
+        request = self.port.intake.request(
             prompt_token_ids,
             params,
             request_id=request_id,
@@ -146,10 +157,10 @@ class Client:
         if request.request_id in self._streams:
             raise HalyardError(f"request id {request.request_id} is in use")
         self._check_queue()
-        self._loop = asyncio.get_running_loop()
+        self.start()
         stream = RequestStream(request, Answers(request, self._decoder(params)), self._abort)
         self._streams[request.request_id] = stream
-        self._send(request)
+        self.port.add(request)
         return stream
 
     async def close(self, drain_seconds: float = 0.0) -> None:
@@ -159,11 +170,9 @@ class Client:
         while self._streams and self.alive and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for stream in list(self._streams.values()):
-            self._send((stream.request_id, None))
+            self.port.abort(stream.request_id)
         self._fail_streams(SHUTTING_DOWN)
-        self._stopping = True
-        self._wake.set()
-        await asyncio.to_thread(self._thread.join)
+        await self.port.close()
 
     def _decoder(self, params: SamplingParams) -> Callable[[], IncrementalDecoder] | None:
         tokenizer = self.tokenizer
@@ -171,29 +180,23 @@ class Client:
             return None
         return lambda: tokenizer.detokenizer(params.skip_special_tokens)
 
-    # -- event loop side ----------------------------------------------------------------------
-
     def _check_queue(self) -> None:
-        limit = self.engine.max_queue_len
-        waiting = self.engine.num_waiting + len(self._inbox)
+        limit = self.port.facts.max_queue_len
+        waiting = self.port.num_waiting
         if limit is not None and waiting >= limit:
             raise QueueFullError(
                 f"{waiting} requests are waiting already, the limit is {limit}: try again later",
-                retry_after=self.engine.metrics.estimated_wait_seconds(waiting),
+                retry_after=self.metrics.estimated_wait_seconds(waiting),
             )
-
-    def _send(self, message: Request | tuple[str, int | None]) -> None:
-        self._inbox.append(message)
-        self._wake.set()
 
     def _abort(self, request_id: str) -> None:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
-            self._send((request_id, None))
-            self.engine.metrics.observe_cancelled(request_id, stream.request.tenant)
+            self.port.abort(request_id)
+            self.metrics.observe_cancelled(request_id, stream.request.tenant)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
-        """Hand one step's events to their streams."""
+        """Hand the events of a step, or of a few, to their streams."""
         by_request: dict[str, list[TokenEvent]] = {}
         for event in events:
             by_request.setdefault(event.request_id, []).append(event)
@@ -204,14 +207,14 @@ class Client:
                 continue  # cancelled while the step ran
             delta = stream.answers.feed(own)
             for index in stream.answers.abandoned:
-                self._send((request_id, index))
+                self.port.abort(request_id, index)
             stream.answers.abandoned.clear()
             if delta is not None:
                 delivered.append((stream.request, delta))
                 if delta.finished:
                     del self._streams[request_id]
                 stream.put(delta)
-        self.engine.metrics.observe_deltas(delivered)
+        self.metrics.observe_deltas(delivered)
 
     def _fail_streams(self, reason: str) -> None:
         """Every request gets an answer, if only an error."""
@@ -233,39 +236,5 @@ class Client:
     def _die(self, reason: str) -> None:
         self.error = reason
         self._fail_streams(reason)
-
-    # -- engine side --------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        """The step loop. An exception here is a bug or a device failure: nothing can go on."""
-        try:
-            while True:
-                self._drain_inbox()
-                if self.engine.has_work():
-                    self._publish(self.engine.step())
-                elif self._stopping:
-                    return
-                else:
-                    self._wake.wait()
-                    self._wake.clear()
-        except Exception as error:
-            logger.exception("the engine stopped")
-            reason = f"the engine stopped: {type(error).__name__}: {error}"
-            if self._loop is None or self._loop.is_closed():
-                self.error = reason
-            else:
-                self._loop.call_soon_threadsafe(self._die, reason)
-        finally:
-            self.engine.close()
-
-    def _drain_inbox(self) -> None:
-        while self._inbox:
-            message = self._inbox.popleft()
-            if isinstance(message, Request):
-                self.engine.add(message)
-            else:
-                self.engine.abort(*message)
-
-    def _publish(self, events: list[TokenEvent]) -> None:
-        if events and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, events)
+        if self._on_death is not None:
+            self._on_death(reason)

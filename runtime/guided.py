@@ -11,7 +11,7 @@ import importlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -116,10 +116,10 @@ class GrammarCompiler:
     """
 
     def __init__(
-        self, tokenizer: Vocabulary, vocab_size: int, eos_token_ids: frozenset[int]
+        self, vocabulary: Callable[[], Vocabulary], vocab_size: int, eos_token_ids: frozenset[int]
     ) -> None:
         self.vocab_size = vocab_size  # of the logits; the tokenizer's may be smaller
-        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary  # called once, when the first constraint is compiled
         self._eos = sorted(token for token in eos_token_ids if token < vocab_size)
         self._lock = threading.Lock()
         self._trie: Any = None  # llguidance's view of the vocabulary: built when first needed
@@ -226,7 +226,7 @@ class GrammarCompiler:
                 return
 
     def _build_trie(self, library: Any) -> Any:
-        tokenizer = self._tokenizer
+        tokenizer = self._vocabulary()
         serialised = tokenizer.serialised
         if serialised is not None and tokenizer.vocab_size <= self.vocab_size:
             return library.LLTokenizer(serialised, n_vocab=self.vocab_size, eos_token=self._eos)

@@ -7,12 +7,13 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from halyard.hal.errors import ContextLengthError, RequestError
-from halyard.runtime.guided import GrammarCompiler, Guidance
-from halyard.runtime.request import Request, SamplingParams
+from halyard.runtime.guided import Guidance
+from halyard.runtime.request import Constraint, Request, SamplingParams
 
-__all__ = ["Intake", "Limits"]
+__all__ = ["Grammars", "Intake", "Limits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,17 @@ class Limits:
     max_num_sequences: int  # most answers that can run at once, so n is at most that
 
 
+class Grammars(Protocol):
+    """What is needed of runtime.guided.GrammarCompiler."""
+
+    def guidance(self, constraint: Constraint) -> Guidance | None:
+        """A constraint, compiled; None: that is done elsewhere."""
+
+
 class Intake:
     """Validates and numbers requests. Safe to call from several threads."""
 
-    def __init__(
-        self, limits: Limits, seed: int = 0, grammars: GrammarCompiler | None = None
-    ) -> None:
+    def __init__(self, limits: Limits, seed: int = 0, grammars: Grammars | None = None) -> None:
         self.limits = limits
         self._grammars = grammars  # None: no tokenizer, so no structured output
         self._numbers = itertools.count()

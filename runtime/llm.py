@@ -80,6 +80,7 @@ class LLM:
         self.engine = built.engine
         self.tokenizer = built.tokenizer
         self.plan = built.plan
+        self.facts = built.facts
         self.startup_seconds = built.startup_seconds
 
     def generate(

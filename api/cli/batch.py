@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     from halyard.api.batch_run import done_ids, read_lines, run_lines
     from halyard.api.host import EngineHost
-    from halyard.api.server import load_engine
+    from halyard.api.loading import load_engine
 
     if args.input.resolve() == args.output.resolve():
         raise ConfigError("input and output are the same file")

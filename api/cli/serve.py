@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="web sites whose scripts may call the API")  # fmt: skip
     group.add_argument("--data-dir", type=Path, metavar="DIR",
                        help="keeps files and batches (default: only while it runs)")  # fmt: skip
+    group.add_argument("--in-process", action="store_true",
+                       help="run the engine's steps in a thread of the server")  # fmt: skip
+    group.add_argument("--hang-seconds", type=float, default=120.0, metavar="S",
+                       help="a step that takes longer has hung; 0: never (%(default)s)")  # fmt: skip
 
     options.add_engine_arguments(parser)
 
@@ -49,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         access_log=args.access_log,
         allowed_origins=tuple(args.allow_origin),
         data_dir=args.data_dir,
+        in_process=args.in_process,
+        hang_seconds=args.hang_seconds or None,
     )
     if args.access_log:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)

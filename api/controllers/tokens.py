@@ -62,7 +62,7 @@ class TokenController(Controller):
         host = host_of(request)
         asked = decode_body(await request.body(), DetokenizeRequest)
         tokenizer = _tokenizer(host, asked.model)
-        size = host.client.engine.intake.limits.vocab_size
+        size = host.client.limits.vocab_size
         for token in asked.tokens:
             if not 0 <= token < size:
                 raise RequestError(f"token id {token} is outside the vocabulary", "tokens")

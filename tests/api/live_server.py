@@ -15,7 +15,8 @@ import uvicorn
 
 from halyard.api.app import create_app
 from halyard.api.host import EngineHost
-from halyard.api.server import bind, load_engine
+from halyard.api.loading import load_engine
+from halyard.api.server import bind
 from halyard.models.tokenizer import Tokenizer
 from halyard.runtime.client import Client
 from halyard.runtime.config import EngineConfig

@@ -14,8 +14,10 @@ from halyard.runtime.intake import Intake, Limits
 from halyard.runtime.kv_manager import KVCounters
 from halyard.runtime.metrics import Metrics
 from halyard.runtime.plan import TokenEvent, TokenLogprob
+from halyard.runtime.port import EngineFacts
 from halyard.runtime.request import Request
 from halyard.runtime.stats import SchedulerStats
+from halyard.runtime.thread_port import ThreadPort
 
 EOS = 0
 
@@ -155,4 +157,5 @@ def _logprob(token: int, count: int) -> TokenLogprob:
 
 def scripted_client(engine: ScriptedEngine, tokenizer: Any = None) -> Client:
     """The real client around it."""
-    return Client(engine, tokenizer or LetterTokenizer(), "letters", "scripted")  # type: ignore[arg-type]
+    facts = EngineFacts("letters", "scripted", engine.intake.limits, engine.max_queue_len)
+    return Client(ThreadPort(engine, facts), tokenizer or LetterTokenizer())  # type: ignore[arg-type]

@@ -15,9 +15,11 @@ from torch import Tensor
 from halyard.hal.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
 from halyard.models.shapes import shape_config
 from halyard.runtime.client import Client, RequestStream
+from halyard.runtime.engine import Engine
 from halyard.runtime.llm import LLM
 from halyard.runtime.outputs import RequestDelta
 from halyard.runtime.request import SamplingParams
+from halyard.runtime.thread_port import ThreadPort
 
 
 class ToyDetokenizer:
@@ -40,7 +42,7 @@ async def running(tokenizer: Any = None, **options: Any) -> AsyncIterator[Client
     config.vocab_size = 2048
     defaults = {"max_model_len": 512, "kv_blocks": 64, "host_kv_blocks": 0}
     llm = LLM(config, backend="null", load_format="dummy", **(defaults | options))
-    client = Client(llm.engine, tokenizer, "m", "null")
+    client = Client(ThreadPort(llm.engine, llm.facts), tokenizer)
     try:
         yield client
         if client.alive:
@@ -50,6 +52,11 @@ async def running(tokenizer: Any = None, **options: Any) -> AsyncIterator[Client
     llm.engine.check_integrity()
     assert client.num_requests == 0
     assert llm.engine.stats().scheduler.blocks_used == 0
+
+
+def engine_of(client: Client) -> Engine:
+    assert isinstance(client.port, ThreadPort)
+    return client.port.engine
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -69,7 +76,7 @@ async def collect(stream: RequestStream) -> tuple[list[int], RequestDelta]:
 
 def gate(client: Client) -> threading.Event:
     """Holds every step until it is set."""
-    program = client.engine.executor.program
+    program = engine_of(client).executor.program
     healthy, opened = program.run, threading.Event()
 
     def slow(*args: Any) -> Tensor:
@@ -82,7 +89,7 @@ def gate(client: Client) -> threading.Event:
 
 def pace(client: Client) -> None:
     """Makes steps slow enough that 500 tokens aren't over before anybody has looked."""
-    program = client.engine.executor.program
+    program = engine_of(client).executor.program
     healthy = program.run
 
     def slow(*args: Any) -> Tensor:
@@ -141,7 +148,7 @@ def test_cancel_before_the_first_step() -> None:
         async with running() as client:
             opened = gate(client)
             busy = client.submit([5], greedy(3))
-            await until(lambda: client.engine.scheduler.stats().num_running == 1)
+            await until(lambda: engine_of(client).scheduler.stats().num_running == 1)
             waiting = client.submit([7], greedy(500))
             waiting.cancel()
             opened.set()
@@ -155,7 +162,7 @@ def test_a_full_queue_refuses_and_recovers() -> None:
         async with running(max_num_sequences=1, max_queue_len=2) as client:
             opened = gate(client)
             streams = [client.submit([5], greedy(3))]
-            await until(lambda: client.engine.scheduler.stats().num_running == 1)
+            await until(lambda: engine_of(client).scheduler.stats().num_running == 1)
             streams += [client.submit([5], greedy(3)) for _ in range(2)]
             with pytest.raises(QueueFullError, match="limit is 2") as refused:
                 client.submit([5], greedy(3))
@@ -187,12 +194,12 @@ def test_a_dead_device_answers_everybody_and_refuses_the_next() -> None:
         async with running(max_num_sequences=2) as client:
             opened = gate(client)
             streams = [client.submit([5], greedy(100), request_id=f"r{i}") for i in range(5)]
-            await until(lambda: client.engine.scheduler.stats().num_running == 2)
+            await until(lambda: engine_of(client).scheduler.stats().num_running == 2)
 
             def broken(*_: Any) -> Tensor:
                 raise RuntimeError("the device fell off")
 
-            client.engine.executor.program.run = broken  # type: ignore[method-assign, assignment]
+            engine_of(client).executor.program.run = broken  # type: ignore[method-assign, assignment]
             opened.set()
             for stream in streams:
                 _, last = await collect(stream)
