@@ -1,7 +1,6 @@
 """The application: routes, errors, request ids. No engine is built here."""
 
-import re
-import secrets
+import asyncio
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,13 @@ from pathlib import Path
 from litestar import Litestar
 from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
-from litestar.enums import ScopeType
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import ASGIApp
 
 from halyard import __version__
 from halyard.api.batches import BatchStore
+from halyard.api.boundary import with_context
 from halyard.api.controllers.batches import BatchController, FileController
 from halyard.api.controllers.chat import ChatController
 from halyard.api.controllers.completions import CompletionController
@@ -29,11 +28,11 @@ from halyard.api.errors import exception_handler
 from halyard.api.files import FileStore
 from halyard.api.host import EngineHost
 from halyard.api.response_store import ResponseStore
+from halyard.api.traces import Traces
 
 __all__ = ["MAX_BODY_BYTES", "create_app"]
 
 MAX_BODY_BYTES = 32 << 20
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 def create_app(
@@ -42,6 +41,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     allowed_origins: Sequence[str] = (),
     data_dir: Path | None = None,
+    traces: Traces | None = None,
 ) -> ASGIApp:
     """The server around an engine that `host` loads once the server has started.
 
@@ -49,6 +49,7 @@ def create_app(
         max_body_bytes: a larger request body is refused with 413.
         allowed_origins: web sites whose scripts may call the API (CORS).
         data_dir: keeps files and batches; None: a folder that goes away with the server.
+        traces: takes spans of requests; None: there are none. Closed with the server.
     """
     passing = tempfile.TemporaryDirectory(prefix="halyard-") if data_dir is None else None
     folder = data_dir or Path(passing.name if passing is not None else "")
@@ -56,6 +57,7 @@ def create_app(
     batches = BatchStore(folder / "batches", files, host)
 
     async def start(_: Litestar) -> None:
+        host.watch_ends(traces.finish if traces is not None else None)
         host.start()
         batches.start()
 
@@ -64,6 +66,8 @@ def create_app(
         await host.close(0.0)
         if passing is not None:
             passing.cleanup()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     app = Litestar(
         route_handlers=[
@@ -98,26 +102,4 @@ def create_app(
         logging_config=None,
         debug=False,
     )
-    # Around Litestar, not inside: its middleware doesn't see requests without a route.
-    return _with_request_id(app)
-
-
-def _with_request_id(app: ASGIApp) -> ASGIApp:
-    """Every answer carries X-Request-Id: the client's own, or a new one."""
-
-    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != ScopeType.HTTP:
-            await app(scope, receive, send)
-            return
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        fine = _REQUEST_ID.fullmatch(given) is not None
-        request_id = given if fine else f"req-{secrets.token_hex(8)}".encode()
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
-            await send(message)
-
-        await app(scope, receive, send_with_id)
-
-    return middleware
+    return with_context(app, traces)

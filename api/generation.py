@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+from halyard.api.context import current
 from halyard.api.schemas.common import CompletionUsage, PromptTokensDetails
 from halyard.hal.errors import EngineDeadError, HalyardError, RequestError
 from halyard.runtime.client import SHUTTING_DOWN, Client, RequestStream
@@ -54,6 +55,10 @@ class Generation:
         except BaseException:
             self.cancel()
             raise
+        context = current.get()
+        if context is not None and context.traces is not None:
+            requests = [stream.request for stream in self._streams]
+            context.traces.watch(requests, client.model_name)
 
     def cancel(self) -> None:
         """Free everything that still runs. Idempotent."""

@@ -15,6 +15,8 @@ from halyard.api.errors import ModelNotFoundError, NotFoundError, NotReadyError
 from halyard.api.schemas.server import Readiness, Status
 from halyard.hal.errors import EngineDeadError
 from halyard.runtime.client import Client
+from halyard.runtime.metrics import Metrics
+from halyard.runtime.metrics.requests import OnEnd
 
 if TYPE_CHECKING:  # it knows the engine's parts, and they are heavy
     from halyard.api.provenance import Provenance
@@ -63,9 +65,12 @@ class EngineHost:
         self._served_names = tuple(served_names)
         self._on_failure = on_failure
         self._on_ready = on_ready
+        self.compat_vllm = False  # vLLM's metric names beside ours
+        self._early = Metrics("", "")  # until an engine is there
         self._phase = "starting"
         self._failure: str | None = None
         self._loaded: Loaded | None = None
+        self._on_end: OnEnd | None = None
         self._samples: deque[tuple[float, int]] = deque(maxlen=64)
 
     @classmethod
@@ -74,6 +79,12 @@ class EngineHost:
         host = cls(lambda _: loaded, served_names)
         host._loaded = loaded
         return host
+
+    def watch_ends(self, on_end: OnEnd | None) -> None:
+        """Whom to tell of each request that has ended."""
+        self._on_end = on_end
+        if self._loaded is not None:
+            self._loaded.client.metrics.tell_ends(on_end)
 
     def start(self) -> None:
         """Begin to load. Called on the event loop that will serve."""
@@ -200,16 +211,16 @@ class EngineHost:
 
     def metrics(self) -> bytes:
         """Prometheus' text; only whether it is up until the engine is loaded."""
+        ready = self.readiness().ready
         if self._loaded is None:
-            return b"# HELP halyard_ready Whether requests are answered\n" \
-                   b"# TYPE halyard_ready gauge\nhalyard_ready 0\n"  # fmt: skip
+            return self._early.render(None, ready=ready, compat_vllm=self.compat_vllm)
         client = self._loaded.client
-        return client.metrics.render(client.stats())
+        return client.metrics.render(client.stats(), ready=ready, compat_vllm=self.compat_vllm)
 
     def observe_error(self, kind: str) -> None:
         """Count a refused or failed request."""
-        if self._loaded is not None:
-            self._loaded.client.metrics.observe_error(kind)
+        metrics = self._early if self._loaded is None else self._loaded.client.metrics
+        metrics.observe_error(kind)
 
     async def close(self, grace_seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
         """Refuse new requests, give running ones that long, answer the rest with an error, stop.
@@ -240,12 +251,14 @@ class EngineHost:
     def _succeed(self, loaded: Loaded) -> None:
         self.loading = False
         self._loaded = loaded
+        loaded.client.metrics.tell_ends(self._on_end)
         loaded.client.start()
         if self._on_ready is not None:
             self._on_ready(loaded)
 
     def _fail(self, error: BaseException) -> None:
         self.loading = False
+        self._early.observe_load_failure()
         self._failure = f"loading failed: {error}"
         if self._on_failure is not None:
             self._on_failure(error)  # it tells the user

@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 
 from halyard.api.host import EngineHost, Loaded
+from halyard.api.traces import open_traces
 from halyard.hal.errors import ConfigError, HalyardError
 from halyard.runtime.config import EngineConfig
 
@@ -36,6 +37,9 @@ class ServerConfig:
     served_model_names: tuple[str, ...] = ()  # what clients may call it; empty: the model's name
     grace_seconds: float = 5.0  # running requests get that long when the server is stopped
     access_log: bool = False  # one line a request
+    log_format: str = "text"  # of log lines: text or json
+    otlp_endpoint: str | None = None  # takes traces; None: what OTEL_EXPORTER_OTLP_ENDPOINT says
+    metrics_compat: str | None = None  # "vllm": its metric names too
     allowed_origins: tuple[str, ...] = ()  # web sites that may call the API (CORS)
     data_dir: Path | None = None  # keeps files and batches; None: only while the server runs
     in_process: bool = (
@@ -82,6 +86,7 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
     """
     from halyard.runtime.process_port import end_all, launch
 
+    traces = open_traces(server.otlp_endpoint)
     listener = bind(server.host, server.port)
     # The engine's process starts at once: what this one imports takes half a second.
     starting = None if server.in_process else launch(config)
@@ -110,12 +115,18 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
         return start_engine(config, told, hang_seconds=server.hang_seconds, starting=starting)
 
     host = EngineHost(load, server.served_model_names, on_failure, on_ready)
-    app = create_app(host, allowed_origins=server.allowed_origins, data_dir=server.data_dir)
+    host.compat_vllm = server.metrics_compat == "vllm"
+    app = create_app(
+        host,
+        allowed_origins=server.allowed_origins,
+        data_dir=server.data_dir,
+        traces=traces,
+    )
     process = _Server(
         uvicorn.Config(
             app,
             log_config=None,
-            access_log=server.access_log,
+            access_log=False,  # ours knows the request's id
             server_header=False,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=2,

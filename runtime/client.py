@@ -193,7 +193,7 @@ class Client:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             self.port.abort(request_id)
-            self.metrics.observe_cancelled(request_id, stream.request.tenant)
+            self.metrics.observe_cancelled(stream.request)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hand the events of a step, or of a few, to their streams."""
@@ -219,19 +219,21 @@ class Client:
     def _fail_streams(self, reason: str) -> None:
         """Every request gets an answer, if only an error."""
         streams, self._streams = self._streams, {}
+        delivered: list[tuple[Request, RequestDelta]] = []
         for stream in streams.values():
             request = stream.request
-            stream.put(
-                RequestDelta(
-                    request_id=request.request_id,
-                    completions=tuple(
-                        CompletionDelta(index, "", (), finish_reason="error", error=reason)
-                        for index in stream.answers.unfinished
-                    ),
-                    num_prompt_tokens=len(request.prompt_token_ids),
-                    finished=True,
-                )
+            delta = RequestDelta(
+                request_id=request.request_id,
+                completions=tuple(
+                    CompletionDelta(index, "", (), finish_reason="error", error=reason)
+                    for index in stream.answers.unfinished
+                ),
+                num_prompt_tokens=len(request.prompt_token_ids),
+                finished=True,
             )
+            delivered.append((request, delta))
+            stream.put(delta)
+        self.metrics.observe_deltas(delivered)
 
     def _die(self, reason: str) -> None:
         self.error = reason

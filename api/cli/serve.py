@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 
 from halyard.api.cli import options
@@ -24,6 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--grace-seconds", type=float, default=5.0, metavar="S",
                        help="running requests get that long at Ctrl-C (%(default)s)")  # fmt: skip
     group.add_argument("--access-log", action="store_true", help="log one line a request")
+    group.add_argument("--log-format", choices=("text", "json"), default="text",
+                       help="of log lines on standard error (%(default)s)")  # fmt: skip
+    group.add_argument(
+        "--metrics-compat",
+        choices=("vllm",),
+        help="vLLM's metric names beside Halyard's at /metrics",
+    )
+    group.add_argument("--otlp-endpoint", metavar="URL",
+                       help="send traces there (OTLP over HTTP), e.g. http://collector:4318")  # fmt: skip
     group.add_argument("--allow-origin", nargs="+", default=(), metavar="ORIGIN",
                        help="web sites whose scripts may call the API")  # fmt: skip
     group.add_argument("--data-dir", type=Path, metavar="DIR",
@@ -38,24 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # Imported here: a wrong command line should not wait for the web framework.
+    from halyard.api.logs import configure
     from halyard.api.server import ServerConfig, serve
 
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(name)s %(levelname)s %(message)s",
-    )
+    configure(args.log_format, access_log=args.access_log)
     server = ServerConfig(
         host=args.host,
         port=args.port,
         served_model_names=tuple(args.served_model_name),
         grace_seconds=args.grace_seconds,
         access_log=args.access_log,
+        log_format=args.log_format,
+        otlp_endpoint=args.otlp_endpoint,
+        metrics_compat=args.metrics_compat,
         allowed_origins=tuple(args.allow_origin),
         data_dir=args.data_dir,
         in_process=args.in_process,
         hang_seconds=args.hang_seconds or None,
     )
-    if args.access_log:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     return serve(options.engine_config(args), server, lambda line: print(line, flush=True))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from halyard.runtime.metrics.catalogue import MetricSpec
 from halyard.runtime.metrics.engine import engine_samples
 from halyard.runtime.metrics.exposition import expose
-from halyard.runtime.metrics.requests import MAX_TENANTS, RequestMetrics, RequestTimes
+from halyard.runtime.metrics.requests import MAX_TENANTS, OnEnd, RequestMetrics
 from halyard.runtime.metrics.store import Samples, Store
 from halyard.runtime.outputs import RequestDelta
 from halyard.runtime.request import Request
@@ -53,9 +53,13 @@ class Metrics:
         """What one request gained."""
         self._requests.observe_deltas(((request, delta),))
 
-    def observe_cancelled(self, request_id: str, tenant: str = "default") -> None:
+    def observe_cancelled(self, request: Request) -> None:
         """The client went away."""
-        self._requests.observe_cancelled(request_id, tenant)
+        self._requests.observe_cancelled(request)
+
+    def tell_ends(self, on_end: OnEnd | None) -> None:
+        """Whom to tell, at once, of each request that has ended."""
+        self._requests.on_end = on_end
 
     def observe_error(self, kind: str, tenant: str = "default") -> None:
         """A request was refused or failed; `kind` is one of few words: the error's code."""
@@ -64,10 +68,6 @@ class Metrics:
     def estimated_wait_seconds(self, num_waiting: int) -> float:
         """How long a queue of that length takes at the pace of the last requests; at least 1."""
         return self._requests.estimated_wait_seconds(num_waiting)
-
-    def times(self, request_id: str) -> RequestTimes | None:
-        """Of a request that has a token and has not ended."""
-        return self._requests.times(request_id)
 
     # -- the engine and the server ------------------------------------------------------------
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from halyard.runtime.metrics.store import BoundedLabels, Store
 from halyard.runtime.outputs import RequestDelta
 from halyard.runtime.request import Request
 
-__all__ = ["MAX_TENANTS", "RequestMetrics", "RequestTimes"]
+__all__ = ["MAX_TENANTS", "OnEnd", "RequestMetrics", "RequestTimes"]
 
 MAX_TENANTS = 32  # more tenants than that share one label value
 _MAX_ERROR_TYPES = 64
@@ -31,10 +31,15 @@ class RequestTimes:
         self.longest = 0  # about the length of its longest answer
 
 
+OnEnd = Callable[[Request, RequestTimes | None, tuple[str, ...]], None]
+"""Is told of a request that has ended: its times (None: it never had a token), finish reasons."""
+
+
 class RequestMetrics:
     """Observes what clients are given. Belongs to the event loop's thread."""
 
     def __init__(self, store: Store, max_tenants: int = MAX_TENANTS) -> None:
+        self.on_end: OnEnd | None = None
         self._store = store
         self._tenant = BoundedLabels(max_tenants)
         self._error_type = BoundedLabels(_MAX_ERROR_TYPES)
@@ -46,10 +51,6 @@ class RequestMetrics:
     def num_open(self) -> int:
         """Requests between their first token and their end."""
         return len(self._open)
-
-    def times(self, request_id: str) -> RequestTimes | None:
-        """Of a request that has a token and has not ended."""
-        return self._open.get(request_id)
 
     def observe_deltas(self, deltas: Iterable[tuple[Request, RequestDelta]]) -> None:
         """What requests gained in one step."""
@@ -83,13 +84,15 @@ class RequestMetrics:
         for last, rows in gaps.items():
             self._gaps.observe(now - last, rows)
 
-    def observe_cancelled(self, request_id: str, tenant: str) -> None:
+    def observe_cancelled(self, request: Request) -> None:
         """The client went away."""
-        label = self._tenant(tenant)
-        times = self._open.pop(request_id, None)
+        label = self._tenant(request.tenant)
+        times = self._open.pop(request.request_id, None)
         if times is not None:
             self._store.add("tenant_generation_tokens", times.tokens, label)
         self._store.add("requests", 1, "abort", label)
+        if self.on_end is not None:
+            self.on_end(request, times, ("abort",))
 
     def observe_error(self, kind: str, tenant: str) -> None:
         """A request was refused or failed; `kind` is one of few words: the error's code."""
@@ -125,6 +128,9 @@ class RequestMetrics:
         observe = store.histogram
         observe("request_latency_seconds", label).observe(now - request.arrival_time)
         times = self._open.pop(request.request_id, None)
+        if self.on_end is not None:
+            reasons = {new.finish_reason for new in delta.completions if new.finish_reason}
+            self.on_end(request, times, tuple(sorted(reasons)))
         if times is None:
             return  # it never had a token
         store.add("tenant_generation_tokens", times.tokens, label)

@@ -173,7 +173,7 @@ def test_while_loading_only_health_is_fine(serve_engine: Callable[..., Served]) 
     assert refused(answer, 503)["code"] == "not_ready"
     assert "retry-after" in answer.headers
     refused(served.http.get("/v1/models"), 503)
-    assert "halyard_ready 0" in served.http.get("/metrics").text
+    assert 'halyard_ready{backend="",model=""} 0' in served.http.get("/metrics").text
     assert served.http.get("/status").json()["reason"] == "loading: compiling"
     go_on.set()
     assert served.until(lambda: "no such luck" in served.http.get("/ready").text)

@@ -114,7 +114,7 @@ def test_nothing_is_kept_of_requests_that_end_or_leave() -> None:
     metrics = Metrics("m", "b")
     metrics.observe_delta(request("done"), delta(1, "stop", "done"))
     metrics.observe_delta(request("gone"), delta(1, name="gone"))
-    metrics.observe_cancelled("gone")
+    metrics.observe_cancelled(request("gone"))
     assert metrics._requests.num_open == 0
     found = values(metrics)
     assert found[("halyard_requests_total", "stop", "default")] == 1
