@@ -251,7 +251,9 @@ class EngineHost:
     def _succeed(self, loaded: Loaded) -> None:
         self.loading = False
         self._loaded = loaded
-        loaded.client.metrics.tell_ends(self._on_end)
+        metrics, facts = loaded.client.metrics, loaded.client.port.facts
+        metrics.describe(__version__, loaded.device, loaded.dtype, facts.start_seconds)
+        metrics.tell_ends(self._on_end)
         loaded.client.start()
         if self._on_ready is not None:
             self._on_ready(loaded)
