@@ -26,8 +26,10 @@ from halyard.api.controllers.server import ServerController
 from halyard.api.controllers.tokens import TokenController
 from halyard.api.errors import exception_handler
 from halyard.api.files import FileStore
+from halyard.api.guard import guard
 from halyard.api.host import EngineHost
 from halyard.api.response_store import ResponseStore
+from halyard.api.tenancy import Tenancy
 from halyard.api.traces import Traces
 
 __all__ = ["MAX_BODY_BYTES", "create_app"]
@@ -42,6 +44,7 @@ def create_app(
     allowed_origins: Sequence[str] = (),
     data_dir: Path | None = None,
     traces: Traces | None = None,
+    tenancy: Tenancy | None = None,
 ) -> ASGIApp:
     """The server around an engine that `host` loads once the server has started.
 
@@ -50,11 +53,13 @@ def create_app(
         allowed_origins: web sites whose scripts may call the API (CORS).
         data_dir: keeps files and batches; None: a folder that goes away with the server.
         traces: takes spans of requests; None: there are none. Closed with the server.
+        tenancy: keys, limits and time limits; None: everybody may do everything.
     """
+    tenancy = tenancy or Tenancy()
     passing = tempfile.TemporaryDirectory(prefix="halyard-") if data_dir is None else None
     folder = data_dir or Path(passing.name if passing is not None else "")
     files = FileStore(folder / "files")
-    batches = BatchStore(folder / "batches", files, host)
+    batches = BatchStore(folder / "batches", files, host, tenancy)
 
     async def start(_: Litestar) -> None:
         host.watch_ends(traces.finish if traces is not None else None)
@@ -83,7 +88,13 @@ def create_app(
             PageController,
         ],
         state=State(
-            {"host": host, "responses": ResponseStore(), "files": files, "batches": batches}
+            {
+                "host": host,
+                "responses": ResponseStore(),
+                "files": files,
+                "batches": batches,
+                "tenancy": tenancy,
+            }
         ),
         exception_handlers={Exception: exception_handler},
         on_startup=[start],
@@ -102,4 +113,4 @@ def create_app(
         logging_config=None,
         debug=False,
     )
-    return with_context(app, traces)
+    return with_context(guard(app, tenancy, host.observe_error, bool(allowed_origins)), traces)

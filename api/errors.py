@@ -1,6 +1,7 @@
 """The one place where errors become HTTP: every failure leaves in OpenAI's envelope."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException
 
+from halyard.api.limits import RateLimitedError
 from halyard.api.schemas.common import ErrorBody, ErrorEnvelope
 from halyard.hal.errors import (
     CapacityError,
@@ -20,9 +22,12 @@ from halyard.hal.errors import (
 
 __all__ = [
     "ApiError",
+    "DeadlineError",
+    "ForbiddenError",
     "ModelNotFoundError",
     "NotFoundError",
     "NotReadyError",
+    "UnauthorizedError",
     "exception_handler",
     "to_api_error",
 ]
@@ -40,6 +45,22 @@ _PLAIN_WORDS = {
 
 class NotReadyError(HalyardError):
     """The engine is still loading, or the server is going away."""
+
+
+class UnauthorizedError(HalyardError):
+    """The request brings no key, or one that is not valid."""
+
+
+class ForbiddenError(HalyardError):
+    """The key is valid, but not for that; `param` says which field asked for it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class DeadlineError(HalyardError):
+    """The time given to a request passed before its answer had begun."""
 
 
 class ModelNotFoundError(HalyardError):
@@ -83,8 +104,18 @@ def to_api_error(error: BaseException) -> ApiError:
         case NotFoundError():
             return ApiError(404, message, "invalid_request_error", error.param, "not_found")
         case QueueFullError():
-            wait = {"Retry-After": str(max(1, round(error.retry_after)))}
+            wait = _retry_after(error.retry_after)
             return ApiError(429, message, "rate_limit_error", None, "queue_full", wait)
+        case RateLimitedError():
+            wait = _retry_after(error.retry_after)
+            return ApiError(429, message, "rate_limit_error", None, "rate_limit_exceeded", wait)
+        case UnauthorizedError():
+            return ApiError(401, message, "invalid_request_error", None, "invalid_api_key")
+        case ForbiddenError():
+            return ApiError(403, message, "permission_error", error.param, "permission_denied")
+        case DeadlineError():
+            no = {"x-should-retry": "false"}  # OpenAI's and Anthropic's clients heed it
+            return ApiError(504, message, "timeout_error", None, "deadline_exceeded", no)
         case NotReadyError():
             wait = {"Retry-After": "1"}
             return ApiError(503, message, "service_unavailable", None, "not_ready", wait)
@@ -97,6 +128,10 @@ def to_api_error(error: BaseException) -> ApiError:
         case HTTPException():
             return _from_http(error)
     return ApiError(500, INTERNAL, "server_error", None, "internal_error")
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
 def _invalid(message: str, param: str | None, code: str | None) -> ApiError:
