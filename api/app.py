@@ -24,6 +24,7 @@ from halyard.api.controllers.page import PageController
 from halyard.api.controllers.responses import ResponseController
 from halyard.api.controllers.server import ServerController
 from halyard.api.controllers.tokens import TokenController
+from halyard.api.controllers.usage import UsageController
 from halyard.api.errors import exception_handler
 from halyard.api.files import FileStore
 from halyard.api.guard import guard
@@ -61,13 +62,18 @@ def create_app(
     files = FileStore(folder / "files")
     batches = BatchStore(folder / "batches", files, host, tenancy)
 
+    watching: list[asyncio.Task[None]] = []
+
     async def start(_: Litestar) -> None:
         host.watch_ends(traces.finish if traces is not None else None)
         host.start()
         batches.start()
+        watching.append(asyncio.create_task(tenancy.watch()))
 
     async def stop(_: Litestar) -> None:
         batches.stop()
+        for task in watching:
+            task.cancel()
         await host.close(0.0)
         if passing is not None:
             passing.cleanup()
@@ -85,6 +91,7 @@ def create_app(
             ResponseController,
             ServerController,
             TokenController,
+            UsageController,
             PageController,
         ],
         state=State(

@@ -13,6 +13,8 @@ from halyard.api.dispatch import ENDPOINTS
 from halyard.api.errors import NotFoundError
 from halyard.api.files import FileStore
 from halyard.api.host import EngineHost
+from halyard.api.tenancy import Tenancy
+from halyard.api.tenants import act_as, caller
 from halyard.hal.errors import ConfigError, RequestError
 
 __all__ = ["BatchStore"]
@@ -25,18 +27,22 @@ _ENDED = ("completed", "failed", "cancelled", "expired")
 
 
 class BatchStore:
-    """Belongs to the event loop. A batch is a JSON file; its answers go straight to their file."""
+    """Belongs to the event loop. A batch is a JSON file; its answers go straight to their file.
 
-    def __init__(self, folder: Path, files: FileStore, host: EngineHost) -> None:
+    Callers see their tenant's batches alone.
+    """
+
+    def __init__(self, folder: Path, files: FileStore, host: EngineHost, tenancy: Tenancy) -> None:
         self._folder = folder
         self._files = files
         self._host = host
+        self._tenancy = tenancy
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._counts: dict[str, dict[str, int]] = {}  # of running ones
 
     def start(self) -> None:
         """Go on with what an earlier stop cut off."""
-        for batch in self.all():
+        for batch in self._stored():
             if batch["status"] not in _ENDED:
                 self._launch(batch)
 
@@ -78,28 +84,22 @@ class BatchStore:
             "cancelled_at": None,
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": metadata,
+            "tenant": caller().tenant.name,
         }
         self._save(batch)
         self._launch(batch)
-        return batch
+        return _shown(batch)
 
     def get(self, batch_id: str) -> dict[str, Any]:
         """
         Raises:
             NotFoundError: there is no such batch.
         """
-        path = self._folder / f"{batch_id}.json"
-        if not _ID.fullmatch(batch_id) or not path.is_file():
-            raise NotFoundError(f"no batch {batch_id!r} is stored here", "batch_id")
-        batch: dict[str, Any] = json.loads(path.read_text())
-        if batch_id in self._counts:
-            batch["request_counts"] = self._counts[batch_id]
-        return batch
+        return _shown(self._own(batch_id))
 
     def all(self) -> list[dict[str, Any]]:
         """The newest first."""
-        names = self._folder.glob("batch_*.json") if self._folder.is_dir() else ()
-        found = [self.get(path.stem) for path in names]
+        found = [_shown(batch) for batch in self._stored() if _is_own(batch)]
         return sorted(found, key=lambda batch: int(batch["created_at"]), reverse=True)
 
     def cancel(self, batch_id: str) -> dict[str, Any]:
@@ -109,13 +109,31 @@ class BatchStore:
             NotFoundError: there is no such batch.
             RequestError: it has ended.
         """
-        batch = self.get(batch_id)
+        batch = self._own(batch_id)
         if batch["status"] in _ENDED:
             raise RequestError(f"the batch is {batch['status']} already", "batch_id")
         batch |= {"status": "cancelled", "cancelling_at": now(), "cancelled_at": now()}
         self._save(batch)
         if task := self._tasks.pop(batch_id, None):
             task.cancel()
+        return _shown(batch)
+
+    def _own(self, batch_id: str) -> dict[str, Any]:
+        path = self._folder / f"{batch_id}.json"
+        batch = self._read(path) if _ID.fullmatch(batch_id) and path.is_file() else None
+        if batch is None or not _is_own(batch):
+            raise NotFoundError(f"no batch {batch_id!r} is stored here", "batch_id")
+        return batch
+
+    def _stored(self) -> list[dict[str, Any]]:
+        """Everybody's."""
+        names = self._folder.glob("batch_*.json") if self._folder.is_dir() else ()
+        return [self._read(path) for path in names if _ID.fullmatch(path.stem)]
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        batch: dict[str, Any] = json.loads(path.read_text())
+        if path.stem in self._counts:
+            batch["request_counts"] = self._counts[path.stem]
         return batch
 
     def _launch(self, batch: dict[str, Any]) -> None:
@@ -125,6 +143,10 @@ class BatchStore:
 
     async def _run(self, batch: dict[str, Any]) -> None:
         try:
+            who = self._tenancy.caller_named(batch.get("tenant", "default"))
+            if who is None:
+                raise ConfigError("the tenant of this batch has gone")
+            act_as(who)
             while not self._host.readiness().ready:
                 await asyncio.sleep(0.2)
             await self._answer(batch)
@@ -165,3 +187,11 @@ class BatchStore:
         fresh = path.with_suffix(".tmp")
         fresh.write_text(json.dumps(batch))
         fresh.replace(path)  # whole, or as it was
+
+
+def _is_own(batch: dict[str, Any]) -> bool:
+    return bool(batch.get("tenant", "default") == caller().tenant.name)
+
+
+def _shown(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "tenant"}

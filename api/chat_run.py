@@ -80,6 +80,7 @@ def start_chat(
         priority=request.priority,
         cache_salt=request.cache_salt,
         fingerprint=host.fingerprint,
+        timeout=request.timeout,
     )
 
 

@@ -65,6 +65,7 @@ async def _complete(host: EngineHost, body: bytes) -> dict[str, Any]:
         cache_salt=asked.cache_salt,
         drop_answer=asked.max_tokens == 0,
         fingerprint=host.fingerprint,
+        timeout=asked.timeout,
     )
     try:
         return _plain(await CompletionAnswers(generation, asked, model, client.tokenizer).whole())

@@ -8,6 +8,7 @@ from typing import Any
 
 from halyard.api.deps import new_id, now
 from halyard.api.errors import NotFoundError
+from halyard.api.tenants import caller
 from halyard.hal.errors import RequestError
 
 __all__ = ["FileStore"]
@@ -17,7 +18,7 @@ _PURPOSES = ("batch", "batch_output", "user_data", "assistants", "fine-tune", "e
 
 
 class FileStore:
-    """Small: every call reads or writes a few files."""
+    """Small: every call reads or writes a few files. Callers see their tenant's files alone."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -36,7 +37,8 @@ class FileStore:
         (folder / "content").write_bytes(content)
         facts = {"id": file_id, "object": "file", "bytes": len(content), "created_at": now(),
                  "filename": filename, "purpose": purpose, "status": "processed"}  # fmt: skip
-        (folder / "facts.json").write_text(json.dumps(facts))
+        kept = facts | {"tenant": caller().tenant.name}
+        (folder / "facts.json").write_text(json.dumps(kept))
         return facts
 
     def facts(self, file_id: str) -> dict[str, Any]:
@@ -45,6 +47,7 @@ class FileStore:
             NotFoundError: there is no such file.
         """
         found: dict[str, Any] = json.loads((self._find(file_id) / "facts.json").read_text())
+        found.pop("tenant", None)
         found["bytes"] = self.path(file_id).stat().st_size
         return found
 
@@ -56,7 +59,7 @@ class FileStore:
         """The newest first."""
         if not self._folder.is_dir():
             return []
-        found = [self.facts(p.name) for p in self._folder.iterdir() if _ID.fullmatch(p.name)]
+        found = [self.facts(p.name) for p in self._folder.iterdir() if self._is_own(p)]
         return sorted(found, key=lambda facts: int(facts["created_at"]), reverse=True)
 
     def delete(self, file_id: str) -> None:
@@ -64,6 +67,13 @@ class FileStore:
 
     def _find(self, file_id: str) -> Path:
         folder = self._folder / file_id
-        if not _ID.fullmatch(file_id) or not (folder / "facts.json").is_file():
+        if not self._is_own(folder):
             raise NotFoundError(f"no file {file_id!r} is stored here", "file_id")
         return folder
+
+    @staticmethod
+    def _is_own(folder: Path) -> bool:
+        if not _ID.fullmatch(folder.name) or not (folder / "facts.json").is_file():
+            return False
+        owner = json.loads((folder / "facts.json").read_text()).get("tenant", "default")
+        return bool(owner == caller().tenant.name)

@@ -4,18 +4,25 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from halyard.api.context import current
+from halyard.api.errors import DeadlineError
 from halyard.api.schemas.common import CompletionUsage, PromptTokensDetails
+from halyard.api.tenants import caller
 from halyard.hal.errors import EngineDeadError, HalyardError, RequestError
 from halyard.runtime.client import SHUTTING_DOWN, Client, RequestStream
 from halyard.runtime.guided import TOO_COMPLEX
 from halyard.runtime.outputs import RequestDelta
 from halyard.runtime.request import SamplingParams
 
-__all__ = ["Generation"]
+__all__ = ["DEADLINE", "Generation"]
+
+DEADLINE = "deadline"  # stop_reason of an answer that its time cut short
 
 
 class Generation:
-    """Every prompt of an HTTP request, submitted.
+    """Every prompt of an HTTP request, submitted in its caller's name and within the caller's limits.
+
+    Args:
+        timeout: seconds; then the answer ends as it is. The caller's deadline, if earlier, does too.
 
     Raises:
         HalyardError: one of them is refused; then none runs.
@@ -32,7 +39,10 @@ class Generation:
         cache_salt: str | None = None,
         drop_answer: bool = False,
         fingerprint: str | None = None,
+        timeout: float | None = None,
     ) -> None:
+        who = caller()
+        params = who.fit(params, max(map(len, prompts), default=0))
         self.fingerprint = fingerprint  # of what makes the answers
         self.answer_id = answer_id
         self.prompts = prompts
@@ -41,17 +51,26 @@ class Generation:
         self._client = client
         self._streams: list[RequestStream] = []
         self._answer_tokens = 0
+        self._begun = False
         self._cached_tokens = [0] * len(prompts)
+        self._log = who.prompt_log
+        self._logged: dict[tuple[int, int], list[str]] = {}
+        self._request_id = who.request_id
+        self._alarm: asyncio.TimerHandle | None = None
+        self._admission = who.admit(sum(map(len, prompts)))
         try:
+            deadline = who.until(timeout)
+            options = who.submit_options(priority, cache_salt)
             for number, prompt in enumerate(prompts):
                 stream = client.submit(
                     prompt,
                     params,
                     request_id=f"{answer_id}-{number}",
-                    priority=priority or 0,
-                    cache_salt=cache_salt or "",
+                    **options,
                 )
                 self._streams.append(stream)
+            if deadline is not None:
+                self._alarm = asyncio.get_running_loop().call_at(deadline, self._expire)
         except BaseException:
             self.cancel()
             raise
@@ -64,6 +83,25 @@ class Generation:
         """Free everything that still runs. Idempotent."""
         for stream in self._streams:
             stream.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._admission.end(sum(self._cached_tokens))
+        if self._log is not None:
+            log, self._log = self._log, None
+            answers = ["".join(texts) for _, texts in sorted(self._logged.items())]
+            log.write(
+                self._request_id, self.answer_id, list(map(self._text, self.prompts)), answers
+            )
+
+    def _text(self, prompt: list[int]) -> str:
+        tokenizer = self._client.tokenizer
+        if tokenizer is None:
+            return str(prompt)
+        return tokenizer.decode(prompt, skip_special_tokens=False)
+
+    def _expire(self) -> None:
+        for stream in self._streams:
+            stream.cut(DEADLINE)
 
     def usage(self) -> CompletionUsage:
         """Token counts so far."""
@@ -92,12 +130,15 @@ class Generation:
             self.cancel()
 
     async def _merged(self) -> AsyncIterator[tuple[int, RequestDelta]]:
-        queue: asyncio.Queue[tuple[int, RequestDelta] | None] = asyncio.Queue()
+        # Bounded: what a slow reader leaves behind is the streams' business.
+        queue: asyncio.Queue[tuple[int, RequestDelta] | None] = asyncio.Queue(
+            2 * len(self._streams)
+        )
 
         async def pump(number: int, stream: RequestStream) -> None:
             async for delta in stream:
-                queue.put_nowait((number, delta))
-            queue.put_nowait(None)
+                await queue.put((number, delta))
+            await queue.put(None)
 
         tasks = [
             asyncio.create_task(pump(number, stream)) for number, stream in enumerate(self._streams)
@@ -123,6 +164,12 @@ class Generation:
                 if new.error == TOO_COMPLEX and self.params.guided is not None:
                     raise RequestError(new.error, self.params.guided.param)
                 raise HalyardError(new.error)
+            self._begun = self._begun or bool(new.token_ids)
+            if new.stop_reason == DEADLINE and not self._begun:
+                raise DeadlineError("the time given to this request passed before its answer began")
+            if self._log is not None:
+                self._logged.setdefault((number, new.index), []).append(new.text)
+            self._admission.spend(len(new.token_ids))
             if not self.drop_answer:
                 self._answer_tokens += len(new.token_ids)
         return delta

@@ -6,13 +6,14 @@ don't exist. It decides who calls before anything else of a request is looked at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
 from halyard.api.errors import ApiError, ForbiddenError, to_api_error
+from halyard.api.limits import Meter
 from halyard.api.message_answers import error_body
 from halyard.api.tenancy import Tenancy
 from halyard.api.tenants import Caller, Tenant, act_as
@@ -77,9 +78,9 @@ def _admit(scope: HTTPScope, tenancy: Tenancy, preflights: bool) -> Caller:
     method, path = scope["method"], scope["path"]
     if tenancy.keys is not None:
         if path in PUBLIC and method in _READS:
-            return Caller(_STRANGER, tenancy.caller(_STRANGER).meter)
+            return Caller(_STRANGER, Meter())
         if preflights and method == "OPTIONS" and b"access-control-request-method" in names:
-            return Caller(_STRANGER, tenancy.caller(_STRANGER).meter)
+            return Caller(_STRANGER, Meter())
     tenant, way = tenancy.recognise(headers)
     if way == "basic" and method not in _READS:
         _check_same_origin(headers)
@@ -93,7 +94,7 @@ def _admit(scope: HTTPScope, tenancy: Tenancy, preflights: bool) -> Caller:
     return who
 
 
-def _check_same_origin(headers: list[tuple[bytes, bytes]]) -> None:
+def _check_same_origin(headers: Iterable[tuple[bytes, bytes]]) -> None:
     """A browser sends a key that it was told at its prompt with every request, also another site's.
 
     Raises:
@@ -107,7 +108,7 @@ def _check_same_origin(headers: list[tuple[bytes, bytes]]) -> None:
         raise ForbiddenError("another web site may not use the key that this browser remembers")
 
 
-def _header(headers: list[tuple[bytes, bytes]], wanted: bytes) -> str | None:
+def _header(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> str | None:
     return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
 
 
@@ -151,5 +152,3 @@ def _challenge(scope: HTTPScope) -> str:
 
 def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-
-

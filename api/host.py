@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from halyard import __version__
 from halyard.api.errors import ModelNotFoundError, NotFoundError, NotReadyError
 from halyard.api.schemas.server import Readiness, Status
+from halyard.api.tenants import caller
 from halyard.hal.errors import EngineDeadError
 from halyard.runtime.client import Client
 from halyard.runtime.metrics import Metrics
@@ -130,15 +131,16 @@ class EngineHost:
 
         Raises:
             ModelNotFoundError: another model is meant.
+            ForbiddenError: it is not for the caller.
         """
         names = self.served_names
-        if not model:
-            return names[0]
-        if model not in names:
+        name = model or names[0]
+        if name not in names:
             raise ModelNotFoundError(
-                f"no model {model!r} is served here: known are {', '.join(names)}"
+                f"no model {name!r} is served here: known are {', '.join(names)}"
             )
-        return model
+        caller().check_model(name)
+        return name
 
     @property
     def fingerprint(self) -> str:
@@ -216,6 +218,11 @@ class EngineHost:
             return self._early.render(None, ready=ready, compat_vllm=self.compat_vllm)
         client = self._loaded.client
         return client.metrics.render(client.stats(), ready=ready, compat_vllm=self.compat_vllm)
+
+    @property
+    def cost_per_hour(self) -> float | None:
+        """What the machine costs; None: hw_matrix.yaml doesn't say."""
+        return self._loaded.client.port.facts.cost_per_hour if self._loaded is not None else None
 
     def observe_error(self, kind: str) -> None:
         """Count a refused or failed request."""

@@ -57,7 +57,9 @@ class KeyFile(msgspec.Struct, forbid_unknown_fields=True):
     """Everything in the file."""
 
     version: int = 1
-    tenants: dict[str, Tenant] = msgspec.field(default_factory=dict)  # by name; it need not repeat it
+    tenants: dict[str, Tenant] = msgspec.field(
+        default_factory=dict
+    )  # by name; it need not repeat it
     keys: list[Key] = msgspec.field(default_factory=list)
 
 

@@ -6,9 +6,11 @@ import math
 import time
 from dataclasses import dataclass, field
 
-from halyard.hal.errors import HalyardError
+from halyard.hal.errors import HalyardError, RequestError
 
-__all__ = ["Admission", "Bucket", "Meter", "RateLimitedError", "Usage"]
+__all__ = ["Admission", "Bucket", "Meter", "RateLimitedError", "Usage", "check_seconds"]
+
+_MOST_SECONDS = 24 * 3600.0
 
 
 class RateLimitedError(HalyardError):
@@ -17,6 +19,19 @@ class RateLimitedError(HalyardError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+def check_seconds(seconds: float, param: str) -> float:
+    """A time limit that somebody asks for.
+
+    Raises:
+        RequestError: out of range.
+    """
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise RequestError(
+            f"{param} must be seconds, greater than 0 and at most {_MOST_SECONDS:.0f}", param
+        )
+    return seconds
 
 
 @dataclass(slots=True)

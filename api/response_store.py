@@ -1,13 +1,14 @@
 """Responses that can be fetched and continued: in memory, bounded, the oldest go first."""
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
 from halyard.api.errors import NotFoundError
 from halyard.api.response_answers import ResponseAnswers
 from halyard.api.schemas.chat import InputMessage
+from halyard.api.tenants import caller
 
 __all__ = ["ResponseStore", "StoredResponse"]
 
@@ -20,6 +21,7 @@ class StoredResponse:
     before: list[InputMessage]  # without instructions: they hold for one response
     items: list[dict[str, Any]]  # the input as it was given
     task: asyncio.Task[Any] | None = field(default=None, repr=False)  # of one in the background
+    tenant: str = field(default_factory=lambda: caller().tenant.name)
 
     @property
     def conversation(self) -> list[InputMessage]:
@@ -27,7 +29,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Belongs to the event loop."""
+    """Belongs to the event loop. Callers see their tenant's responses alone."""
 
     def __init__(self, capacity: int = 1000) -> None:
         self._capacity = capacity
@@ -36,8 +38,11 @@ class ResponseStore:
     def put(self, response_id: str, stored: StoredResponse) -> None:
         self._stored[response_id] = stored
         while len(self._stored) > self._capacity:
-            _, oldest = self._stored.popitem(last=False)
-            oldest.answers.cancel()
+            # Whoever stores most makes room, so that nobody crowds out another tenant's.
+            counts = Counter(one.tenant for one in self._stored.values())
+            most = max(counts, key=lambda tenant: counts[tenant])
+            oldest = next(name for name, one in self._stored.items() if one.tenant == most)
+            self._stored.pop(oldest).answers.cancel()
 
     def get(self, response_id: str, param: str | None = None) -> StoredResponse:
         """
@@ -45,7 +50,7 @@ class ResponseStore:
             NotFoundError: it isn't here, or not any more.
         """
         stored = self._stored.get(response_id)
-        if stored is None:
+        if stored is None or stored.tenant != caller().tenant.name:
             raise NotFoundError(
                 f"no response {response_id!r} is known: this server keeps the last "
                 f"{self._capacity}",

@@ -17,6 +17,8 @@ import uvicorn
 
 from halyard.api.host import EngineHost, Loaded
 from halyard.api.traces import open_traces
+from halyard.api.keys import KeyRing
+from halyard.api.tenancy import Tenancy
 from halyard.hal.errors import ConfigError, HalyardError
 from halyard.runtime.config import EngineConfig
 
@@ -46,6 +48,12 @@ class ServerConfig:
         False  # the engine's steps run in a thread here, not in a process of their own
     )
     hang_seconds: float | None = 120.0  # a step that takes longer has hung; None: may take for ever
+    api_keys: Path | None = None  # file of keys; None: everybody may do everything
+    request_timeout: float | None = (
+        None  # seconds after which any answer ends as it is; None: never
+    )
+    prompt_log: Path | None = None  # folder for prompts and answers; None: they are not logged
+    max_body_bytes: int = 32 << 20  # larger request bodies are refused
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -87,6 +95,8 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
     from halyard.runtime.process_port import end_all, launch
 
     traces = open_traces(server.otlp_endpoint)
+    keys = KeyRing(server.api_keys) if server.api_keys is not None else None
+    tenancy = Tenancy(keys, server.request_timeout, server.prompt_log)
     listener = bind(server.host, server.port)
     # The engine's process starts at once: what this one imports takes half a second.
     starting = None if server.in_process else launch(config)
@@ -118,8 +128,10 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
     host.compat_vllm = server.metrics_compat == "vllm"
     app = create_app(
         host,
+        max_body_bytes=server.max_body_bytes,
         allowed_origins=server.allowed_origins,
         data_dir=server.data_dir,
+        tenancy=tenancy,
         traces=traces,
     )
     process = _Server(
@@ -135,6 +147,7 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
         host,
         server.grace_seconds,
         say,
+        lambda: keys.refresh(now=True) if keys is not None else None,
     )
     process.run(sockets=[listener])
     status = _INTERRUPTED if process.force_exit else 0
@@ -162,8 +175,10 @@ class _Server(uvicorn.Server):
         host: EngineHost,
         grace_seconds: float,
         say: Callable[[str], None],
+        on_hangup: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(config)
+        self._on_hangup = on_hangup
         self._host = host
         self._grace_seconds = grace_seconds
         self._say = say
@@ -176,6 +191,7 @@ class _Server(uvicorn.Server):
             return
         caught = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in caught}
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: self._on_hangup())
         try:
             yield
         finally:

@@ -7,21 +7,19 @@ import base64
 import binascii
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 from halyard.api.errors import UnauthorizedError
 from halyard.api.keys import KeyRing
-from halyard.api.limits import Meter
+from halyard.api.limits import Meter, check_seconds
 from halyard.api.prompt_log import PromptLog
 from halyard.api.tenants import ANYBODY, Caller, Tenant
-from halyard.hal.errors import RequestError
 
 __all__ = ["Credentials", "Tenancy"]
 
 Credentials = Literal["bearer", "basic"]
-_MOST_SECONDS = 24 * 3600.0
 _RELOAD_SECONDS = 1.0
 
 
@@ -57,7 +55,7 @@ class Tenancy:
             self.keys.refresh()
             await asyncio.sleep(_RELOAD_SECONDS)
 
-    def recognise(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[Tenant, Credentials]:
+    def recognise(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[Tenant, Credentials]:
         """Whose key a request brings, and how.
 
         Raises:
@@ -91,7 +89,7 @@ class Tenancy:
         """
         seconds = self._request_timeout
         if asked_seconds is not None:
-            asked = parse_seconds(asked_seconds)
+            asked = _seconds(asked_seconds)
             seconds = asked if seconds is None else min(asked, seconds)
         return Caller(
             tenant,
@@ -112,7 +110,7 @@ class Tenancy:
             return None
         meter = self._meters.setdefault(name, Meter())
         known = self.keys is not None
-        return Caller(tenant, meter, known, prompt_log=self._log_of(tenant), batch=True)
+        return Caller(tenant, meter, known, prompt_log=self._log_of(tenant))
 
     def _log_of(self, tenant: Tenant) -> PromptLog | None:
         if self._prompt_log is None or not tenant.log_prompts:
@@ -120,20 +118,12 @@ class Tenancy:
         return PromptLog(self._prompt_log, tenant.name)
 
 
-def parse_seconds(text: str, param: str = "x-request-timeout") -> float:
-    """
-    Raises:
-        RequestError: no number, or out of range.
-    """
+def _seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds <= _MOST_SECONDS:
-        raise RequestError(
-            f"{param} must be seconds, greater than 0 and at most {_MOST_SECONDS:.0f}", param
-        )
-    return seconds
+    return check_seconds(seconds, "x-request-timeout")
 
 
 def _shown(name: bytes, value: bytes) -> tuple[bytes, Credentials] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from halyard.api.errors import ForbiddenError
-from halyard.api.limits import Admission, Meter
+from halyard.api.limits import Admission, Meter, check_seconds
 from halyard.api.prompt_log import PromptLog
 from halyard.hal.errors import ConfigError, ContextLengthError
 from halyard.runtime.request import SamplingParams
@@ -55,7 +55,6 @@ class Caller:
     known: bool = True  # False: there are no keys, everybody is the same tenant
     deadline: float | None = None  # time.monotonic() when the answer must be there
     prompt_log: PromptLog | None = None  # None: prompts are not logged
-    batch: bool = False  # in nobody's connection
     request_id: str = field(default="", compare=False)
 
     def salt(self, own: str | None) -> str:
@@ -68,10 +67,14 @@ class Caller:
         return self.tenant.priority if asked is None else max(asked, self.tenant.priority)
 
     def until(self, timeout: float | None) -> float | None:
-        """The deadline, an own `timeout` in seconds considered."""
+        """The deadline, an own `timeout` in seconds considered.
+
+        Raises:
+            RequestError: that is out of range.
+        """
         if timeout is None:
             return self.deadline
-        own = time.monotonic() + timeout
+        own = time.monotonic() + check_seconds(timeout, "timeout")
         return own if self.deadline is None else min(own, self.deadline)
 
     def check_model(self, model: str) -> None:
@@ -109,9 +112,7 @@ class Caller:
             RateLimitedError: over one of the tenant's limits.
         """
         tenant = self.tenant
-        return self.meter.begin(
-            prompt_tokens, tenant.concurrent_requests, tenant.tokens_per_minute
-        )
+        return self.meter.begin(prompt_tokens, tenant.concurrent_requests, tenant.tokens_per_minute)
 
     def submit_options(self, priority: int | None, cache_salt: str | None) -> dict[str, Any]:
         """What `Client.submit` is told about the caller."""

@@ -19,7 +19,7 @@ __all__ = ["STATUSES", "BackendRow", "Matrix", "load_matrix"]
 STATUSES = ("verified", "compiles", "untested", "unsupported")
 _TOP = {"backends", "select", "pools"}
 _ROW = {"name", "device", "kernels", "graph", "match", "dtypes", "kv_dtypes", "quantisation",
-        "status", "evidence", "role", "note"}  # fmt: skip
+        "status", "evidence", "role", "note", "cost_per_hour"}  # fmt: skip
 _MATCH = {"vendor", "arch"}
 _TEXT_TAG = "tag:yaml.org,2002:str"
 _AXES: dict[str, Axis] = {"device": "devices", "kernels": "kernels", "graph": "graphs"}
@@ -42,6 +42,7 @@ class BackendRow:
     archs: tuple[str, ...] = ()  # empty: any
     evidence: Path | None = None  # a conformance report; required when verified
     note: str = ""
+    cost_per_hour: float | None = None  # of such a machine, in the operator's currency
     line: int = 0  # where it stands in the file
 
 
@@ -231,8 +232,15 @@ class _Reader:
             archs=self.texts(match.get("arch"), "arch"),
             evidence=evidence,
             note=self.text(fields["note"], "note") if "note" in fields else "",
+            cost_per_hour=self.cost(fields["cost_per_hour"]) if "cost_per_hour" in fields else None,
             line=node.start_mark.line + 1,
         )
+
+    def cost(self, node: yaml.Node) -> float:
+        value = self.plain(node)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+            raise self.fail(node, "cost_per_hour must be a number greater than 0")
+        return float(value)
 
     def dtypes(self, node: yaml.Node) -> tuple[DType, ...]:
         names = self.texts(node, "dtypes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Client", "RequestStream"]
 
+logger = logging.getLogger("halyard.engine")
+
+MAX_PENDING = 2048  # steps that the reader of a stream may be behind
+READS_TOO_SLOWLY = "the answer was cut off: it was read too slowly"
 SHUTTING_DOWN = "the server is shutting down"
 
 
@@ -49,11 +54,46 @@ class RequestStream(AsyncIterator[RequestDelta]):
             self._wake.set()
             self._cancel(self.request_id)
 
+    def cut(self, reason: str) -> None:
+        """End it here: what has been generated is the answer, its blocks are freed. Idempotent."""
+        if self._closed:
+            return
+        delta = self.answers.feed(
+            [
+                TokenEvent(self.request_id, index, finish_reason="length", stop_reason=reason)
+                for index in self.answers.unfinished
+            ]
+        )
+        self._cancel(self.request_id)
+        if delta is not None:
+            self._deltas.append(delta)
+        self._closed = True
+        self._wake.set()
+
     def put(self, delta: RequestDelta) -> None:
+        if len(self._deltas) >= MAX_PENDING:
+            self._overflow()
         if not self._closed:
             self._deltas.append(delta)
             self._closed = delta.finished
             self._wake.set()
+
+    def _overflow(self) -> None:
+        """Nobody takes what comes: stop making more, and keep no more than a word about it."""
+        logger.warning(
+            "request %s of tenant %s was cut off: its reader is %d steps behind",
+            self.request_id, self.request.tenant, len(self._deltas),
+        )  # fmt: skip
+        self._deltas.clear()
+        self._cancel(self.request_id)
+        failed = (
+            CompletionDelta(index, "", (), finish_reason="error", error=READS_TOO_SLOWLY)
+            for index in self.answers.unfinished
+        )
+        prompt_len = len(self.request.prompt_token_ids)
+        self._deltas.append(RequestDelta(self.request_id, tuple(failed), prompt_len, finished=True))
+        self._closed = True
+        self._wake.set()
 
     async def __anext__(self) -> RequestDelta:
         while not self._deltas:

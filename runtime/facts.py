@@ -35,6 +35,7 @@ def engine_facts(
         bytes_per_block=bytes_per_block,
         seed=config.seed,
         has_tokenizer=source is not None and has_tokenizer(source),
+        cost_per_hour=row.cost_per_hour,
         start_seconds=start_seconds,
         provenance={
             "model": {

@@ -36,6 +36,7 @@ class EngineFacts:
     bytes_per_block: int = 0  # of KV
     seed: int = 0  # of requests that bring none
     has_tokenizer: bool = False  # so that answers can be held to a grammar
+    cost_per_hour: float | None = None  # of such a machine, as hw_matrix.yaml says
     start_seconds: dict[str, float] = field(default_factory=dict)  # of its start, by phase
     provenance: dict[str, Any] = field(default_factory=dict)  # what decides its answers
 

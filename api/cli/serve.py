@@ -39,6 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="run the engine's steps in a thread of the server")  # fmt: skip
     group.add_argument("--hang-seconds", type=float, default=120.0, metavar="S",
                        help="a step that takes longer has hung; 0: never (%(default)s)")  # fmt: skip
+    safety = parser.add_argument_group("tenants and limits")
+    safety.add_argument("--api-keys", type=Path, metavar="FILE",
+                        help="who may call, made by `halyard keys` (default: everybody)")  # fmt: skip
+    safety.add_argument("--request-timeout", type=float, metavar="S",
+                        help="answers end as they are after that many seconds")  # fmt: skip
+    safety.add_argument("--max-body-mib", type=float, default=32, metavar="N",
+                        help="larger request bodies are refused (%(default)s)")  # fmt: skip
+    safety.add_argument("--prompt-log", type=Path, metavar="DIR",
+                        help="log prompts and answers there, a file a tenant (default: nowhere)")  # fmt: skip
 
     options.add_engine_arguments(parser)
 
@@ -62,5 +71,9 @@ def run(args: argparse.Namespace) -> int:
         data_dir=args.data_dir,
         in_process=args.in_process,
         hang_seconds=args.hang_seconds or None,
+        api_keys=args.api_keys,
+        request_timeout=args.request_timeout,
+        prompt_log=args.prompt_log,
+        max_body_bytes=int(args.max_body_mib * (1 << 20)),
     )
     return serve(options.engine_config(args), server, lambda line: print(line, flush=True))

@@ -50,6 +50,7 @@ class CompletionController(Controller):
             cache_salt=asked.cache_salt,
             drop_answer=asked.max_tokens == 0,
             fingerprint=host.fingerprint,
+            timeout=asked.timeout,
         )
         answers = CompletionAnswers(generation, asked, model, client.tokenizer)
         observe = error_observer(host, request)

@@ -7,6 +7,7 @@ from litestar import Controller, Request, get
 from halyard.api.deps import host_of
 from halyard.api.host import EngineHost
 from halyard.api.schemas.server import ModelCard, ModelList
+from halyard.api.tenants import caller
 
 __all__ = ["ModelController"]
 
@@ -33,7 +34,8 @@ class ModelController(Controller):
     @staticmethod
     def _names(host: EngineHost) -> tuple[str, ...]:
         _ = host.client  # refuses while there is nothing to describe
-        return host.served_names
+        allowed = caller().tenant.models
+        return tuple(n for n in host.served_names if allowed is None or n in allowed)
 
 
 def _card(host: EngineHost, name: str) -> ModelCard:

@@ -96,6 +96,9 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     prompt_logprobs: int | None = None
     priority: int | None = None  # lower runs first
     cache_salt: str | None = None  # the prefix cache is shared only among equal salts
+    timeout: float | None = (
+        None  # seconds; then the answer ends as it is, with stop_reason "deadline"
+    )
     return_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None  # keep that many of the prompt's last tokens
     # The form of the answer: at most one of these.

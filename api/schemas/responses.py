@@ -35,6 +35,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     stop: str | list[str] | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    timeout: float | None = None  # seconds; then the answer ends as it is
     chat_template_kwargs: dict[str, Any] | None = None
     # Ignored: api/parameters.py says why.
     user: str | None = None

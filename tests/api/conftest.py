@@ -27,6 +27,7 @@ class Served:
     host: EngineHost
     http: httpx.Client
     stop: Callable[[], None] = lambda: None
+    app: Any = None  # as uvicorn runs it
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
@@ -55,15 +56,14 @@ def serve_engine() -> Iterator[Callable[..., Served]]:
         )
         listener = bind("127.0.0.1", 0)
         port = listener.getsockname()[1]
+        made = create_app(host, **app)
         server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(host, **app), log_config=None, lifespan="on", timeout_graceful_shutdown=1
-            )
+            uvicorn.Config(made, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
-        served = Served(engine, port, host, http)
+        served = Served(engine, port, host, http, app=made)
 
         def stop() -> None:
             http.close()
