@@ -43,7 +43,7 @@ def start_engine(
 
     starting = starting or launch(config)
     try:
-        source = resolve_source(config.model, config.revision)
+        source = resolve_source(config.model, config.revision, config.mirror)
         with ThreadPoolExecutor(2, thread_name_prefix="halyard-read") as pool:
             tokenizer = pool.submit(load_tokenizer, source)
             digests = pool.submit(file_digests, source)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from halyard.hal.errors import ModelError
 
-__all__ = ["EMBEDDED_NAMES", "ModelSource", "resolve_source"]
+__all__ = [
+    "EMBEDDED_NAMES",
+    "HUB_FILES",
+    "ModelSource",
+    "check_folder",
+    "hub_errors",
+    "resolve_source",
+]
 
 EMBEDDED_NAMES = ("embedded", "halyard/embedded")
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "tokenizer*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "tokenizer*"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +29,17 @@ class ModelSource:
 
     name: str  # what the API calls the model
     path: Path  # a local folder
-    kind: Literal["embedded", "path", "hub"]
+    kind: Literal["embedded", "path", "hub", "mirror"]
     revision: str | None = None  # commit of a hub model
 
 
-def resolve_source(model: str | Path, revision: str | None = None) -> ModelSource:
+def resolve_source(
+    model: str | Path, revision: str | None = None, mirror: Path | None = None
+) -> ModelSource:
     """Find the model's folder, downloading it if it is a hub id.
+
+    Args:
+        mirror: a folder of mirrored models; names are looked up there, and nowhere else.
 
     Raises:
         ModelError: it is neither here nor on the hub, or holds nothing that can be served.
@@ -35,9 +49,13 @@ def resolve_source(model: str | Path, revision: str | None = None) -> ModelSourc
         return ModelSource("embedded", Path(__file__).parent / "embedded", "embedded")
     if not text:
         raise ModelError("no such model folder: the name is empty")
+    if mirror is not None and not text.startswith((".", "/", "~")):
+        from halyard.models.mirror import find_in_mirror
+
+        return find_in_mirror(mirror, text, revision)
     path = Path(text).expanduser()
     if path.is_dir():
-        _check_folder(path, text)
+        check_folder(path, text)
         return ModelSource(path.resolve().name, path, "path")
     if path.is_file():
         raise ModelError(
@@ -48,7 +66,11 @@ def resolve_source(model: str | Path, revision: str | None = None) -> ModelSourc
     return _from_hub(text, revision)
 
 
-def _check_folder(path: Path, text: str) -> None:
+def check_folder(path: Path, text: str) -> None:
+    """
+    Raises:
+        ModelError: it is no checkpoint's folder.
+    """
     if not (path / "config.json").is_file():
         others = sorted(
             {file.suffix for file in path.iterdir() if file.suffix in (".gguf", ".bin")}
@@ -59,6 +81,21 @@ def _check_folder(path: Path, text: str) -> None:
 
 def _from_hub(model: str, revision: str | None) -> ModelSource:
     from huggingface_hub import snapshot_download
+
+    with hub_errors(model, revision):
+        folder = snapshot_download(model, revision=revision, allow_patterns=HUB_FILES)
+    path = Path(folder)
+    check_folder(path, model)
+    return ModelSource(model, path, "hub", revision=path.name)
+
+
+@contextmanager
+def hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Say in a line what went wrong with the hub.
+
+    Raises:
+        ModelError: something did.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -69,7 +106,7 @@ def _from_hub(model: str, revision: str | None) -> ModelSource:
     )
 
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=_PATTERNS)
+        yield
     except GatedRepoError:
         raise ModelError(
             f"{model} is gated: accept its terms on the hub and set HF_TOKEN"
@@ -88,6 +125,3 @@ def _from_hub(model: str, revision: str | None) -> ModelSource:
             f"{model!r} is no folder here, and the hub can't be reached ({reason}): "
             "check the name, or download the model and give its folder"
         ) from None
-    path = Path(folder)
-    _check_folder(path, model)
-    return ModelSource(model, path, "hub", revision=path.name)

@@ -16,7 +16,8 @@ from halyard.hal.contract import Device, GraphCompiler, PagedKernels
 from halyard.hal.errors import RequestError
 from halyard.hal.registry import load_part
 from halyard.models import experts as _experts  # noqa: F401 - its operator is called by cached programs
-from halyard.models.source import ModelSource
+from halyard.models.manifest import MANIFEST, VerifiedFiles, verify
+from halyard.models.source import ModelSource, resolve_source
 from halyard.models.tokenizer import Tokenizer, load_tokenizer
 from halyard.models.weights import load_weights
 from halyard.runtime.config import EngineConfig, SchedulerConfig
@@ -89,6 +90,7 @@ def build_engine(
         HalyardError: the model can't be served here; one line says why.
     """
     clock = _Clock(tell)
+    verified = _verify(config, clock)
     clock.phase("planning")
     plan = make_plan(config)
     row, memory = plan.selection.row, plan.memory
@@ -101,6 +103,8 @@ def build_engine(
         kernels: PagedKernels = load_part("kernels", row.kernels)(device)
         graph: GraphCompiler = load_part("graphs", row.graph)()
         executor = _build_executor(config, plan, device, kernels, graph, clock)
+        if verified is not None:
+            verified.check_untouched()
     except BaseException:
         device.close()
         raise
@@ -153,6 +157,23 @@ def _vocabulary(source: ModelSource, loaded: Tokenizer | None) -> Callable[[], T
         return tokenizer
 
     return vocabulary
+
+
+def _verify(config: EngineConfig, clock: _Clock) -> VerifiedFiles | None:
+    """Check a model's files against their manifest before anything of them is read.
+
+    Raises:
+        ModelError: they don't fit, or have none where one is required.
+    """
+    if not (isinstance(config.model, str) or hasattr(config.model, "__fspath__")):
+        return None
+    if config.load_format == "dummy" and not config.require_verified:
+        return None
+    source = resolve_source(config.model, config.revision, config.mirror)
+    if not config.require_verified and not (source.path / MANIFEST).exists():
+        return None
+    clock.phase("verifying files")
+    return verify(source.path, manifest_digest=config.manifest_digest)
 
 
 def _build_executor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ class RequestStream(AsyncIterator[RequestDelta]):
         self._deltas: deque[RequestDelta] = deque()
         self._wake = asyncio.Event()
         self._closed = False  # no delta comes after those in the queue
+        self.begun = False  # something has come
 
     @property
     def request_id(self) -> str:
@@ -73,6 +74,7 @@ class RequestStream(AsyncIterator[RequestDelta]):
     def put(self, delta: RequestDelta) -> None:
         if len(self._deltas) >= MAX_PENDING:
             self._overflow()
+        self.begun = True
         if not self._closed:
             self._deltas.append(delta)
             self._closed = delta.finished
@@ -196,7 +198,7 @@ class Client:
         )
         if request.request_id in self._streams:
             raise HalyardError(f"request id {request.request_id} is in use")
-        self._check_queue()
+        self._check_queue(tenant)
         self.start()
         stream = RequestStream(request, Answers(request, self._decoder(params)), self._abort)
         self._streams[request.request_id] = stream
@@ -220,13 +222,22 @@ class Client:
             return None
         return lambda: tokenizer.detokenizer(params.skip_special_tokens)
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, tenant: str) -> None:
+        """A full queue still takes a tenant whose part of it is less than even.
+
+        So nobody is locked out by others; T tenants fill it to 1 + 1/2 + ... + 1/T of its length.
+        """
         limit = self.port.facts.max_queue_len
         waiting = self.port.num_waiting
-        if limit is not None and waiting >= limit:
+        if limit is None or waiting < limit:
+            return
+        parts = Counter(s.request.tenant for s in self._streams.values() if not s.begun)
+        parts.setdefault(tenant, 0)
+        own = parts[tenant] if len(parts) > 1 else waiting
+        if own * len(parts) >= limit:
             raise QueueFullError(
                 f"{waiting} requests are waiting already, the limit is {limit}: try again later",
-                retry_after=self.metrics.estimated_wait_seconds(waiting),
+                retry_after=self.metrics.estimated_wait_seconds(own * len(parts)),
             )
 
     def _abort(self, request_id: str) -> None:

@@ -42,6 +42,9 @@ class EngineConfig:
     max_queue_len: int | None = 1024  # waiting requests of a server before it answers 429
     preemption: PreemptionPolicy = "auto"  # swap or recompute; auto asks the cost model
     revision: str | None = None  # branch, tag or commit of a hub model
+    mirror: Path | None = None  # folder of mirrored models: names are looked up there alone
+    require_verified: bool = False  # refuse a model without a manifest; one with is always verified
+    manifest_digest: str | None = None  # SHA-256 that the manifest must have; None: any
     matrix: Path | None = None  # another hw_matrix.yaml
     cache_dir: Path | None = None  # compiled artefacts; None: HALYARD_CACHE_DIR or ~/.cache/halyard
     dump_dir: Path | None = None  # write the graph after each compiler pass there

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halyard.hal.errors import CapacityError, ConfigError
@@ -113,10 +114,12 @@ class ExecutionPlan:
         return facts
 
 
-def resolve_model(model: Any, revision: str | None = None) -> tuple[ModelSource | None, ModelSpec]:
+def resolve_model(
+    model: Any, revision: str | None = None, mirror: Path | None = None
+) -> tuple[ModelSource | None, ModelSpec]:
     """A name, a folder or a transformers config object -> its source (None for the last) and spec."""
     if isinstance(model, str) or hasattr(model, "__fspath__"):
-        source = resolve_source(model, revision)
+        source = resolve_source(model, revision, mirror)
         return source, ModelSpec.load(source)
     config: PretrainedConfig = model
     return None, ModelSpec.from_hf(config)
@@ -128,7 +131,7 @@ def make_plan(config: EngineConfig) -> ExecutionPlan:
     Raises:
         HalyardError: no such model or backend, or it doesn't fit; one line says what to do.
     """
-    source, spec = resolve_model(config.model, config.revision)
+    source, spec = resolve_model(config.model, config.revision, config.mirror)
     if source is None and config.load_format != "dummy":
         raise ConfigError('a config object has no weights: use load_format="dummy"')
     matrix = load_matrix(config.matrix)

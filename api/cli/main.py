@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": ("generate", "complete a prompt"),
     "chat": ("chat", "chat with a model in the terminal"),
     "batch": ("batch", "answer a file of requests; goes on where it was stopped"),
+    "models": ("models", "mirror models for use without the hub, verify and list them"),
     "keys": ("keys", "make, list and revoke API keys"),
     "plan": ("plan", "what would run, on what, with how much memory, and why"),
     "devices": ("devices", "what hardware is here and which backends can use it"),

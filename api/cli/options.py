@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preemption", default="auto", choices=["auto", "swap", "recompute"],
         help="how a sequence gives way when blocks run out")  # fmt: skip
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add("--mirror", type=Path, metavar="DIR", default=os.environ.get("HALYARD_MIRROR"),
+        help="find the model there, as `halyard models mirror` put it")  # fmt: skip
+    add("--require-verified", action="store_true",
+        help="refuse a model whose files no manifest vouches for")  # fmt: skip
+    add(
+        "--manifest-digest", metavar="SHA256", help="of the manifest itself, as `models list` shows"
+    )
     add("--matrix", type=Path, metavar="FILE", help="another hw_matrix.yaml")
     add(
         "--cache-dir",
@@ -73,6 +81,9 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
         "max_queue_len": args.max_queue_len,
         "preemption": args.preemption,
         "revision": args.revision,
+        "mirror": args.mirror,
+        "require_verified": args.require_verified or args.manifest_digest is not None,
+        "manifest_digest": args.manifest_digest,
         "matrix": args.matrix,
         "cache_dir": args.cache_dir,
         "dump_dir": args.dump_dir,
