@@ -256,10 +256,11 @@ class Fuzzer:
         self.abort_one()
         self.advance()
 
-    def advance(self) -> None:
+    def advance(self) -> bool:
+        """One step; False: there was none to run."""
         step = self.flying or self._issue(self.scheduler.schedule())
         if step is None:
-            return
+            return False
         self.flying = None
         if self.random.random() < self.ahead:
             self.abort_one()
@@ -271,6 +272,7 @@ class Fuzzer:
         self.dropped += sum(row.sequence.aborted for row in step.plan.rows)
         self.take(self.scheduler.commit(step.plan, output))
         self.scheduler.check_integrity()
+        return True
 
     def _issue(self, plan: StepPlan | None) -> IssuedStep | None:
         self.scheduler.check_integrity()
@@ -278,9 +280,7 @@ class Fuzzer:
 
     def drain(self) -> None:
         while self.scheduler.has_work():
-            before = self.scheduler.stats()
-            self.advance()
-            assert self.flying or self.scheduler.stats() != before, "no progress"
+            assert self.advance(), "no progress"
         self.scheduler.check_integrity()
         stats = self.scheduler.stats()
         assert stats.blocks_used == 0
