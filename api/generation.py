@@ -55,7 +55,8 @@ class Generation:
         self._cached_tokens = [0] * len(prompts)
         self._log = who.prompt_log
         self._logged: dict[tuple[int, int], list[str]] = {}
-        self._request_id = who.request_id
+        context = current.get()
+        self._request_id = context.request_id if context is not None else ""
         self._alarm: asyncio.TimerHandle | None = None
         self._admission = who.admit(sum(map(len, prompts)))
         try:
@@ -74,7 +75,6 @@ class Generation:
         except BaseException:
             self.cancel()
             raise
-        context = current.get()
         if context is not None and context.traces is not None:
             requests = [stream.request for stream in self._streams]
             context.traces.watch(requests, client.model_name)

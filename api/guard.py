@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
+from halyard.api.context import current
 from halyard.api.errors import ApiError, ForbiddenError, to_api_error
 from halyard.api.limits import Meter
 from halyard.api.message_answers import error_body
@@ -87,8 +88,10 @@ def _admit(scope: HTTPScope, tenancy: Tenancy, preflights: bool) -> Caller:
     if not tenant.admin and any(path == top or path.startswith(top + "/") for top in ADMIN):
         raise ForbiddenError(f"{path} needs an admin's key")
     timeout = _header(headers, b"x-request-timeout")
-    request_id = _header(headers, b"x-request-id") or ""
-    who = tenancy.caller(tenant, timeout, request_id)
+    who = tenancy.caller(tenant, timeout)
+    context = current.get()
+    if context is not None and who.known:
+        context.tenant = tenant.name
     if method == "POST":
         who.meter.count_request(tenant.requests_per_minute)
     return who

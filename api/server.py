@@ -16,9 +16,9 @@ from types import FrameType
 import uvicorn
 
 from halyard.api.host import EngineHost, Loaded
-from halyard.api.traces import open_traces
 from halyard.api.keys import KeyRing
 from halyard.api.tenancy import Tenancy
+from halyard.api.traces import open_traces
 from halyard.hal.errors import ConfigError, HalyardError
 from halyard.runtime.config import EngineConfig
 

@@ -77,9 +77,7 @@ class Tenancy:
             raise UnauthorizedError("this API key is not known here, or not any more")
         return tenant, "basic" if "basic" in ways else "bearer"
 
-    def caller(
-        self, tenant: Tenant, asked_seconds: str | None = None, request_id: str = ""
-    ) -> Caller:
+    def caller(self, tenant: Tenant, asked_seconds: str | None = None) -> Caller:
         """
         Args:
             asked_seconds: of the header x-request-timeout.
@@ -97,7 +95,6 @@ class Tenancy:
             known=self.keys is not None,
             deadline=None if seconds is None else time.monotonic() + seconds,
             prompt_log=self._log_of(tenant),
-            request_id=request_id,
         )
 
     def caller_named(self, name: str) -> Caller | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -55,7 +55,6 @@ class Caller:
     known: bool = True  # False: there are no keys, everybody is the same tenant
     deadline: float | None = None  # time.monotonic() when the answer must be there
     prompt_log: PromptLog | None = None  # None: prompts are not logged
-    request_id: str = field(default="", compare=False)
 
     def salt(self, own: str | None) -> str:
         """What keeps prefix blocks apart: the tenant, then what its client chose."""
