@@ -18,6 +18,7 @@ from halyard.api.boundary import with_context
 from halyard.api.controllers.batches import BatchController, FileController
 from halyard.api.controllers.chat import ChatController
 from halyard.api.controllers.completions import CompletionController
+from halyard.api.controllers.embeddings import EmbeddingController
 from halyard.api.controllers.messages import MessageController
 from halyard.api.controllers.models import ModelController
 from halyard.api.controllers.page import PageController
@@ -85,6 +86,7 @@ def create_app(
             BatchController,
             ChatController,
             CompletionController,
+            EmbeddingController,
             MessageController,
             FileController,
             ModelController,

@@ -23,6 +23,7 @@ __all__ = [
     "completion_params",
     "completion_prompts",
     "decode_body",
+    "token_prompts",
 ]
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -152,34 +153,54 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
 async def completion_prompts(
     request: CompletionRequest, tokenizer: Tokenizer | None
 ) -> list[list[int]]:
-    """Token ids of every prompt.
+    """Token ids of every prompt. Errors as `token_prompts`'."""
+    return await token_prompts(
+        request.prompt,
+        tokenizer,
+        add_special_tokens=request.add_special_tokens is not False,
+        truncate=request.truncate_prompt_tokens,
+        param="prompt",
+    )
+
+
+async def token_prompts(
+    given: str | Sequence[str | int | list[int]],
+    tokenizer: Tokenizer | None,
+    *,
+    add_special_tokens: bool,
+    truncate: int | None,
+    param: str,
+) -> list[list[int]]:
+    """Token ids of a text, texts, token ids or lists of them.
+
+    Args:
+        truncate: keep that many of each prompt's last tokens.
+        param: the user's field that errors name.
 
     Raises:
         RequestError: mixed or empty, or text where the checkpoint has no tokenizer.
     """
-    prompt = request.prompt
-    singles: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
+    singles: Sequence[str | int | list[int]] = [given] if isinstance(given, str) else given
     if not singles:
-        raise RequestError("the prompt is empty: give at least one token", "prompt")
+        raise RequestError(f"the {param} is empty: give at least one token", param)
     if all(isinstance(single, int) for single in singles):
-        return _truncated([list(singles)], request)  # type: ignore[arg-type]
+        return _truncated([list(singles)], truncate)  # type: ignore[arg-type]
     if all(isinstance(single, list) for single in singles):
-        return _truncated(list(singles), request)  # type: ignore[arg-type]
+        return _truncated(list(singles), truncate)  # type: ignore[arg-type]
     if not all(isinstance(single, str) for single in singles):
-        raise RequestError("prompt mixes texts and token ids: give one kind", "prompt")
+        raise RequestError(f"{param} mixes texts and token ids: give one kind", param)
     if tokenizer is None:
         raise RequestError(
-            "this checkpoint has no tokenizer: give the prompt as token ids", "prompt"
+            f"this checkpoint has no tokenizer: give the {param} as token ids", param
         )
     texts: list[str] = list(singles)  # type: ignore[arg-type]
-    special = request.add_special_tokens is not False
 
     def encode() -> list[list[int]]:
-        return [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+        return [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
     if sum(map(len, texts)) <= _SHORT_TEXT:
-        return _truncated(encode(), request)
-    return _truncated(await asyncio.to_thread(encode), request)
+        return _truncated(encode(), truncate)
+    return _truncated(await asyncio.to_thread(encode), truncate)
 
 
 async def chat_prompt(
@@ -220,11 +241,10 @@ async def chat_prompt(
     prompt = await asyncio.to_thread(
         tokenizer.apply_chat_template, messages, generation is not False, **options
     )
-    return _truncated([prompt], request)[0]
+    return _truncated([prompt], request.truncate_prompt_tokens)[0]
 
 
-def _truncated(prompts: list[list[int]], request: SamplingFields) -> list[list[int]]:
-    most = request.truncate_prompt_tokens
+def _truncated(prompts: list[list[int]], most: int | None) -> list[list[int]]:
     if most is None:
         return prompts
     if most < 1:

@@ -10,6 +10,7 @@ from halyard.api.chat_run import plan_chat, start_chat
 from halyard.api.completion_answers import CompletionAnswers
 from halyard.api.convert import completion_params, completion_prompts, decode_body
 from halyard.api.deps import new_id
+from halyard.api.embedding_run import EmbeddingRun
 from halyard.api.errors import to_api_error
 from halyard.api.generation import Generation
 from halyard.api.host import EngineHost
@@ -17,6 +18,7 @@ from halyard.api.response_answers import ResponseAnswers
 from halyard.api.response_convert import as_chat
 from halyard.api.schemas.chat import ChatCompletionRequest
 from halyard.api.schemas.completions import CompletionRequest
+from halyard.api.schemas.embeddings import EmbeddingRequest
 from halyard.api.schemas.responses import ResponseRequest
 from halyard.api.tokens import TokenWriter
 from halyard.hal.errors import RequestError
@@ -88,6 +90,15 @@ async def _respond(host: EngineHost, body: bytes) -> dict[str, Any]:
         generation.cancel()
 
 
+async def _embed(host: EngineHost, body: bytes) -> dict[str, Any]:
+    run = EmbeddingRun(host, decode_body(body, EmbeddingRequest))
+    await run.check()
+    try:
+        return _plain(await run.whole())
+    finally:
+        run.cancel()
+
+
 def _plain(value: msgspec.Struct) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(value)
     return plain
@@ -96,5 +107,6 @@ def _plain(value: msgspec.Struct) -> dict[str, Any]:
 ENDPOINTS: dict[str, Callable[[EngineHost, bytes], Awaitable[dict[str, Any]]]] = {
     "/v1/chat/completions": _chat,
     "/v1/completions": _complete,
+    "/v1/embeddings": _embed,
     "/v1/responses": _respond,
 }

@@ -51,7 +51,7 @@ False, null, 0 and what is empty are fine for all of them.
 
 _ELSEWHERE = {
     "prompt": ("CompletionRequest", "TokenizeRequest"),
-    "add_special_tokens": ("CompletionRequest", "TokenizeRequest"),
+    "add_special_tokens": ("CompletionRequest", "EmbeddingRequest", "TokenizeRequest"),
     "top_logprobs": ("ChatCompletionRequest",),
 }
 """Requests that honour a name which the others refuse."""

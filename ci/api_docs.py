@@ -14,6 +14,7 @@ from halyard.api.parameters import IGNORED, REFUSED, refused_names
 from halyard.api.schemas.batches import BatchRequest
 from halyard.api.schemas.chat import ChatCompletionRequest
 from halyard.api.schemas.completions import CompletionRequest
+from halyard.api.schemas.embeddings import EmbeddingRequest
 from halyard.api.schemas.messages import CountTokensRequest, MessageRequest
 from halyard.api.schemas.responses import ResponseRequest
 from halyard.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
@@ -23,6 +24,7 @@ PAGE = ROOT / "docs" / "api.md"
 ENDPOINTS = {
     "POST /v1/chat/completions": ChatCompletionRequest,
     "POST /v1/completions": CompletionRequest,
+    "POST /v1/embeddings": EmbeddingRequest,
     "POST /v1/responses": ResponseRequest,
     "POST /v1/messages": MessageRequest,
     "POST /v1/messages/count_tokens": CountTokensRequest,
@@ -52,6 +54,7 @@ are not listed are ignored. `null` is the default everywhere.
 |---|---|
 | `POST /v1/chat/completions` | conversations, with tools, thoughts and structured output |
 | `POST /v1/completions` | text goes on; `echo`, `logprobs`, `prompt_logprobs` |
+| `POST /v1/embeddings` | the final hidden states as vectors of length one; up to 2048 inputs |
 | `POST /v1/responses` | conversations that the server remembers (the last 1000, in memory) |
 | `GET /v1/responses/{id}` | a stored response; also `DELETE`, `POST .../cancel`, `GET .../input_items` |
 | `POST /v1/messages` | Anthropic's conversations |

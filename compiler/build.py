@@ -69,6 +69,7 @@ def build_program(
         executables=tuple(executables),
         calls=segmented.calls,
         result=segmented.result,
+        hidden=segmented.hidden,
         recipes=graph.recipes,
         weights={key: info for key, info in traced.weights.items() if key in needed},
         constants={key: value for key, value in traced.constants.items() if key in needed},

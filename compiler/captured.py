@@ -86,6 +86,12 @@ class CapturedProgram:
         replay()
         return logits[:rows]
 
+    def run_with_hidden(
+        self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch
+    ) -> tuple[Tensor, Tensor]:
+        """As Program.run_with_hidden: never replayed, recordings keep no hidden states."""
+        return self._program.run_with_hidden(input_ids, logit_indices, batch)
+
     def _fill(
         self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch, bucket: int
     ) -> None:

@@ -137,6 +137,7 @@ def export_onnx(
                 "segments": segments,
                 "calls": _calls(segmented),
                 "result": _reference(segmented.result),
+                "hidden": _reference(segmented.hidden),
             }
             (fresh / "program.json").write_text(json.dumps(description, indent=1) + "\n")
             (fresh / "README.md").write_text(readme(facts.name, description))

@@ -101,7 +101,7 @@ print(*answer)
 
 `program.json` lists `calls` in order. Every value has a name: `input:` one of `input_ids`,
 `positions`, `logit_indices`; `weight:` a tensor of `weights.safetensors`; `value:` what an earlier
-call made. `result` names the logits.
+call made. `result` names the logits, `hidden` the hidden states of all tokens after the final norm.
 
 - `"kind": "segment"`: run `segments[segment].file`; `inputs` and `outputs` go in the order of that
   segment's own `inputs` and `outputs`. Layers that are alike share a file and differ in weights.

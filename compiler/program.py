@@ -31,7 +31,8 @@ class UnboundProgram:
 
     executables: tuple[Executable, ...]  # one a unique segment
     calls: tuple[SegmentCall | AttentionCall, ...]
-    result: str
+    result: str  # the logits
+    hidden: str  # the final hidden states
     recipes: dict[str, WeightRecipe]
     weights: dict[str, WeightInfo]  # what must come from the checkpoint
     constants: dict[str, Tensor]
@@ -102,14 +103,22 @@ class Program:
         self._num_kept = len(self._initial)  # inputs and weights are never dropped
         self._steps = self._plan(program, weights)
         self._result = self._slots[program.result]
+        self._hidden = self._slots[program.hidden]
 
     def set_pool(self, pool: KVPool) -> None:
         """Where keys and values live."""
         self._pool = pool
 
-    @torch.inference_mode()
     def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:
         """One step: input_ids [tokens] int64, logit_indices [rows] int64 -> logits [rows, vocab]."""
+        logits, _ = self.run_with_hidden(input_ids, logit_indices, batch)
+        return logits
+
+    @torch.inference_mode()
+    def run_with_hidden(
+        self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch
+    ) -> tuple[Tensor, Tensor]:
+        """As `run`; also the hidden states [tokens, hidden] after the final norm."""
         pool = self._pool
         if pool is None:
             raise AssertionError("the program has no KV pool yet")
@@ -132,8 +141,7 @@ class Program:
                 )
             for slot in step.dead:
                 values[slot] = None
-        logits: Tensor = values[self._result]
-        return logits
+        return values[self._result], values[self._hidden]
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
@@ -156,7 +164,8 @@ class Program:
         last = {
             slot: position for position, (reads, made) in enumerate(uses) for slot in reads | made
         }
-        last[self._slots[program.result]] = len(uses)
+        for kept in (program.result, program.hidden):
+            last[self._slots[kept]] = len(uses)
         steps: list[_SegmentStep | _AttentionStep] = []
         for position, (call, (reads, made)) in enumerate(zip(program.calls, uses, strict=True)):
             dead = tuple(

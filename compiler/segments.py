@@ -60,11 +60,12 @@ class SegmentedGraph:
     segments: tuple[Segment, ...]
     calls: tuple[SegmentCall | AttentionCall, ...]
     result: str  # the value that holds the logits
+    hidden: str  # the value that holds the final hidden states
 
     def wiring(self) -> str:
         """The structure as JSON, without the modules."""
         calls = [{"kind": type(call).__name__, **asdict(call)} for call in self.calls]
-        return json.dumps({"calls": calls, "result": self.result})
+        return json.dumps({"calls": calls, "result": self.result, "hidden": self.hidden})
 
 
 def split(graph: ModelGraph) -> SegmentedGraph:
@@ -79,8 +80,7 @@ def split(graph: ModelGraph) -> SegmentedGraph:
             cheap.discard(node)
     names = {node: _name(node) for node in nodes}
     attention = [node for node in nodes if node.target is ops.paged_attention]
-    output = nodes[-1]
-    result_node = output.args[0][0] if isinstance(output.args[0], tuple | list) else output.args[0]
+    results = nodes[-1].args[0]
 
     calls: list[SegmentCall | AttentionCall] = []
     unique: dict[str, int] = {}
@@ -94,7 +94,7 @@ def split(graph: ModelGraph) -> SegmentedGraph:
         inside = set(own)
         wanted = [
             n for n in own
-            if n is result_node or any(u not in inside and u not in cheap for u in n.users)
+            if n in results or any(u not in inside and u not in cheap for u in n.users)
         ]  # fmt: skip
         module, inputs = _extract(graph.module, own, wanted, cheap)
         key = _canonical(module)
@@ -108,7 +108,7 @@ def split(graph: ModelGraph) -> SegmentedGraph:
         )
         if number < len(attention):
             calls.append(_attention_call(attention[number], names))
-    return SegmentedGraph(tuple(segments), tuple(calls), names[result_node])
+    return SegmentedGraph(tuple(segments), tuple(calls), *(names[node] for node in results))
 
 
 def _levels(nodes: list[fx.Node]) -> dict[fx.Node, int]:

@@ -22,6 +22,7 @@ def structure_of(program: UnboundProgram) -> dict[str, Any]:
         "num_segments": len(program.executables),
         "calls": [{"kind": type(call).__name__, **asdict(call)} for call in program.calls],
         "result": program.result,
+        "hidden": program.hidden,
         "recipes": {name: asdict(recipe) for name, recipe in program.recipes.items()},
         "weights": {name: asdict(info) for name, info in program.weights.items()},
         "heads": asdict(program.heads),
@@ -37,6 +38,7 @@ def with_structure(
         executables=executables,
         calls=tuple(_call(dict(fields)) for fields in structure["calls"]),
         result=structure["result"],
+        hidden=structure["hidden"],
         recipes={
             name: WeightRecipe(**(fields | {"sources": tuple(fields["sources"])}))
             for name, fields in structure["recipes"].items()

@@ -25,7 +25,8 @@ class TracedModel:
     """The model as one graph whose weights are inputs.
 
     Placeholders are the three user inputs (INPUT_NAMES) and weights; a weight's placeholder has its
-    name in meta["weight"]. The graph's only output is the logits.
+    name in meta["weight"]. The graph's outputs are the logits of the rows at logit_indices
+    [rows, vocab] and the hidden states of all tokens [tokens, hidden].
     """
 
     module: fx.GraphModule

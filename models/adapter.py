@@ -27,7 +27,9 @@ ATTENTION_NAME = "halyard_paged"
 
 
 class TraceableModel(nn.Module):
-    """A flat batch of tokens in, logits of chosen tokens out. Parameters are on the meta device.
+    """A flat batch of tokens in, logits of chosen tokens and all final hidden states out.
+
+    Parameters are on the meta device.
 
     `buffers_by_name` holds the real values of non-persistent buffers (rotary frequencies and the
     like), which no checkpoint contains.
@@ -38,17 +40,30 @@ class TraceableModel(nn.Module):
         self.model = model
         self.buffers_by_name = buffers_by_name
 
-    def forward(self, input_ids: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
-        """input_ids, positions [tokens] int64; logit_indices [rows] int64 -> logits [rows, vocab]."""
-        output = self.model(
-            input_ids=input_ids[None],
-            position_ids=positions[None],
-            attention_mask=None,
-            use_cache=False,
-            logits_to_keep=logit_indices,
-        )
-        logits: Tensor = output.logits[0]
-        return logits
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, logit_indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """input_ids, positions [tokens] int64; logit_indices [rows] int64.
+
+        Returns logits [rows, vocab] and hidden states [tokens, hidden], after the final norm.
+        """
+        hidden: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden.append(output[0])
+
+        handle = self.model.base_model.register_forward_hook(keep)  # type: ignore[union-attr]
+        try:
+            output = self.model(
+                input_ids=input_ids[None],
+                position_ids=positions[None],
+                attention_mask=None,
+                use_cache=False,
+                logits_to_keep=logit_indices,
+            )
+        finally:
+            handle.remove()
+        return output.logits[0], hidden[0][0]
 
 
 def build_meta_module(spec: ModelSpec, dtype: DType) -> TraceableModel:

@@ -111,8 +111,10 @@ class Answers:
         """Deltas of one step. None if nothing is new for the user."""
         new: dict[int, _New] = {}
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+        embedding: bytes | None = None
         cached, started = 0, 0.0
         for event in events:
+            embedding = event.embedding or embedding
             cached = max(cached, event.num_cached_tokens)
             started = started or event.started
             if event.prompt_logprobs is not None:
@@ -142,6 +144,7 @@ class Answers:
             prompt_logprobs=prompt_logprobs,
             finished=self.finished,
             started=started,
+            embedding=embedding,
         )
 
     def _take(self, answer: _Answer, event: TokenEvent, gain: _New) -> None:

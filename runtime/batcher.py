@@ -11,7 +11,7 @@ from torch import Tensor
 from halyard.hal.types import StepBatch
 from halyard.runtime.plan import PlanRow, StepPlan
 
-__all__ = ["PackedStep", "PromptSpan", "SampleRow", "pack"]
+__all__ = ["PackedStep", "PooledSpan", "PromptSpan", "SampleRow", "pack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,15 @@ class PromptSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledSpan:
+    """Tokens of the step whose hidden states are summed for one plan row that pools."""
+
+    plan_row: int  # index into plan.rows
+    first_token: int  # of the step
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class PackedStep:
     """The inputs of one step on the device."""
 
@@ -41,6 +50,7 @@ class PackedStep:
     batch: StepBatch
     samples: tuple[SampleRow, ...]  # plan row order, then answer order
     prompt_spans: tuple[PromptSpan, ...]
+    pooled_spans: tuple[PooledSpan, ...]
 
 
 def pack(plan: StepPlan, block_size: int, device: torch.device) -> PackedStep:
@@ -72,6 +82,7 @@ def pack(plan: StepPlan, block_size: int, device: torch.device) -> PackedStep:
     slot_mapping = blocks * block_size + positions % block_size
 
     logit_indices, samples, prompt_spans = _wanted_logits(rows, query_start)
+    pooled_spans = _pooled_spans(rows, query_start)
 
     (
         on_positions, on_slots, on_tables, on_lengths, on_starts, on_ids, on_wanted
@@ -96,6 +107,7 @@ def pack(plan: StepPlan, block_size: int, device: torch.device) -> PackedStep:
         batch=batch,
         samples=samples,
         prompt_spans=prompt_spans,
+        pooled_spans=pooled_spans,
     )
 
 
@@ -135,7 +147,7 @@ def _wanted_logits(
             if scored > 0:
                 spans.append(PromptSpan(index, len(indices), scored))
                 indices.extend(range(first, first + scored))
-        if row.num_samples:
+        if row.num_samples and sequence.request.pooling is None:
             logits_row = len(indices)
             indices.append(first + row.num_tokens - 1)
             samples.extend(
@@ -145,3 +157,15 @@ def _wanted_logits(
     if not indices:  # programs are traced for at least one row of logits; this one is thrown away
         indices.append(0)
     return np.array(indices, np.int64), tuple(samples), tuple(spans)
+
+
+def _pooled_spans(rows: tuple[PlanRow, ...], query_start: np.ndarray) -> tuple[PooledSpan, ...]:
+    """All tokens of rows for a mean; the last token of a prompt where that is wanted."""
+    spans = []
+    for index, row in enumerate(rows):
+        pooling = row.sequence.request.pooling
+        if pooling == "mean":
+            spans.append(PooledSpan(index, int(query_start[index]), row.num_tokens))
+        elif pooling == "last" and row.num_samples:
+            spans.append(PooledSpan(index, int(query_start[index + 1]) - 1, 1))
+    return tuple(spans)

@@ -130,6 +130,7 @@ def build_engine(
         max_model_len=memory.max_model_len,
         eos_token_ids=frozenset(eos),
         max_num_sequences=config.max_num_sequences,
+        hidden_size=plan.spec.hidden_size,
     )
     bytes_per_block = executor.pool.layout.bytes_per_block
     facts = engine_facts(plan, config, limits, bytes_per_block, clock.phases)
@@ -187,7 +188,7 @@ def _build_executor(
     spec, memory = plan.spec, plan.memory
     program: Program | CapturedProgram | NullProgram
     if graph.name == "null":
-        program = NullProgram(spec.vocab_size)
+        program = NullProgram(spec.vocab_size, spec.hidden_size)
     else:
         clock.phase("compiling")
         unbound = _compile(config, plan, device.torch_device, device, graph)

@@ -13,7 +13,7 @@ from halyard.hal.errors import EngineDeadError, HalyardError, QueueFullError
 from halyard.runtime.answer import Answers, IncrementalDecoder
 from halyard.runtime.outputs import CompletionDelta, RequestDelta
 from halyard.runtime.plan import TokenEvent
-from halyard.runtime.request import Request, SamplingParams
+from halyard.runtime.request import Pooling, Request, SamplingParams
 
 if TYPE_CHECKING:
     from halyard.models.tokenizer import Tokenizer
@@ -118,6 +118,7 @@ class Client:
         self.model_name = port.facts.model_name
         self.backend_name = port.facts.backend_name
         self.max_model_len = port.facts.limits.max_model_len
+        self.hidden_size = port.facts.limits.hidden_size
         self.error: str | None = None
         self._streams: dict[str, RequestStream] = {}
         self._refusing = False
@@ -183,10 +184,7 @@ class Client:
             QueueFullError: too many requests wait; try again after `retry_after` seconds.
             EngineDeadError: the engine has failed or is shutting down.
         """
-        if self.error is not None:
-            raise EngineDeadError(self.error)
-        if self._refusing:
-            raise EngineDeadError(SHUTTING_DOWN)
+        self._check_alive()
         request = self.port.intake.request(
             prompt_token_ids,
             params,
@@ -196,14 +194,36 @@ class Client:
             tenant=tenant,
             share=share,
         )
-        if request.request_id in self._streams:
-            raise HalyardError(f"request id {request.request_id} is in use")
-        self._check_queue(tenant)
-        self.start()
-        stream = RequestStream(request, Answers(request, self._decoder(params)), self._abort)
-        self._streams[request.request_id] = stream
-        self.port.add(request)
-        return stream
+        return self._queue(request)
+
+    def check_input(self, prompt_token_ids: Sequence[int]) -> None:
+        """Raise RequestError or ContextLengthError if `embed` would refuse it."""
+        self.port.intake.checked_prompt(prompt_token_ids, 0, "input")
+
+    def embed(
+        self,
+        prompt_token_ids: Sequence[int],
+        pooling: Pooling,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: str = "default",
+        share: float = 1.0,
+    ) -> RequestStream:
+        """Queue a request for an embedding: its stream holds one delta. Errors as `submit`'s."""
+        self._check_alive()
+        return self._queue(
+            self.port.intake.pooled_request(
+                prompt_token_ids,
+                pooling,
+                request_id=request_id,
+                priority=priority,
+                cache_salt=cache_salt,
+                tenant=tenant,
+                share=share,
+            )
+        )
 
     async def close(self, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for a while, answer the rest, stop."""
@@ -221,6 +241,23 @@ class Client:
         if tokenizer is None:
             return None
         return lambda: tokenizer.detokenizer(params.skip_special_tokens)
+
+    def _check_alive(self) -> None:
+        if self.error is not None:
+            raise EngineDeadError(self.error)
+        if self._refusing:
+            raise EngineDeadError(SHUTTING_DOWN)
+
+    def _queue(self, request: Request) -> RequestStream:
+        if request.request_id in self._streams:
+            raise HalyardError(f"request id {request.request_id} is in use")
+        self._check_queue(request.tenant)
+        self.start()
+        decoder = self._decoder(request.params)
+        stream = RequestStream(request, Answers(request, decoder), self._abort)
+        self._streams[request.request_id] = stream
+        self.port.add(request)
+        return stream
 
     def _check_queue(self, tenant: str) -> None:
         """A full queue still takes a tenant whose part of it is less than even.

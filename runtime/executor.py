@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,13 +15,14 @@ from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import Program
 from halyard.hal.contract import Device, PagedKernels
 from halyard.hal.types import BlockMove, KVPool
-from halyard.runtime.batcher import PackedStep, pack
+from halyard.runtime.batcher import PackedStep, PooledSpan, pack
 from halyard.runtime.plan import StepOutput, StepPlan, TokenLogprob
 from halyard.runtime.sampler import SampledTokens, Sampler, score_tokens
 
 __all__ = ["Executor", "RunningStep"]
 
 Moves = Sequence[BlockMove]
+_NOT_FINITE = "what the model computed is not finite: its weights may be damaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class RunningStep:
     packed: PackedStep
     sampled: SampledTokens | None  # None: no row reached its end
     prompt_logprobs: dict[int, tuple[TokenLogprob, ...]]  # by plan row
+    pooled: Tensor | None  # [pooled spans, hidden] fp32, sums; None: no row pools
     device: Device
 
     def ready(self) -> bool:
@@ -56,12 +59,21 @@ class RunningStep:
                 if place in self.sampled.failures:
                     errors[number] = self.sampled.failures[place]
                 if is_bad:
-                    errors[number] = "the model's logits are not finite: its weights may be damaged"
+                    errors[number] = _NOT_FINITE
+        pooled = {}
+        if self.pooled is not None:
+            for span, vector in zip(
+                self.packed.pooled_spans, self.pooled.cpu().numpy(), strict=True
+            ):
+                pooled[span.plan_row] = vector
+                if not np.isfinite(vector).all():
+                    errors[span.plan_row] = _NOT_FINITE
         return StepOutput(
             token_ids=tuple(map(tuple, tokens)),
             logprobs=tuple(tuple(own) or None for own in logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs.get(i) for i in range(len(rows))),
             errors=tuple(errors.items()),
+            pooled=pooled,
         )
 
 
@@ -95,10 +107,16 @@ class Executor:
             self.move(plan.swap_out, plan.swap_in, plan.copies)
             packed = pack(plan, self.pool.layout.spec.block_size, self.device.torch_device)
             masks = self.sampler.begin(packed.samples)  # made while the program runs
-            logits = self.program.run(packed.input_ids, packed.logit_indices, packed.batch)
+            inputs = (packed.input_ids, packed.logit_indices, packed.batch)
+            pooled = None
+            if packed.pooled_spans:
+                logits, hidden = self.program.run_with_hidden(*inputs)
+                pooled = _sums(hidden, packed.pooled_spans)
+            else:
+                logits = self.program.run(*inputs)
             sampled = self.sampler.sample(logits, packed.samples, masks) if packed.samples else None
             scored = self._score_prompts(plan, packed, logits) if packed.prompt_spans else {}
-        return RunningStep(plan, packed, sampled, scored, self.device)
+        return RunningStep(plan, packed, sampled, scored, pooled, self.device)
 
     def close(self) -> None:
         self.device.close()
@@ -136,3 +154,13 @@ class Executor:
                 )
             )
         return scored
+
+
+def _sums(hidden: Tensor, spans: Sequence[PooledSpan]) -> Tensor:
+    """[spans, hidden] fp32: each span's hidden states [tokens, hidden], added up."""
+    return torch.stack(
+        [
+            hidden[span.first_token : span.first_token + span.num_tokens].float().sum(0)
+            for span in spans
+        ]
+    )

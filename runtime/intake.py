@@ -11,9 +11,11 @@ from typing import Protocol
 
 from halyard.hal.errors import ContextLengthError, RequestError
 from halyard.runtime.guided import Guidance
-from halyard.runtime.request import Constraint, Request, SamplingParams
+from halyard.runtime.request import POOLINGS, Constraint, Pooling, Request, SamplingParams
 
 __all__ = ["Grammars", "Intake", "Limits"]
+
+_NOTHING_SAMPLED = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Limits:
     max_model_len: int  # prompt and answer together, in tokens
     eos_token_ids: frozenset[int]
     max_num_sequences: int  # most answers that can run at once, so n is at most that
+    hidden_size: int = 0  # length of an embedding; 0: this engine makes none
 
 
 class Grammars(Protocol):
@@ -60,18 +63,7 @@ class Intake:
             RequestError: anything else, with the field to blame.
         """
         limits = self.limits
-        prompt = tuple(prompt_token_ids)
-        if not prompt:
-            raise RequestError("the prompt is empty: give at least one token", "prompt")
-        if not all(type(token) is int for token in prompt):
-            raise RequestError("prompt token ids must be integers", "prompt")
-        self._check_tokens((min(prompt), max(prompt)), "prompt")
-        if len(prompt) >= limits.max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, but the context holds "
-                f"{limits.max_model_len} for prompt and answer together: shorten the prompt",
-                "prompt",
-            )
+        prompt = self.checked_prompt(prompt_token_ids, 1, "prompt")
         self._check_tokens(params.logit_bias or (), "logit_bias")
         self._check_tokens(params.stop_token_ids or (), "stop_token_ids")
         if params.n > limits.max_num_sequences:
@@ -95,6 +87,62 @@ class Intake:
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             guidance=self.guidance(params),
         )
+
+    def pooled_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        pooling: Pooling,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: str = "default",
+        share: float = 1.0,
+    ) -> Request:
+        """Build a request for an embedding: the prompt may fill the context.
+
+        Raises:
+            ContextLengthError: the prompt is longer than the context.
+            RequestError: anything else, with the field to blame.
+        """
+        if not self.limits.hidden_size:
+            raise RequestError("this model makes no embeddings", "model")
+        if pooling not in POOLINGS:
+            raise RequestError(
+                f"pooling must be {' or '.join(POOLINGS)}, got {pooling!r}", "pooling"
+            )
+        prompt = self.checked_prompt(prompt_token_ids, 0, "input")
+        number = next(self._numbers)
+        return Request(
+            request_id=request_id if request_id is not None else f"request-{number}",
+            prompt_token_ids=prompt,
+            params=_NOTHING_SAMPLED,
+            max_tokens=0,
+            priority=priority,
+            arrival_time=time.monotonic(),
+            cache_salt=cache_salt,
+            tenant=tenant,
+            share=share,
+            pooling=pooling,
+        )
+
+    def checked_prompt(self, token_ids: Sequence[int], room: int, param: str) -> tuple[int, ...]:
+        """The prompt, if it leaves `room` tokens of the context."""
+        prompt = tuple(token_ids)
+        if not prompt:
+            raise RequestError(f"the {param} is empty: give at least one token", param)
+        if not all(type(token) is int for token in prompt):
+            raise RequestError(f"{param} token ids must be integers", param)
+        self._check_tokens((min(prompt), max(prompt)), param)
+        most = self.limits.max_model_len
+        if len(prompt) + room > most:
+            what = f"{most} for prompt and answer together" if room else str(most)
+            raise ContextLengthError(
+                f"the {param} has {len(prompt)} tokens, but the context holds {what}: "
+                f"shorten the {param}",
+                param,
+            )
+        return prompt
 
     def guidance(self, params: SamplingParams) -> Guidance | None:
         """The compiled constraint. Slow the first time (up to a second), so call it in a thread.

@@ -132,7 +132,7 @@ class KVManager:
 
     def reusable_digests(self, sequence: Sequence) -> list[bytes]:
         """Digests of the blocks a new sequence may take over: at least one token is computed."""
-        if not self.prefix_cache or sequence.request.params.prompt_logprobs is not None:
+        if not self.prefix_cache or not sequence.request.reuses_prefix:
             return []
         return self.digests(sequence)[: (len(sequence.token_ids) - 1) // self.block_size]
 
@@ -154,9 +154,18 @@ class KVManager:
         return found, cost
 
     def take_prefix(self, sequence: Sequence, digests: list[bytes]) -> None:
-        """Take over the blocks of `digests`, all in reach; those on the host are swapped in."""
+        """Take over the blocks of `digests`, all in reach; those on the host are swapped in.
+
+        Counts what was looked up and found.
+        """
         self._take(sequence, [(digest, self.host.find(digest)) for digest in digests])
         sequence.num_computed_tokens = len(digests) * self.block_size
+        if self.prefix_cache:
+            cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            if sequence.num_answer_tokens == 0:
+                sequence.num_cached_tokens = cached
+            self.counters.prefix_queries += sequence.num_prompt_tokens
+            self.counters.prefix_hits += cached
 
     def publish(self, sequence: Sequence, first_token: int, end: int) -> Iterator[bytes]:
         """Make blocks findable that became full by tokens first_token .. end - 1, all known.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,17 @@ from halyard.hal.errors import HalyardError, RequestError
 from halyard.runtime.answer import Answers
 from halyard.runtime.build import build_engine
 from halyard.runtime.config import EngineConfig
-from halyard.runtime.outputs import CompletionOutput, Logprob, RequestDelta, RequestOutput
+from halyard.runtime.embedding import check_dimensions, finish_embedding
+from halyard.runtime.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestDelta,
+    RequestOutput,
+)
 from halyard.runtime.plan import TokenEvent, TokenLogprob
-from halyard.runtime.request import Request, SamplingParams
+from halyard.runtime.request import Pooling, Request, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -102,7 +111,16 @@ class LLM:
             self.engine.intake.request(self._token_ids(prompt), own)
             for prompt, own in zip(singles, params, strict=True)
         ]
-        return self._run(requests, texts, use_tqdm)
+        outputs = {
+            request.request_id: _blank_output(request, text)
+            for request, text in zip(requests, texts, strict=True)
+        }
+        self._run(
+            requests,
+            lambda delta: self._extend(outputs[delta.request_id], delta),
+            "Generating" if use_tqdm else None,
+        )
+        return list(outputs.values())
 
     def chat(
         self,
@@ -126,6 +144,46 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: Pooling = "last",
+        dimensions: int | None = None,
+        normalize: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """The model's final hidden states as one vector a prompt, in the order of the prompts.
+
+        Args:
+            pooling: "last" takes the last token's, "mean" the mean over all tokens.
+            dimensions: keep that many leading entries; None: all.
+            normalize: scale to length one, after cutting.
+
+        Raises:
+            RequestError: a prompt or parameter is invalid; nothing has run then.
+            HalyardError: the engine failed.
+        """
+        intake = self.engine.intake
+        check_dimensions(dimensions, intake.limits.hidden_size)
+        requests = [
+            intake.pooled_request(self._token_ids(prompt), pooling) for prompt in _as_list(prompts)
+        ]
+        outputs: dict[str, EmbeddingRequestOutput] = {}
+
+        def take(delta: RequestDelta) -> None:
+            _raise_errors(delta)
+            if delta.embedding is not None:
+                vector = finish_embedding(delta.embedding, dimensions, normalize)
+                outputs[delta.request_id] = EmbeddingRequestOutput(
+                    delta.request_id, EmbeddingOutput(vector.tolist()), [], delta.num_cached_tokens
+                )
+
+        self._run(requests, take, "Embedding" if use_tqdm else None)
+        return [
+            replace(outputs[r.request_id], prompt_token_ids=list(r.prompt_token_ids))
+            for r in requests
+        ]
 
     def close(self) -> None:
         """Free the device's memory. Idempotent."""
@@ -155,21 +213,18 @@ class LLM:
         return prompt
 
     def _run(
-        self, requests: list[Request], texts: list[str | None], use_tqdm: bool
-    ) -> list[RequestOutput]:
-        outputs = {
-            request.request_id: _blank_output(request, text)
-            for request, text in zip(requests, texts, strict=True)
-        }
+        self, requests: list[Request], take: Callable[[RequestDelta], None], label: str | None
+    ) -> None:
+        """Run requests to their ends; `label` is the progress bar's, None: no bar."""
         answers = {
             request.request_id: Answers(request, self._decoder(request)) for request in requests
         }
         bar = tqdm(
             total=len(requests),
-            desc="Generating",
+            desc=label,
             unit="prompt",
             dynamic_ncols=True,
-            disable=not (use_tqdm and sys.stderr.isatty()),
+            disable=not (label and sys.stderr.isatty()),
         )
         try:
             for request in requests:
@@ -181,7 +236,7 @@ class LLM:
                         self.engine.abort(request_id, index)
                     answers[request_id].abandoned.clear()
                     if delta is not None:
-                        self._extend(outputs[request_id], delta)
+                        take(delta)
                         bar.update(int(delta.finished))
         except BaseException:
             for request in requests:  # Ctrl-C included: leave an engine that can be used again
@@ -189,12 +244,10 @@ class LLM:
             raise
         finally:
             bar.close()
-        return list(outputs.values())
 
     def _extend(self, output: RequestOutput, delta: RequestDelta) -> None:
+        _raise_errors(delta)
         for new in delta.completions:
-            if new.error is not None:
-                raise HalyardError(f"{output.request_id}: {new.error}")
             answer = output.outputs[new.index]
             answer.text += new.text
             answer.token_ids.extend(new.token_ids)
@@ -227,6 +280,12 @@ class LLM:
         if tokenizer is None:
             return None
         return lambda: tokenizer.detokenizer(request.params.skip_special_tokens)
+
+
+def _raise_errors(delta: RequestDelta) -> None:
+    for new in delta.completions:
+        if new.error is not None:
+            raise HalyardError(f"{delta.request_id}: {new.error}")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

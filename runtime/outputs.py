@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 from halyard.runtime.plan import FinishReason, TokenLogprob
 
-__all__ = ["CompletionDelta", "CompletionOutput", "Logprob", "RequestDelta", "RequestOutput"]
+__all__ = [
+    "CompletionDelta",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "Logprob",
+    "RequestDelta",
+    "RequestOutput",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,24 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """One vector."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """One prompt and its vector. Same field names as vLLM's."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionDelta:
     """What is new about one answer. Text is cut so that stop strings never leak."""
 
@@ -70,3 +96,4 @@ class RequestDelta:
     )
     finished: bool = False  # every answer has ended
     started: float = 0.0  # time.monotonic() when its first step was planned; 0: not known
+    embedding: bytes | None = None  # of a request that pools, once: float32 [hidden]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from halyard.hal.types import BlockMove
 
@@ -34,6 +38,7 @@ class PlanRow(NamedTuple):
     start: int  # tokens whose KV exists already; the first position computed in this step
     num_tokens: int  # >= 1
     num_samples: int  # 0: the row ends before the prompt does; n > 1: first answer token of n forks
+    # ^ of a request that pools, 1 means: its prompt ends here
     source: int = -1  # >= 0: its token is that sample of the step before, unknown to the host yet
 
     @property
@@ -74,6 +79,8 @@ class StepOutput:
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...]
     # ^ for prompt tokens start + 1 .. min(end, prompt length - 1) of rows whose params ask for them
     errors: tuple[tuple[int, str], ...] = ()  # (row, text): rows whose tokens are void, and why
+    pooled: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    # ^ by row, of requests that pool: [hidden], the sum over its tokens, or the prompt's last one
 
 
 class StepResult(Protocol):
@@ -98,3 +105,6 @@ class TokenEvent(NamedTuple):
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     error: str | None = None  # with finish_reason "error"
     started: float = 0.0  # time.monotonic() when its first step was planned; 0: never
+    embedding: bytes | None = (
+        None  # of a request that pools, once: float32 [hidden], not normalised
+    )

@@ -6,14 +6,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from halyard.hal.errors import RequestError
 
 if TYPE_CHECKING:
     from halyard.runtime.guided import Guidance
 
-__all__ = ["MAX_LOGPROBS", "Constraint", "Request", "SamplingParams"]
+__all__ = ["MAX_LOGPROBS", "POOLINGS", "Constraint", "Pooling", "Request", "SamplingParams"]
+
+Pooling = Literal["last", "mean"]
+"""What becomes of a prompt's final hidden states: that of the last token, or the mean of all."""
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 MAX_LOGPROBS = 20  # most alternatives a token can report, as in OpenAI's API
 
@@ -172,3 +176,9 @@ class Request:
     )  # params.stop_token_ids as a set
     guidance: Guidance | None = field(default=None, compare=False, repr=False)
     # ^ params.guided, compiled; holds how far each answer is
+    pooling: Pooling | None = None  # an embedding is wanted, no answer: max_tokens is 0 then
+
+    @property
+    def reuses_prefix(self) -> bool:
+        """May blocks of the prefix cache stand in for computing its tokens?"""
+        return self.params.prompt_logprobs is None and self.pooling != "mean"

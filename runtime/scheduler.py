@@ -136,7 +136,7 @@ class Scheduler:
             sequence.num_computed_tokens = computed
             self._start(sequence)
             return True
-        sequence.status = SequenceStatus.WAITING
+        sequence.restart()
         self._waiting.add(sequence)
         return False
 
@@ -208,7 +208,7 @@ class Scheduler:
             if samples:
                 sequence.num_pending_tokens += 1
                 sequence.sample_index = num_samples
-                num_samples += samples
+                num_samples += 0 if sequence.pools else samples
         moves = self.kv.take_moves()
         self.kv.release_holds()
         plan = StepPlan(
@@ -337,20 +337,10 @@ class Scheduler:
                 return
             self._waiting.remove(sequence)
             self.kv.take_prefix(sequence, digests[:found])
-            self._count_prefix(sequence)
             self._in_progress.update(dict.fromkeys(digests[found:], sequence))
             self._start(sequence)
             self._plan_row(rows, sequence, num_tokens)
             budget -= num_tokens
-
-    def _count_prefix(self, sequence: Sequence) -> None:
-        if not self.config.prefix_cache:
-            return
-        cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
-        if sequence.num_answer_tokens == 0:
-            sequence.num_cached_tokens = cached
-        self.kv.counters.prefix_queries += sequence.num_prompt_tokens
-        self.kv.counters.prefix_hits += cached
 
     def _preempt(self, victim: Sequence) -> None:
         """Take a running sequence off the device."""
@@ -367,10 +357,7 @@ class Scheduler:
         else:
             self._preemptions["recompute"] += 1
             self.kv.release(victim)
-            victim.num_computed_tokens = 0
-            victim.status = SequenceStatus.WAITING
-            if not victim.prompt_logprobs_sent:
-                victim.prompt_logprobs.clear()
+            victim.restart()
             self._waiting.add(victim)
 
     def _should_swap(self, victim: Sequence) -> bool:
@@ -390,8 +377,8 @@ class Scheduler:
         events: list[TokenEvent] = []
         ended: list[Sequence] = []
         size = self.config.block_size
-        for row, tokens, logprobs, prompt_logprobs in zip(
-            plan.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True
+        for number, (row, tokens, logprobs, prompt_logprobs) in enumerate(
+            zip(plan.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True)
         ):
             sequence, start, num_tokens, num_samples, _ = row
             sequence.in_flight -= 1
@@ -407,7 +394,13 @@ class Scheduler:
                     self._in_progress.pop(digest, None)
             if prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
                 sequence.prompt_logprobs.extend(prompt_logprobs)
+            if number in output.pooled:
+                sequence.pool(output.pooled[number])
             if not num_samples:
+                continue
+            if sequence.pools:
+                events.append(sequence.embedded())
+                ended.append(sequence)
                 continue
             answers = [sequence, *self._fork(sequence)] if sequence.num_forks else (sequence,)
             for position, answer in enumerate(answers):

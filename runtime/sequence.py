@@ -7,6 +7,9 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from halyard.runtime.plan import FinishReason, TokenEvent, TokenLogprob
 from halyard.runtime.request import Request
 
@@ -52,6 +55,7 @@ class Sequence:
     num_forks: int = 0  # answers still to be split off at the first sampled token
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # gathered over chunks
     prompt_logprobs_sent: bool = False  # or never asked for
+    pooled: NDArray[np.float64] | None = None  # [hidden], gathered over chunks
     in_flight: int = 0  # plans it is part of that are not committed yet
     aborted: bool = False  # given up while in flight: freed at commit
     waits_for: bytes | None = None  # digest of a block that another sequence is computing
@@ -59,11 +63,13 @@ class Sequence:
     max_len: int = field(init=False)  # tokens at which the answer is as long as it may be
     ends: frozenset[int] = field(init=False)  # tokens that may end it; empty if none does
     needs_tokens: bool = field(init=False)  # the host must know a token before the next is drawn
+    pools: bool = field(init=False)  # it gives an embedding: no token is drawn
 
     def __post_init__(self) -> None:
         request = self.request
         params = request.params
         self.max_len = self.num_prompt_tokens + request.max_tokens
+        self.pools = request.pooling is not None
         self.ends = request.stop_token_ids
         if not params.ignore_eos:
             self.ends |= request.eos_token_ids
@@ -137,6 +143,32 @@ class Sequence:
             self.num_cached_tokens,
             None,
             self.started,
+        )
+
+    def restart(self) -> None:
+        """Everything is computed again: blocks and what was gathered over chunks are gone."""
+        self.num_computed_tokens = 0
+        self.status = SequenceStatus.WAITING
+        self.pooled = None
+        if not self.prompt_logprobs_sent:
+            self.prompt_logprobs.clear()
+
+    def pool(self, vector: NDArray[np.float32]) -> None:
+        """Take in what a row of a step gave."""
+        self.pooled = vector.astype(np.float64) if self.pooled is None else self.pooled + vector
+
+    def embedded(self) -> TokenEvent:
+        """The one event of a request that pools, when its last row is done."""
+        if self.pooled is None:
+            raise AssertionError(f"sequence {self.seq_id} ended with nothing pooled")
+        count = len(self.token_ids) if self.request.pooling == "mean" else 1
+        return TokenEvent(
+            self.request.request_id,
+            self.index,
+            finish_reason="stop",
+            num_cached_tokens=self.num_cached_tokens,
+            started=self.started,
+            embedding=(self.pooled / count).astype("<f4").tobytes(),
         )
 
     def finish_reason(self, token: int) -> tuple[FinishReason | None, int | None]:

@@ -112,10 +112,13 @@ class RequestMetrics:
         observe("time_to_first_token_seconds", label).observe(now - times.arrival)
         observe("request_queue_seconds", label).observe(max(0.0, times.started - times.arrival))
         observe("request_prefill_seconds").observe(max(0.0, now - times.started))
-        observe("request_prompt_tokens").observe(delta.num_prompt_tokens)
-        store.add("tenant_prompt_tokens", delta.num_prompt_tokens, label)
-        store.add("tenant_cached_tokens", delta.num_cached_tokens, label)
+        self._count_prompt(delta, label)
         return times
+
+    def _count_prompt(self, delta: RequestDelta, label: str) -> None:
+        self._store.histogram("request_prompt_tokens").observe(delta.num_prompt_tokens)
+        self._store.add("tenant_prompt_tokens", delta.num_prompt_tokens, label)
+        self._store.add("tenant_cached_tokens", delta.num_cached_tokens, label)
 
     def _end(self, request: Request, delta: RequestDelta, now: float) -> None:
         store, label = self._store, self._tenant(request.tenant)
@@ -131,8 +134,10 @@ class RequestMetrics:
         if self.on_end is not None:
             reasons = {new.finish_reason for new in delta.completions if new.finish_reason}
             self.on_end(request, times, tuple(sorted(reasons)))
-        if times is None:
-            return  # it never had a token
+        if times is None:  # it never had a token
+            if delta.embedding is not None:
+                self._count_prompt(delta, label)
+            return
         store.add("tenant_generation_tokens", times.tokens, label)
         observe("request_generation_tokens").observe(times.tokens)
         observe("request_inference_seconds").observe(max(0.0, now - times.started))

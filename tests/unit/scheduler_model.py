@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
+
+import numpy as np
 
 from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.plan import StepOutput, StepPlan, TokenEvent, TokenLogprob
-from halyard.runtime.request import Request, SamplingParams
+from halyard.runtime.request import POOLINGS, Request, SamplingParams
 from halyard.runtime.scheduler import Scheduler
 
 VOCABULARY = 50
@@ -30,6 +33,11 @@ class IssuedStep(NamedTuple):
     plan: StepPlan
     blocks: list[list[int]]
     tokens: list[list[int]]
+
+
+def position_sum(positions: range) -> np.ndarray:
+    """What pooling tokens at these positions gives: their number, and their places added up."""
+    return np.array([len(positions), sum(positions)], np.float32)
 
 
 class SimulatedDevice:
@@ -80,12 +88,22 @@ class SimulatedDevice:
                 assert before is not None, "the slot before was never written"
                 self.device[slot[0]][slot[1]] = history(before, known[position])
         tokens: list[tuple[int, ...]] = []
+        pooled: dict[int, np.ndarray] = {}
         prompt_logprobs: list[tuple[TokenLogprob, ...] | None] = []
-        for row, blocks, known in zip(plan.rows, step.blocks, step.tokens, strict=True):
+        for number, (row, blocks, known) in enumerate(
+            zip(plan.rows, step.blocks, step.tokens, strict=True)
+        ):
+            pooling = row.sequence.request.pooling
+            if pooling == "mean":
+                pooled[number] = position_sum(range(row.start, row.end))
+            elif pooling == "last" and row.num_samples:
+                pooled[number] = position_sum(range(row.end - 1, row.end))
             seen = self._check(blocks, known[: row.end])
             first = row.sequence.index
             tokens.append(
                 tuple(hash((seen, first + i)) % VOCABULARY for i in range(row.num_samples))
+                if pooling is None
+                else ()
             )
             asks = row.sequence.request.params.prompt_logprobs is not None
             last = min(row.end, row.sequence.num_prompt_tokens - 1)
@@ -95,7 +113,8 @@ class SimulatedDevice:
                 else None
             )
         self.sampled = [token for own in tokens for token in own]
-        return StepOutput(tuple(tokens), (None,) * len(tokens), tuple(prompt_logprobs))
+        return StepOutput(tuple(tokens), (None,) * len(tokens), tuple(prompt_logprobs),
+                          pooled=pooled)  # fmt: skip
 
     def _read(self, blocks: Iterable[int], position: int) -> int | None:
         return self.device[list(blocks)[position // self.size]][position % self.size]
@@ -189,6 +208,7 @@ class Fuzzer:
         self.live: dict[str, set[int]] = {}
         self.begun: set[tuple[str, int]] = set()  # answers with a token, not ended
         self.ended: dict[str, str] = {}
+        self.pooled: dict[str, Request] = {}  # those that want embeddings
         self.count = 0
         self.prefixes = [
             [self.random.randrange(1, VOCABULARY) for _ in range(config.max_model_len // 2)]
@@ -216,6 +236,10 @@ class Fuzzer:
             ignore_eos=rng.random() < 0.5,
             prompt_logprobs=1 if rng.random() < 0.1 else None,
         )
+        if rng.random() < 0.15:
+            pooling = rng.choice(POOLINGS)
+            item = replace(item, params=SamplingParams(), max_tokens=0, pooling=pooling)
+            self.pooled[item.request_id] = item
         self.scheduler.add(item)
         self.live[item.request_id] = set(range(item.params.n))
 
@@ -242,11 +266,24 @@ class Fuzzer:
             del self.live[name]
             self.ended[name] = how
 
+    def _check_embedding(self, item: Request, event: TokenEvent) -> None:
+        """Every token was pooled once, whatever happened to the sequence meanwhile."""
+        assert event.finish_reason == "stop"
+        length = len(item.prompt_token_ids)
+        mean = item.pooling == "mean"
+        wanted = position_sum(range(length) if mean else range(length - 1, length))
+        found = np.frombuffer(event.embedding or b"", "<f4")
+        np.testing.assert_allclose(found, wanted / (length if mean else 1), rtol=1e-6)
+
     def take(self, events: list[TokenEvent]) -> None:
         for event in events:
             # A KeyError here is an event after the end.
             assert event.index in self.live[event.request_id]
             self.begun.add((event.request_id, event.index))
+            item = self.pooled.get(event.request_id)
+            assert (item is not None) == (event.embedding is not None)
+            if item is not None:
+                self._check_embedding(item, event)
             if event.finish_reason:
                 self._close(event.request_id, event.index, "finished")
 

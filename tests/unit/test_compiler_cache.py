@@ -63,9 +63,10 @@ def program(text: str = "code") -> UnboundProgram:
         calls=(
             SegmentCall(0, ("input:input_ids", "weight:w"), ("a", "b", "c")),
             AttentionCall(0, 0.25, 7, 5.0, "a", "b", "c", None, "d"),
-            SegmentCall(1, ("d",), ("logits",)),
+            SegmentCall(1, ("d",), ("logits", "states")),
         ),
         result="logits",
+        hidden="states",
         recipes={"w": WeightRecipe(("q", "k"))},
         weights={"q": WeightInfo((2, 3), "float32"), "k": WeightInfo((1, 3), "float32")},
         constants={"inv_freq": torch.tensor([1.0, 0.5])},
