@@ -118,7 +118,6 @@ def _download(
         for sibling in info.siblings or ()
         if sibling.lfs is not None and sibling.lfs.sha256
     }
-    shutil.rmtree(staging / ".cache", ignore_errors=True)  # the download's own notes
     return commit, constants.ENDPOINT, told
 
 
@@ -144,6 +143,7 @@ def _describe(
 
 
 def _publish(staging: Path, target: Path) -> None:
+    shutil.rmtree(staging / ".cache", ignore_errors=True)  # notes of the download
     target.parent.mkdir(parents=True, exist_ok=True)
     old = staging.with_name(staging.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
