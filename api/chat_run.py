@@ -9,6 +9,7 @@ from halyard.api.deps import new_id
 from halyard.api.dialect import Dialect, detect
 from halyard.api.generation import Generation
 from halyard.api.host import EngineHost
+from halyard.api.prompt_size import check_texts
 from halyard.api.schemas.chat import ChatCompletionRequest
 from halyard.hal.errors import RequestError
 from halyard.models.tokenizer import Tokenizer
@@ -39,6 +40,9 @@ async def plan_chat(client: Client, request: ChatCompletionRequest) -> ChatPlan:
     dialect = detect(tokenizer)
     params = chat_params(request)
     tools = chat_tools(request, dialect)
+    if request.truncate_prompt_tokens is None:
+        contents = (m.content for m in request.messages if isinstance(m.content, str))
+        check_texts(contents, tokenizer, client.max_model_len, "messages")
     prompt = await chat_prompt(request, tokenizer, tools)
     thinking = _thinking(dialect, tokenizer, prompt)
     if tools is not None:

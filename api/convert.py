@@ -9,6 +9,7 @@ import msgspec
 
 from halyard.api.chat_tools import ChatTools, plain_calls
 from halyard.api.parameters import refuse
+from halyard.api.prompt_size import MAX_PROMPTS, MAX_STOPS, check_count, check_texts
 from halyard.api.schemas.chat import ChatCompletionRequest, InputMessage
 from halyard.api.schemas.common import SamplingFields
 from halyard.api.schemas.completions import CompletionRequest
@@ -122,6 +123,8 @@ def _params(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
+    if isinstance(request.stop, list):
+        check_count(len(request.stop), MAX_STOPS, "stop strings", "stop")
     given: dict[str, Any] = {
         name: value
         for name in (
@@ -151,9 +154,15 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
 
 
 async def completion_prompts(
-    request: CompletionRequest, tokenizer: Tokenizer | None
+    request: CompletionRequest, tokenizer: Tokenizer | None, max_model_len: int
 ) -> list[list[int]]:
-    """Token ids of every prompt. Errors as `token_prompts`'."""
+    """Token ids of every prompt. Errors as `token_prompts`', and if they are too many or too long."""
+    prompt = request.prompt
+    if isinstance(prompt, str) or not all(isinstance(one, int) for one in prompt):
+        texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
+        check_count(1 if isinstance(prompt, str) else len(prompt), MAX_PROMPTS, "prompts", "prompt")
+        if request.truncate_prompt_tokens is None:
+            check_texts(texts, tokenizer, max_model_len, "prompt")
     return await token_prompts(
         request.prompt,
         tokenizer,

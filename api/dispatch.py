@@ -56,7 +56,7 @@ async def _complete(host: EngineHost, body: bytes) -> dict[str, Any]:
     asked = decode_body(body, CompletionRequest)
     client, model = host.client, host.check_model(asked.model)
     params = completion_params(asked)
-    prompts = await completion_prompts(asked, client.tokenizer)
+    prompts = await completion_prompts(asked, client.tokenizer, client.max_model_len)
     await client.prepare(params)
     generation = Generation(
         client,

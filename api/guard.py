@@ -28,6 +28,11 @@ PUBLIC = ("/health", "/ready")
 ADMIN = ("/admin", "/metrics")
 """Paths, with everything below them, that need an admin's key: they show or change what is others'."""
 
+
+class _FramingError(RequestError):
+    """Two parties may disagree on where this request ends."""
+
+
 _READS = ("GET", "HEAD", "OPTIONS")
 _STRANGER = Tenant("", admin=False)
 
@@ -56,6 +61,8 @@ def guard(
             who = _admit(scope, tenancy, preflights)
         except HalyardError as error:
             told = to_api_error(error)
+            if isinstance(error, _FramingError):  # where the next request begins is in doubt
+                told.headers["connection"] = "close"
             observe(told.code or told.type)
             await _refuse(scope, send, told)
             return
@@ -75,7 +82,7 @@ def _admit(scope: HTTPScope, tenancy: Tenancy, preflights: bool) -> Caller:
     names = [name for name, _ in headers]
     if b"content-length" in names and b"transfer-encoding" in names:
         # What a proxy before us and this server may read as different requests.
-        raise RequestError("content-length and transfer-encoding exclude each other")
+        raise _FramingError("content-length and transfer-encoding exclude each other")
     method, path = scope["method"], scope["path"]
     if tenancy.keys is not None:
         if path in PUBLIC and method in _READS:

@@ -15,6 +15,7 @@ from types import FrameType
 
 import uvicorn
 
+from halyard.api.connections import ConnectionLimits, protocol_of
 from halyard.api.host import EngineHost, Loaded
 from halyard.api.keys import KeyRing
 from halyard.api.tenancy import Tenancy
@@ -53,6 +54,7 @@ class ServerConfig:
         None  # seconds after which any answer ends as it is; None: never
     )
     prompt_log: Path | None = None  # folder for prompts and answers; None: they are not logged
+    max_connections: int = 4096  # open at once; more are refused
     max_body_bytes: int = 32 << 20  # larger request bodies are refused
 
 
@@ -140,6 +142,8 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
             log_config=None,
             access_log=False,  # ours knows the request's id
             server_header=False,
+            http=protocol_of(ConnectionLimits(max_connections=server.max_connections)),
+            ws="none",
             timeout_keep_alive=30,
             timeout_graceful_shutdown=2,
             lifespan="on",

@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="answers end as they are after that many seconds")  # fmt: skip
     safety.add_argument("--max-body-mib", type=float, default=32, metavar="N",
                         help="larger request bodies are refused (%(default)s)")  # fmt: skip
+    safety.add_argument("--max-connections", type=int, default=4096, metavar="N",
+                        help="open at once; more are refused (%(default)s)")  # fmt: skip
     safety.add_argument("--prompt-log", type=Path, metavar="DIR",
                         help="log prompts and answers there, a file a tenant (default: nowhere)")  # fmt: skip
 
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         api_keys=args.api_keys,
         request_timeout=args.request_timeout,
         prompt_log=args.prompt_log,
+        max_connections=args.max_connections,
         max_body_bytes=int(args.max_body_mib * (1 << 20)),
     )
     return serve(options.engine_config(args), server, lambda line: print(line, flush=True))

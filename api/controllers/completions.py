@@ -39,7 +39,7 @@ class CompletionController(Controller):
         client = host.client
         model = host.check_model(asked.model)
         params = completion_params(asked)
-        prompts = await completion_prompts(asked, client.tokenizer)
+        prompts = await completion_prompts(asked, client.tokenizer, client.max_model_len)
         await client.prepare(params)
         generation = Generation(
             client,

@@ -14,6 +14,7 @@ import uvicorn
 from scripted_engine import ScriptedEngine, scripted_client
 
 from halyard.api.app import create_app
+from halyard.api.connections import LimitedProtocol
 from halyard.api.host import EngineHost, Loaded
 from halyard.api.server import bind
 
@@ -54,11 +55,19 @@ def serve_engine() -> Iterator[Callable[..., Served]]:
             or (lambda tell: Loaded(scripted_client(engine, tokenizer), "thin air", "float32")),
             app.pop("names", ()),
         )
+        protocol = app.pop("protocol", LimitedProtocol)
         listener = bind("127.0.0.1", 0)
         port = listener.getsockname()[1]
         made = create_app(host, **app)
         server = uvicorn.Server(
-            uvicorn.Config(made, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
+            uvicorn.Config(
+                made,
+                http=protocol,
+                ws="none",
+                log_config=None,
+                lifespan="on",
+                timeout_graceful_shutdown=1,
+            )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
