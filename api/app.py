@@ -24,12 +24,15 @@ from halyard.api.controllers.models import ModelController
 from halyard.api.controllers.page import PageController
 from halyard.api.controllers.responses import ResponseController
 from halyard.api.controllers.server import ServerController
+from halyard.api.controllers.status import StatusController
 from halyard.api.controllers.tokens import TokenController
 from halyard.api.controllers.usage import UsageController
 from halyard.api.errors import exception_handler
 from halyard.api.files import FileStore
 from halyard.api.guard import guard
+from halyard.api.history import SAMPLE_SECONDS, History
 from halyard.api.host import EngineHost
+from halyard.api.pictures import Pictures
 from halyard.api.response_store import ResponseStore
 from halyard.api.tenancy import Tenancy
 from halyard.api.traces import Traces
@@ -64,12 +67,14 @@ def create_app(
     batches = BatchStore(folder / "batches", files, host, tenancy)
 
     watching: list[asyncio.Task[None]] = []
+    history = History()
 
     async def start(_: Litestar) -> None:
         host.watch_ends(traces.finish if traces is not None else None)
         host.start()
         batches.start()
         watching.append(asyncio.create_task(tenancy.watch()))
+        watching.append(asyncio.create_task(_sample(host, history)))
 
     async def stop(_: Litestar) -> None:
         batches.stop()
@@ -92,6 +97,7 @@ def create_app(
             ModelController,
             ResponseController,
             ServerController,
+            StatusController,
             TokenController,
             UsageController,
             PageController,
@@ -103,6 +109,8 @@ def create_app(
                 "files": files,
                 "batches": batches,
                 "tenancy": tenancy,
+                "history": history,
+                "pictures": Pictures(),
             }
         ),
         exception_handlers={Exception: exception_handler},
@@ -123,3 +131,12 @@ def create_app(
         debug=False,
     )
     return with_context(guard(app, tenancy, host.observe_error, bool(allowed_origins)), traces)
+
+
+async def _sample(host: EngineHost, history: History) -> None:
+    """Keep the page's curves going, whether or not anybody looks."""
+    while True:
+        client = host.present_client
+        if client is not None and client.alive:
+            history.take(client.stats(), client.metrics)
+        await asyncio.sleep(SAMPLE_SECONDS)

@@ -121,6 +121,11 @@ class EngineHost:
         return self._loaded.client
 
     @property
+    def present_client(self) -> Client | None:
+        """The engine's client, dead or alive; None while there is none."""
+        return self._loaded.client if self._loaded is not None else None
+
+    @property
     def served_names(self) -> tuple[str, ...]:
         if self._served_names:
             return self._served_names

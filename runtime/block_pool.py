@@ -12,7 +12,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-__all__ = ["BlockPool"]
+__all__ = ["BLANK", "CACHED", "SHARED", "USED", "BlockPool"]
+
+BLANK, CACHED, USED, SHARED = range(4)
+"""A block's state: free without or with a findable prefix, referenced once, or more often."""
 
 
 class BlockPool:
@@ -25,6 +28,7 @@ class BlockPool:
         self._by_digest: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_cached = 0
+        self._states = bytearray(num_blocks)  # kept for whoever draws them: a copy costs nothing
 
     @property
     def num_free(self) -> int:
@@ -39,6 +43,10 @@ class BlockPool:
     def num_cached(self) -> int:
         """Free blocks that still hold a findable prefix."""
         return self._num_cached
+
+    def states(self) -> bytes:
+        """One byte a block: BLANK, CACHED, USED or SHARED."""
+        return bytes(self._states)
 
     def references(self, block: int) -> int:
         return self._references[block]
@@ -62,6 +70,7 @@ class BlockPool:
             self._digests[block] = None
             self._num_cached -= 1
         self._references[block] = 1
+        self._states[block] = USED
         return block, evicted
 
     def acquire(self, block: int) -> None:
@@ -69,6 +78,9 @@ class BlockPool:
         if self._references[block] == 0:
             del self._free[block]
             self._num_cached -= self._digests[block] is not None
+            self._states[block] = USED
+        else:
+            self._states[block] = SHARED
         self._references[block] += 1
 
     def release(self, block: int) -> None:
@@ -81,8 +93,12 @@ class BlockPool:
             self._free[block] = None
             if self._digests[block] is None:
                 self._free.move_to_end(block, last=False)
+                self._states[block] = BLANK
             else:
                 self._num_cached += 1
+                self._states[block] = CACHED
+        elif count == 1:
+            self._states[block] = USED
 
     def publish(self, block: int, digest: bytes) -> bool:
         """Make a referenced full block findable. False if another block holds that content already."""
@@ -110,6 +126,9 @@ class BlockPool:
             if (count == 0) != (block in self._free):
                 raise AssertionError(f"block {block} has {count} references and is misfiled")
             digest = self._digests[block]
+            free = BLANK if digest is None else CACHED
+            if self._states[block] != (free if count == 0 else USED if count == 1 else SHARED):
+                raise AssertionError(f"block {block} is drawn as state {self._states[block]}")
             if digest is not None and self._by_digest.get(digest) != block:
                 raise AssertionError(f"block {block} has a digest that doesn't lead to it")
         cached = sum(self._digests[block] is not None for block in self._free)

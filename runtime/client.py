@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halyard.runtime.engine import EngineStats
     from halyard.runtime.intake import Limits
     from halyard.runtime.metrics import Metrics
+    from halyard.runtime.picture import EnginePicture
     from halyard.runtime.port import EnginePort
 
 __all__ = ["Client", "RequestStream"]
@@ -155,6 +156,15 @@ class Client:
 
     def stats(self) -> EngineStats:
         return self.port.stats()
+
+    async def picture(self) -> EnginePicture:
+        """The engine's blocks and sequences.
+
+        Raises:
+            EngineDeadError: the engine is dead, or dies meanwhile.
+        """
+        self.start()
+        return await self.port.picture()
 
     async def prepare(self, params: SamplingParams) -> None:
         """Compile what `submit` would otherwise compile on the event loop.

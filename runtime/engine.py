@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from halyard.hal import fallbacks
+from halyard.runtime.picture import EnginePicture, take_picture
 from halyard.runtime.plan import StepOutput, StepPlan, TokenEvent
 from halyard.runtime.request import Request
 
@@ -143,6 +144,10 @@ class Engine:
             swap_in_seconds=self.executor.swap_in_seconds,
             fallbacks=fallbacks.counts(),
         )
+
+    def picture(self) -> EnginePicture:
+        """Its blocks and sequences. Between two steps, from the thread that runs them."""
+        return take_picture(self.scheduler)
 
     def check_integrity(self) -> None:
         """Raise if an invariant of the block accounting is broken."""

@@ -124,6 +124,8 @@ class EngineLoop:
         match call.name:
             case "prepare":
                 self._compiling.submit(self._prepare, call.number, *call.arguments)
+            case "picture":
+                self._reply(call.number, self.engine.picture)
             case "check_integrity":
                 self._reply(call.number, self.engine.check_integrity)
             case name:

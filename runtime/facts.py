@@ -37,6 +37,7 @@ def engine_facts(
         has_tokenizer=source is not None and has_tokenizer(source),
         cost_per_hour=row.cost_per_hour,
         start_seconds=start_seconds,
+        plan=plan.to_dict() | {"block_size": config.block_size},
         provenance={
             "model": {
                 "id": plan.spec.name,

@@ -13,6 +13,7 @@ from halyard.runtime.request import Request, SamplingParams
 if TYPE_CHECKING:
     from halyard.runtime.engine import EngineStats
     from halyard.runtime.metrics import Metrics
+    from halyard.runtime.picture import EnginePicture
 
 __all__ = ["Deliver", "Died", "EngineFacts", "EnginePort"]
 
@@ -39,12 +40,13 @@ class EngineFacts:
     cost_per_hour: float | None = None  # of such a machine, as hw_matrix.yaml says
     start_seconds: dict[str, float] = field(default_factory=dict)  # of its start, by phase
     provenance: dict[str, Any] = field(default_factory=dict)  # what decides its answers
+    plan: dict[str, Any] = field(default_factory=dict)  # as `halyard plan --json` prints it
 
 
 class EnginePort(Protocol):
     """One engine. `start` binds it to an event loop; all methods belong to that loop's thread.
 
-    None but `prepare` and `close` waits for the engine.
+    None but `prepare`, `picture` and `close` waits for the engine.
     """
 
     facts: EngineFacts
@@ -69,6 +71,13 @@ class EnginePort(Protocol):
 
     def stats(self) -> EngineStats:
         """Now, or a fraction of a second ago."""
+
+    async def picture(self) -> EnginePicture:
+        """Blocks and sequences after the step that runs.
+
+        Raises:
+            EngineDeadError: the engine is dead, or dies meanwhile.
+        """
 
     async def prepare(self, params: SamplingParams) -> None:
         """Compile the constraint of a request that is about to come.

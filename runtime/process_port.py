@@ -48,6 +48,7 @@ from halyard.runtime.request import Constraint, Request, SamplingParams
 
 if TYPE_CHECKING:
     from halyard.runtime.engine import EngineStats
+    from halyard.runtime.picture import EnginePicture
 
 __all__ = ["Launch", "ProcessPort", "end_all", "launch"]
 
@@ -253,6 +254,10 @@ class ProcessPort:
     def stats(self) -> EngineStats:
         since = time.monotonic() - self._stats_time
         return replace(self._stats, uptime_seconds=self._stats.uptime_seconds + since)
+
+    async def picture(self) -> EnginePicture:
+        picture: EnginePicture = await self.call("picture")
+        return picture
 
     async def prepare(self, params: SamplingParams) -> None:
         if params.guided is not None:

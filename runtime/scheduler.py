@@ -470,24 +470,24 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         device, host = self.kv.device, self.kv.host
         return SchedulerStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_running=len(self._running), num_waiting=len(self._waiting),
             num_swapped=len(self._swapped),
             blocks_total=device.num_blocks,
-            blocks_used=device.num_used,
-            blocks_cached=device.num_cached,
-            host_blocks_total=host.num_blocks,
-            host_blocks_used=host.num_used,
+            blocks_used=device.num_used, blocks_cached=device.num_cached,
+            host_blocks_total=host.num_blocks, host_blocks_used=host.num_used,
             host_blocks_cached=host.num_cached,
             kv_waste=self._slots_wasted / self._slots_used if self._slots_used else 0.0,
             preemptions_swap=self._preemptions["swap"],
             preemptions_recompute=self._preemptions["recompute"],
             counters=replace(self.kv.counters),
-        )
+        )  # fmt: skip
+
+    def queues(self) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:
+        """Running, waiting and swapped sequences, each in order of service: copies."""
+        return list(self._running), list(self._waiting), list(self._swapped)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the books do not balance."""
         self._waiting.check_integrity()
-        queues = (self._running, list(self._waiting), self._swapped)
-        check_books(Books(self.kv, *queues, self._plans, self._by_request, self._in_progress,
+        check_books(Books(self.kv, *self.queues(), self._plans, self._by_request, self._in_progress,
                           self._num_reserved))  # fmt: skip

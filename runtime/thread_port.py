@@ -9,18 +9,21 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from halyard.hal.errors import EngineDeadError
 from halyard.runtime.plan import TokenEvent
 from halyard.runtime.port import Deliver, Died, EngineFacts
 from halyard.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from halyard.runtime.engine import Engine, EngineStats
+    from halyard.runtime.picture import EnginePicture
 
 __all__ = ["ThreadPort"]
 
 logger = logging.getLogger("halyard.engine")
 
 T = TypeVar("T")
+_Message = Request | tuple[str, int | None] | Callable[[], None]
 
 
 class ThreadPort:
@@ -31,7 +34,7 @@ class ThreadPort:
         self.facts = facts
         self.intake = engine.intake
         self.metrics = engine.metrics
-        self._inbox: deque[Request | tuple[str, int | None]] = deque()
+        self._inbox: deque[_Message] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._failed = False
@@ -60,6 +63,22 @@ class ThreadPort:
     def stats(self) -> EngineStats:
         return self.engine.stats()
 
+    async def picture(self) -> EnginePicture:
+        if not self.alive or self._loop is None:
+            raise EngineDeadError("the engine has stopped")
+        loop = self._loop
+        taken: asyncio.Future[EnginePicture] = loop.create_future()
+
+        def give(picture: EnginePicture) -> None:
+            if not taken.done():
+                taken.set_result(picture)
+
+        def take() -> None:
+            self._call(give, self.engine.picture())
+
+        self._send(take)
+        return await taken
+
     async def prepare(self, params: SamplingParams) -> None:
         if params.guided is not None:
             await asyncio.to_thread(self.intake.guidance, params)
@@ -72,7 +91,7 @@ class ThreadPort:
         elif self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
 
-    def _send(self, message: Request | tuple[str, int | None]) -> None:
+    def _send(self, message: _Message) -> None:
         self._inbox.append(message)
         self._wake.set()
 
@@ -102,8 +121,10 @@ class ThreadPort:
             message = self._inbox.popleft()
             if isinstance(message, Request):
                 self.engine.add(message)
-            else:
+            elif isinstance(message, tuple):
                 self.engine.abort(*message)
+            else:
+                message()
 
     def _tell(self, events: list[TokenEvent]) -> None:
         if events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,13 @@ class Metrics:
     def observe_error(self, kind: str, tenant: str = "default") -> None:
         """A request was refused or failed; `kind` is one of few words: the error's code."""
         self._requests.observe_error(kind, tenant)
+
+    def recent_latencies(self, seconds: float) -> tuple[list[float], list[float]]:
+        """Times to first token, and between tokens, of the last so many seconds; both sorted."""
+        since = time.monotonic() - seconds
+        kept = (self._requests.first_tokens, self._requests.gaps)
+        first, between = (sorted(v for when, v in own if when >= since) for own in kept)
+        return first, between
 
     def estimated_wait_seconds(self, num_waiting: int) -> float:
         """How long a queue of that length takes at the pace of the last requests; at least 1."""

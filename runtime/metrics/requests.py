@@ -44,6 +44,8 @@ class RequestMetrics:
         self._tenant = BoundedLabels(max_tenants)
         self._error_type = BoundedLabels(_MAX_ERROR_TYPES)
         self._open: dict[str, RequestTimes] = {}  # by request id, from the first token on
+        self.first_tokens: deque[tuple[float, float]] = deque(maxlen=512)  # (when, seconds)
+        self.gaps: deque[tuple[float, float]] = deque(maxlen=512)  # between tokens, one a step
         self._finished: deque[float] = deque(maxlen=64)  # times of the last finished requests
         self._gaps = store.histogram("inter_token_latency_seconds")
 
@@ -83,6 +85,8 @@ class RequestMetrics:
                 self._end(request, delta, now)
         for last, rows in gaps.items():
             self._gaps.observe(now - last, rows)
+        if gaps:
+            self.gaps.append((now, now - max(gaps)))
 
     def observe_cancelled(self, request: Request) -> None:
         """The client went away."""
@@ -108,6 +112,7 @@ class RequestMetrics:
     def _begin(self, request: Request, delta: RequestDelta, now: float) -> RequestTimes:
         store, label = self._store, self._tenant(request.tenant)
         times = RequestTimes(label, request.arrival_time, delta.started or now, now)
+        self.first_tokens.append((now, now - times.arrival))
         observe = store.histogram
         observe("time_to_first_token_seconds", label).observe(now - times.arrival)
         observe("request_queue_seconds", label).observe(max(0.0, times.started - times.arrival))
