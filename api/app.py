@@ -3,6 +3,7 @@
 import asyncio
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from litestar import Litestar
@@ -130,7 +131,8 @@ def create_app(
         logging_config=None,
         debug=False,
     )
-    return with_context(guard(app, tenancy, host.observe_error, bool(allowed_origins)), traces)
+    refused = partial(host.observe_error, tenant="")  # nobody knows whose request it was
+    return with_context(guard(app, tenancy, refused, bool(allowed_origins)), traces)
 
 
 async def _sample(host: EngineHost, history: History) -> None:

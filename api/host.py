@@ -186,11 +186,22 @@ class EngineHost:
             return Readiness(False, client.error or "the engine stopped")
         return Readiness(True, "ready")
 
+    @property
+    def state(self) -> str:
+        """In one word: see Status.state."""
+        if self.draining:
+            return "stopping"
+        if self._failure is not None:
+            return "failed"
+        if self._loaded is None:
+            return "loading"
+        return "ready" if self._loaded.client.alive else "failed"
+
     def status(self) -> Status:
         """A picture for the page."""
         readiness = self.readiness()
         if self._loaded is None:
-            return Status(readiness.ready, readiness.reason, __version__)
+            return Status(readiness.ready, readiness.reason, __version__, self.state)
         client = self._loaded.client
         stats = client.stats()
         scheduler = stats.scheduler
@@ -198,6 +209,7 @@ class EngineHost:
             ready=readiness.ready,
             reason=readiness.reason,
             version=__version__,
+            state=self.state,
             model=self.served_names[0],
             backend=client.backend_name,
             device=self._loaded.device,
@@ -229,10 +241,10 @@ class EngineHost:
         """What the machine costs; None: hw_matrix.yaml doesn't say."""
         return self._loaded.client.port.facts.cost_per_hour if self._loaded is not None else None
 
-    def observe_error(self, kind: str) -> None:
-        """Count a refused or failed request."""
+    def observe_error(self, kind: str, tenant: str | None = None) -> None:
+        """Count a refused or failed request; of the caller at hand, where no tenant is named."""
         metrics = self._early if self._loaded is None else self._loaded.client.metrics
-        metrics.observe_error(kind)
+        metrics.observe_error(kind, caller().tenant.name if tenant is None else tenant)
 
     async def close(self, grace_seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
         """Refuse new requests, give running ones that long, answer the rest with an error, stop.

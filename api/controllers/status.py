@@ -5,11 +5,11 @@ from typing import Any
 from litestar import Controller, Request, get
 
 from halyard.api import status_views
-from halyard.api.context import current
 from halyard.api.deps import host_of
 from halyard.api.history import SAMPLE_SECONDS
 from halyard.api.pictures import Pictures
 from halyard.api.schemas.status import ConformanceMatrix, History, Live, Plan
+from halyard.api.tenants import caller
 
 __all__ = ["StatusController"]
 
@@ -33,8 +33,8 @@ class StatusController(Controller):
         picture = await pictures.take(client) if client is not None else None
         if picture is None:
             return Live(available=False)
-        context = current.get()
-        return status_views.live(picture, (context.tenant or None) if context else None)
+        tenant = caller().tenant
+        return status_views.live(picture, None if tenant.admin else tenant.name)
 
     @get("/plan")
     async def plan(self, request: Request[Any, Any, Any]) -> Plan:

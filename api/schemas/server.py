@@ -48,6 +48,7 @@ class Status(msgspec.Struct, frozen=True):
     ready: bool
     reason: str
     version: str
+    state: str  # loading, ready, restarting, asleep, stopping, failed
     model: str | None = None
     backend: str | None = None
     device: str | None = None

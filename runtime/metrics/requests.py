@@ -86,7 +86,7 @@ class RequestMetrics:
         for last, rows in gaps.items():
             self._gaps.observe(now - last, rows)
         if gaps:
-            self.gaps.append((now, now - max(gaps)))
+            self.gaps.append((now, now - max(gaps, key=gaps.__getitem__)))  # that of most rows
 
     def observe_cancelled(self, request: Request) -> None:
         """The client went away."""

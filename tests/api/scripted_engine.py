@@ -8,11 +8,13 @@ from typing import Any
 
 from halyard.hal.errors import RequestError
 from halyard.models.detokenizer import Detokenizer
+from halyard.runtime.block_pool import BLANK, CACHED, USED
 from halyard.runtime.client import Client
 from halyard.runtime.engine import EngineStats
 from halyard.runtime.intake import Intake, Limits
 from halyard.runtime.kv_manager import KVCounters
 from halyard.runtime.metrics import Metrics
+from halyard.runtime.picture import EnginePicture, SequenceRow
 from halyard.runtime.plan import TokenEvent, TokenLogprob
 from halyard.runtime.port import EngineFacts
 from halyard.runtime.request import Request
@@ -123,6 +125,27 @@ class ScriptedEngine:
             len(self.running), 0, 0, 100, len(self.running), 3, 0, 0, 0, 0.0, 0, 0, KVCounters()
         )
         return EngineStats(scheduler, 0, 0, self.generated, 0.0, 1.0)
+
+    def picture(self) -> EnginePicture:
+        rows = [
+            SequenceRow(
+                request_id,
+                0,
+                request.tenant,
+                "decode" if done else "prefill",
+                len(request.prompt_token_ids),
+                0,
+                done,
+                done,
+                request.max_tokens,
+                1,
+                request.arrival_time,
+            )
+            for request_id, (request, done) in self.running.items()
+        ]
+        used = len(rows)
+        states = bytes([USED] * used + [CACHED] * 3 + [BLANK] * (97 - used))
+        return EnginePicture(16, states, b"", used, 0, 0, tuple(rows))
 
     def check_integrity(self) -> None:
         pass
