@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from halyard.runtime.batcher import SampleRow
 from halyard.runtime.plan import PlanRow
 from halyard.runtime.request import Request, SamplingParams
 from halyard.runtime.sampler import Sampler
+from halyard.runtime.samples import SampleRow
 from halyard.runtime.sequence import Sequence
 
 CASES: dict[str, dict[str, Any]] = {

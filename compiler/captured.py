@@ -1,8 +1,8 @@
 """Decode steps recorded once and replayed: on a GPU a step's launches then cost one call.
 
 A recording is made for a number of rows and a reach of keys, both rounded up, when such a step first
-comes. Inputs live in buffers of fixed places; rows that only fill up a recording have no slot and
-one key, and nobody reads what they get.
+comes. Inputs lie in one buffer, which a step's inputs are copied to in one piece; rows that only fill
+up a recording have no slot and one key, and nobody reads what they get.
 """
 
 from __future__ import annotations
@@ -39,21 +39,14 @@ class CapturedProgram:
         self.weight_bytes = program.weight_bytes
         self._program = program
         self._device = device
+        self._block_size = block_size
         self._max_keys = max_blocks * block_size
         self._buckets = row_buckets(max_rows)
         self._replays: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
         self._enabled = True
-
-        def buffer(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device.torch_device)
-
-        self._ids = buffer(max_rows, dtype=torch.int64)
-        self._positions = buffer(max_rows, dtype=torch.int64)
-        self._wanted = buffer(max_rows, dtype=torch.int64)
-        self._slots = buffer(max_rows, dtype=torch.int64)
-        self._tables = buffer(max_rows, max_blocks, dtype=torch.int32)
-        self._lengths = buffer(max_rows, dtype=torch.int32)
-        self._starts = torch.arange(max_rows + 1, dtype=torch.int32).to(device.torch_device)
+        # Of a row: 4 tokens' int64, 2 int32, a table; beside what else a step is given, aligned.
+        size = max_rows * (64 + 4 * max_blocks) + (1 << 12)
+        self.buffer = torch.zeros(size, dtype=torch.uint8, device=device.torch_device)
 
     @property
     def num_recordings(self) -> int:
@@ -64,27 +57,34 @@ class CapturedProgram:
         self._program.set_pool(pool)
         self._replays.clear()
 
+    def decode_shape(self, num_rows: int, max_seq_len: int) -> tuple[int, int] | None:
+        """(rows, keys) that inputs in `buffer` must be filled up to. None: give them as they are."""
+        if not self._enabled or num_rows > self._buckets[-1]:
+            return None
+        reach = _SHORTEST_REACH
+        while reach < max_seq_len:
+            reach *= 2
+        return self._buckets[bisect_left(self._buckets, num_rows)], min(reach, self._max_keys)
+
     @torch.inference_mode()
     def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:
-        """As Program.run. The logits are valid until the next call."""
-        rows = batch.num_rows
-        decodes = batch.max_query_len == 1 and logit_indices.shape[0] == rows
-        if not (self._enabled and decodes and rows <= self._buckets[-1]):
+        """As Program.run; inputs that lie in `buffer` are of a `decode_shape`.
+
+        Equal shapes lie at equal places, so a recording finds its inputs. The logits are valid until
+        the next call.
+        """
+        if batch.positions.data_ptr() != self.buffer.data_ptr() or not self._enabled:
             return self._program.run(input_ids, logit_indices, batch)
-        bucket = self._buckets[bisect_left(self._buckets, rows)]
-        reach = _SHORTEST_REACH
-        while reach < batch.max_seq_len:
-            reach *= 2
-        reach = min(reach, self._max_keys)
-        self._fill(input_ids, logit_indices, batch, bucket)
-        recorded = self._replays.get((bucket, reach))
+        key = (batch.num_rows, batch.max_seq_len)
+        recorded = self._replays.get(key)
         if recorded is None:
-            recorded = self._record(bucket, reach)
+            recorded = self._record(input_ids, logit_indices, batch)
             if recorded is None:
                 return self._program.run(input_ids, logit_indices, batch)
+            self._replays[key] = recorded
         replay, logits = recorded
         replay()
-        return logits[:rows]
+        return logits
 
     def run_with_hidden(
         self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch
@@ -92,37 +92,13 @@ class CapturedProgram:
         """As Program.run_with_hidden: never replayed, recordings keep no hidden states."""
         return self._program.run_with_hidden(input_ids, logit_indices, batch)
 
-    def _fill(
-        self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch, bucket: int
-    ) -> None:
-        rows, width = batch.block_tables.shape
-        self._ids[:rows].copy_(input_ids)
-        self._positions[:rows].copy_(batch.positions)
-        self._wanted[:rows].copy_(logit_indices)
-        self._slots[:rows].copy_(batch.slot_mapping)
-        self._tables[:rows, :width].copy_(batch.block_tables)
-        self._lengths[:rows].copy_(batch.seq_lens)
-        if rows < bucket:
-            self._slots[rows:bucket].fill_(-1)
-            self._lengths[rows:bucket].fill_(1)
-            self._tables[rows:bucket, 0].fill_(0)
-
-    def _record(self, bucket: int, reach: int) -> tuple[Callable[[], None], Tensor] | None:
-        batch = StepBatch(
-            num_tokens=bucket,
-            num_rows=bucket,
-            max_query_len=1,
-            max_seq_len=reach,
-            positions=self._positions[:bucket],
-            slot_mapping=self._slots[:bucket],
-            block_tables=self._tables[:bucket],
-            seq_lens=self._lengths[:bucket],
-            query_start=self._starts[: bucket + 1],
-        )
+    def _record(
+        self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch
+    ) -> tuple[Callable[[], None], Tensor] | None:
         made: list[Tensor] = []
 
         def step() -> None:
-            made.append(self._program.run(self._ids[:bucket], self._wanted[:bucket], batch))
+            made.append(self._program.run(input_ids, logit_indices, batch))
 
         replay = self._device.capture(step)
         if replay is None:
@@ -132,5 +108,4 @@ class CapturedProgram:
                 "decode steps are launched one kernel at a time: the device could not record one",
             )
             return None
-        self._replays[bucket, reach] = (replay, made[-1])
-        return self._replays[bucket, reach]
+        return replay, made[-1]

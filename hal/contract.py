@@ -35,9 +35,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, fx
 
-__all__ = ["CONTRACT_VERSION", "Device", "Executable", "GraphCompiler", "PagedKernels"]
+__all__ = [
+    "CONTRACT_VERSION",
+    "Device",
+    "DrawingKernels",
+    "Executable",
+    "Fetch",
+    "GraphCompiler",
+    "OverlappingDevice",
+    "PagedKernels",
+]
 
-CONTRACT_VERSION = (1, 0)  # a part with another major number is refused by the registry
+CONTRACT_VERSION = (1, 1)  # a part with another major number is refused by the registry
 
 
 @runtime_checkable
@@ -66,6 +75,27 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Free everything. Idempotent; no other method may be called afterwards."""
+
+
+class Fetch(Protocol):
+    """A tensor on its way to the host."""
+
+    def ready(self) -> bool:
+        """Would `wait` return at once?"""
+
+    def wait(self) -> Tensor:
+        """The tensor on the host, once what was issued before the fetch is done."""
+
+
+@runtime_checkable
+class OverlappingDevice(Protocol):
+    """What a Device may offer besides (1.1): it works on while the host does something else.
+
+    Then the engine issues a step before it knows the tokens of the one before.
+    """
+
+    def fetch(self, tensor: Tensor) -> Fetch:
+        """Begin to copy a tensor to the host, behind all work issued so far. Doesn't wait."""
 
 
 @runtime_checkable
@@ -112,6 +142,29 @@ class PagedKernels(Protocol):
 
     def write_blocks(self, pool: KVPool, blocks: Sequence[int], data: Tensor) -> None:
         """The inverse of read_blocks."""
+
+
+@runtime_checkable
+class DrawingKernels(Protocol):
+    """What PagedKernels may offer besides (1.1): tokens are drawn by kernels of the device."""
+
+    def draw(
+        self, logits: Tensor, rows: Tensor | None, columns: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw one token for each of n rows. Never waits for the device.
+
+        Kept are the top_k most likely tokens, of these the fewest that hold top_p of their weight,
+        of these those that are min_p times as likely as the first; equally likely ones stay
+        together. A token is drawn by inverse distribution in the order of the vocabulary.
+
+        Args:
+            logits: [any, vocab] fp32, fp16 or bf16, last dim contiguous.
+            rows: [n] int64, the logits' rows; None: the first n, as many as columns has or all.
+            columns: [5, n] fp32: temperature (0: greedy), top_p, min_p, top_k (0: all), a number in
+                [0, 1); None: all rows are greedy, the first of the largest.
+        Returns:
+            tokens [n] int64 below vocab, and [n] bool: the row's logits were not numbers.
+        """
 
 
 Executable = Callable[..., "tuple[Tensor, ...]"]  # positional tensors in, tuple of tensors out

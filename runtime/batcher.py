@@ -1,26 +1,30 @@
-"""A plan becomes packed tensors. Every tensor of a step is built here, and nowhere else."""
+"""A plan becomes packed tensors. Every tensor of a step is built here, and nowhere else.
+
+Nothing is kept of a step but the rows' tables (row_table.py), and what a step is given are copies:
+it may run after the next one has been packed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from halyard.hal.types import StepBatch
 from halyard.runtime.plan import PlanRow, StepPlan
+from halyard.runtime.row_table import RowTable
+from halyard.runtime.samples import Samples
+from halyard.runtime.sequence import Sequence
 
-__all__ = ["PackedStep", "PooledSpan", "PromptSpan", "SampleRow", "pack"]
+__all__ = ["Batcher", "PackedStep", "PooledSpan", "PromptSpan", "StepInputs", "stage"]
 
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """One token to draw: the logits row it is drawn from and the answer it continues."""
-
-    row: PlanRow
-    answer_index: int  # which of the request's n answers
-    logits_row: int  # index into the logits of the step
+_ALIGNMENT = 16  # bytes: kernels read aligned vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class PromptSpan:
 
     plan_row: int  # index into plan.rows
     first_logits_row: int
-    num_tokens: int  # prompt tokens scored; the i-th is at prompt position row.start + 1 + i
+    targets: tuple[int, ...]  # the prompt tokens scored, from position row.start + 1 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,130 +46,254 @@ class PooledSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedStep:
+class StepInputs:
     """The inputs of one step on the device."""
 
-    input_ids: Tensor  # [num_tokens] int64
+    input_ids: Tensor  # [num_tokens] int64; where a token is pending, any
     logit_indices: Tensor  # [num_logits] int64, tokens whose logits are wanted
     batch: StepBatch
-    samples: tuple[SampleRow, ...]  # plan row order, then answer order
+    places: Tensor | None  # [n] int64, where in input_ids tokens are pending; None: nowhere
+    sources: Tensor | None  # [n] int64, which samples of the step before these are
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """The inputs of one step on the host. `put` them when the step's turn on the device has come."""
+
+    arrays: tuple[NDArray[Any], ...]  # as StepInputs has them, see put
+    max_query_len: int
+    max_seq_len: int
+    buffer: Tensor | None  # where a recorded step reads them; None: anywhere
+    num_logits: int  # rows of the logits that mean something; what follows fills up
+    samples: Samples
     prompt_spans: tuple[PromptSpan, ...]
     pooled_spans: tuple[PooledSpan, ...]
 
+    def put(self, device: torch.device) -> StepInputs:
+        """One copy for all of them, where the device has memory of its own."""
+        on = stage(self.arrays, device, self.buffer)
+        positions, slot_mapping, input_ids, indices, lengths, query_start, tables = on[:7]
+        batch = StepBatch(
+            num_tokens=len(positions),
+            num_rows=len(lengths),
+            max_query_len=self.max_query_len,
+            max_seq_len=self.max_seq_len,
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_tables=tables,
+            seq_lens=lengths,
+            query_start=query_start,
+        )
+        places, sources = on[7:] if len(on) > 7 else (None, None)
+        return StepInputs(input_ids, indices, batch, places, sources)
 
-def pack(plan: StepPlan, block_size: int, device: torch.device) -> PackedStep:
-    """Pack the rows of a plan side by side, without padding."""
-    rows = plan.rows
-    num_rows = len(rows)
-    starts = np.fromiter((row.start for row in rows), np.int64, num_rows)
-    counts = np.fromiter((row.num_tokens for row in rows), np.int64, num_rows)
-    ends = starts + counts
-    query_start = np.zeros(num_rows + 1, np.int64)
-    np.cumsum(counts, out=query_start[1:])
-    num_tokens = int(query_start[-1])
 
-    blocks_needed = -(-ends // block_size)
-    tables = np.full((num_rows, int(blocks_needed.max())), -1, np.int32)
-    input_ids = np.empty(num_tokens, np.int64)
-    for index, row in enumerate(rows):
-        sequence = row.sequence
-        tables[index, : blocks_needed[index]] = sequence.block_ids[: blocks_needed[index]]
-        first = query_start[index]
-        if row.num_tokens == 1:  # decode: no slice objects on the hot path
-            input_ids[first] = sequence.token_ids[row.start]
+class Batcher:
+    """Packs the rows of plans side by side.
+
+    Args:
+        max_blocks: most blocks of a sequence.
+        recorded: (rows, most keys of a row) of a decode step -> the same, rounded up to a step that
+            the device has recorded or would record; None: it records none.
+        buffer: where recorded steps read their inputs, uint8 on the device.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        max_blocks: int,
+        recorded: Callable[[int, int], tuple[int, int] | None] | None = None,
+        buffer: Tensor | None = None,
+    ) -> None:
+        self._size = block_size
+        self._recorded = recorded
+        self._buffer = buffer
+        self._table = RowTable(max_blocks)
+
+    def pack(self, plan: StepPlan) -> PackedStep:
+        """The inputs of a step."""
+        rows = plan.rows
+        sequences, first, tokens, sampled, source = zip(*rows, strict=True)
+        starts, size = np.array(first, np.int64), self._size
+        pending = np.array(source, np.int64)
+        if plan.num_tokens == plan.num_samples == len(rows) and max(sampled) == 1:
+            slots = self._table.slots(sequences, starts // size + 1)
+            return self._pack_decode(sequences, starts, slots, pending)
+        counts = np.array(tokens, np.int64)
+        ends = starts + counts
+        num_blocks = -(-ends // size)
+        slots = self._table.slots(sequences, num_blocks)
+        query_start = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(counts, out=query_start[1:])
+        tables = self._table.tables[slots, : int(num_blocks.max())]
+        row_of_token = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(plan.num_tokens) + np.repeat(starts - query_start[:-1], counts)
+        blocks = tables[row_of_token, positions // size].astype(np.int64)
+        indices, samples, spans = self._wanted_logits(rows, query_start, slots)
+        return PackedStep(
+            (
+                positions,
+                blocks * size + positions % size,
+                _known_tokens(rows, query_start),
+                indices,
+                ends.astype(np.int32),
+                query_start.astype(np.int32),
+                tables,
+                *_pending(pending, query_start),
+            ),
+            int(counts.max()),
+            int(ends.max()),
+            None,
+            len(indices),
+            samples,
+            spans,
+            _pooled_spans(rows, query_start),
+        )
+
+    def _pack_decode(
+        self,
+        sequences: tuple[Sequence, ...],
+        starts: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        pending: NDArray[np.int64],
+    ) -> PackedStep:
+        """A step of one token a row, each of them followed by one sample."""
+        num, size, keys = len(sequences), self._size, int(starts.max()) + 1
+        shape = self._recorded(num, keys) if self._recorded is not None else None
+        rows, keys = shape or (num, keys)
+        ends = starts + 1
+        records = self._table.records[slots]
+        tables = self._table.tables[slots, : -(-keys // size)]
+        index = np.arange(rows + 1)
+        written = tables[index[:num], starts // size] * np.int64(size) + starts % size
+        input_ids = np.array([sequence.token_ids[-1] for sequence in sequences], np.int64)
+        lengths = ends.astype(np.int32)
+        if rows > num:  # rows that only fill up: no slot, one key
+            starts, written, input_ids, lengths, tables = (
+                _filled(array, rows, value)
+                for array, value in (
+                    (starts, 0), (written, -1), (input_ids, 0), (lengths, 1), (tables, 0)
+                )
+            )  # fmt: skip
+        return PackedStep(
+            (
+                starts,
+                written,
+                input_ids,
+                index[:rows],
+                lengths,
+                index.astype(np.int32),
+                tables,
+                *_pending(pending, index),
+            ),
+            1,
+            keys,
+            self._buffer if shape is not None else None,
+            num,
+            Samples(sequences, ends, records["index"], index[:num], True, records, pending),
+            (),
+            (),
+        )
+
+    def _wanted_logits(
+        self, rows: tuple[PlanRow, ...], query_start: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], Samples, tuple[PromptSpan, ...]]:
+        """Which tokens need logits: the last of each row that samples, and scored prompt positions."""
+        indices: list[int] = []
+        spans: list[PromptSpan] = []
+        drawn: list[tuple[int, int, int]] = []  # plan row, answer after the row's own, logits row
+        last = query_start.tolist()
+        for index, row in enumerate(rows):
+            sequence = row.sequence
+            if sequence.request.params.prompt_logprobs is not None:
+                # The token at position p is predicted by the logits of position p - 1.
+                scored = min(row.end, sequence.num_prompt_tokens - 1) - row.start
+                if scored > 0:
+                    targets = sequence.token_ids[row.start + 1 : row.start + 1 + scored]
+                    spans.append(PromptSpan(index, len(indices), tuple(targets)))
+                    indices.extend(range(last[index], last[index] + scored))
+            if row.num_samples and not sequence.pools:
+                drawn.extend((index, answer, len(indices)) for answer in range(row.num_samples))
+                indices.append(last[index + 1] - 1)
+        count = len(indices)
+        if not indices:  # programs are traced for at least one row of logits; this is thrown away
+            indices.append(0)
+        plan_rows, answers, logits_rows = np.array(drawn, np.int64).reshape(-1, 3).T
+        records = self._table.records[slots[plan_rows]]
+        samples = Samples(
+            [rows[index].sequence for index, _, _ in drawn],
+            np.array([rows[index].end for index, _, _ in drawn], np.int64),
+            records["index"] + answers,
+            logits_rows,
+            len(drawn) == count and bool((logits_rows == np.arange(count)).all()),
+            records,
+            np.array([rows[index].source for index, _, _ in drawn], np.int64),
+        )
+        return np.array(indices, np.int64), samples, tuple(spans)
+
+
+def _pending(sources: NDArray[np.int64], query_start: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Where tokens are pending and which samples they are; nothing if none is."""
+    rows = np.flatnonzero(sources >= 0)
+    return [query_start[rows], sources[rows]] if len(rows) else []
+
+
+def _filled(array: NDArray[Any], rows: int, value: int) -> NDArray[Any]:
+    more = np.full((rows - len(array), *array.shape[1:]), value, array.dtype)
+    return np.concatenate([array, more])
+
+
+def _known_tokens(rows: tuple[PlanRow, ...], query_start: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The tokens of all rows side by side; where one is pending, the one before it."""
+    input_ids = np.empty(int(query_start[-1]), np.int64)
+    for row, first in zip(rows, query_start.tolist(), strict=False):
+        if row.num_tokens == 1:  # decode: no slice objects
+            position = row.start if row.source < 0 else -1
+            input_ids[first] = row.sequence.token_ids[position]
         else:
-            input_ids[first : first + row.num_tokens] = sequence.token_ids[row.start : row.end]
-
-    row_of_token = np.repeat(np.arange(num_rows), counts)
-    positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
-    blocks = tables[row_of_token, positions // block_size].astype(np.int64)
-    slot_mapping = blocks * block_size + positions % block_size
-
-    logit_indices, samples, prompt_spans = _wanted_logits(rows, query_start)
-    pooled_spans = _pooled_spans(rows, query_start)
-
-    (
-        on_positions, on_slots, on_tables, on_lengths, on_starts, on_ids, on_wanted
-    ) = _put(
-        [positions, slot_mapping, tables, ends.astype(np.int32), query_start.astype(np.int32),
-         input_ids, logit_indices], device,
-    )  # fmt: skip
-    batch = StepBatch(
-        num_tokens=num_tokens,
-        num_rows=num_rows,
-        max_query_len=int(counts.max()),
-        max_seq_len=int(ends.max()),
-        positions=on_positions,
-        slot_mapping=on_slots,
-        block_tables=on_tables,
-        seq_lens=on_lengths,
-        query_start=on_starts,
-    )
-    return PackedStep(
-        input_ids=on_ids,
-        logit_indices=on_wanted,
-        batch=batch,
-        samples=samples,
-        prompt_spans=prompt_spans,
-        pooled_spans=pooled_spans,
-    )
+            input_ids[first : first + row.num_tokens] = row.sequence.token_ids[row.start : row.end]
+    return input_ids
 
 
-def _put(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays on the device: one copy for all of them where it has memory of its own."""
-    if device.type == "cpu":
+def _pooled_spans(
+    rows: tuple[PlanRow, ...], query_start: NDArray[np.int64]
+) -> tuple[PooledSpan, ...]:
+    """All tokens of rows for a mean; the last token of a prompt where that is wanted."""
+    spans = []
+    for index, row in enumerate(rows):
+        if not row.sequence.pools:
+            continue
+        if row.sequence.request.pooling == "mean":
+            spans.append(PooledSpan(index, int(query_start[index]), row.num_tokens))
+        elif row.num_samples:
+            spans.append(PooledSpan(index, int(query_start[index + 1]) - 1, 1))
+    return tuple(spans)
+
+
+def stage(
+    arrays: Rows[NDArray[Any]], device: torch.device, into: Tensor | None = None
+) -> list[Tensor]:
+    """The arrays on the device: one copy for all of them where it has memory of its own.
+
+    Args:
+        into: uint8 on the device; the arrays lie there in order, so equal shapes lie at equal places.
+    """
+    if device.type == "cpu" and into is None:
         return [torch.from_numpy(array) for array in arrays]
-    sizes = [-(-array.nbytes // 16) * 16 for array in arrays]  # kernels read aligned vectors
-    staged = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    staged = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type != "cpu")
     view = staged.numpy()
     start = 0
     for array, size in zip(arrays, sizes, strict=True):
         view[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         start += size
-    there = staged.to(device, non_blocking=True)
+    if into is None:
+        there = staged.to(device, non_blocking=True)
+    else:
+        there = into[: len(staged)].copy_(staged, non_blocking=True)
     tensors, start = [], 0
     for array, size in zip(arrays, sizes, strict=True):
         own = there[start : start + array.nbytes].view(torch.from_numpy(array).dtype)
         tensors.append(own.view(array.shape))
         start += size
     return tensors
-
-
-def _wanted_logits(
-    rows: tuple[PlanRow, ...], query_start: np.ndarray
-) -> tuple[np.ndarray, tuple[SampleRow, ...], tuple[PromptSpan, ...]]:
-    """Which tokens need logits: the last of each row that samples, and scored prompt positions."""
-    indices: list[int] = []
-    samples: list[SampleRow] = []
-    spans: list[PromptSpan] = []
-    for index, row in enumerate(rows):
-        first = int(query_start[index])
-        sequence = row.sequence
-        if sequence.request.params.prompt_logprobs is not None:
-            # The token at position p is predicted by the logits of position p - 1.
-            scored = min(row.end, sequence.num_prompt_tokens - 1) - row.start
-            if scored > 0:
-                spans.append(PromptSpan(index, len(indices), scored))
-                indices.extend(range(first, first + scored))
-        if row.num_samples and sequence.request.pooling is None:
-            logits_row = len(indices)
-            indices.append(first + row.num_tokens - 1)
-            samples.extend(
-                SampleRow(row, sequence.index + answer, logits_row)
-                for answer in range(row.num_samples)
-            )
-    if not indices:  # programs are traced for at least one row of logits; this one is thrown away
-        indices.append(0)
-    return np.array(indices, np.int64), tuple(samples), tuple(spans)
-
-
-def _pooled_spans(rows: tuple[PlanRow, ...], query_start: np.ndarray) -> tuple[PooledSpan, ...]:
-    """All tokens of rows for a mean; the last token of a prompt where that is wanted."""
-    spans = []
-    for index, row in enumerate(rows):
-        pooling = row.sequence.request.pooling
-        if pooling == "mean":
-            spans.append(PooledSpan(index, int(query_start[index]), row.num_tokens))
-        elif pooling == "last" and row.num_samples:
-            spans.append(PooledSpan(index, int(query_start[index + 1]) - 1, 1))
-    return tuple(spans)

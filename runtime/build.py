@@ -12,7 +12,7 @@ from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.captured import CapturedProgram
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import HeadShape, Program, UnboundProgram
-from halyard.hal.contract import Device, GraphCompiler, PagedKernels
+from halyard.hal.contract import Device, DrawingKernels, GraphCompiler, PagedKernels
 from halyard.hal.errors import RequestError
 from halyard.hal.registry import load_part
 from halyard.models import experts as _experts  # noqa: F401 - its operator is called by cached programs
@@ -145,6 +145,7 @@ def build_engine(
         Intake(limits, config.seed, grammars),
         Metrics(plan.spec.name, row.name, bytes_per_block),
         config.max_queue_len,
+        config.overlap,
     )
     seconds = time.perf_counter() - clock.started
     return BuiltEngine(engine, tokenizer, plan, facts, seconds, clock.phases)
@@ -216,7 +217,16 @@ def _build_executor(
     host_pool = None
     if memory.num_host_blocks:
         host_pool = device.allocate_kv(layout, memory.num_host_blocks, host=True)
-    return Executor(device, kernels, program, pool, host_pool, Sampler(spec.vocab_size))
+    drawing = kernels if isinstance(kernels, DrawingKernels) else None
+    return Executor(
+        device,
+        kernels,
+        program,
+        pool,
+        host_pool,
+        Sampler(spec.vocab_size, drawing),
+        -(-memory.max_model_len // config.block_size),
+    )
 
 
 def _compile(

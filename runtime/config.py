@@ -41,6 +41,7 @@ class EngineConfig:
     prefix_cache: bool = True  # share full blocks of equal prefixes
     max_queue_len: int | None = 1024  # waiting requests of a server before it answers 429
     preemption: PreemptionPolicy = "auto"  # swap or recompute; auto asks the cost model
+    overlap: bool = True  # issue a step before the last one is back, where the device allows it
     revision: str | None = None  # branch, tag or commit of a hub model
     mirror: Path | None = None  # folder of mirrored models: names are looked up there alone
     require_verified: bool = False  # refuse a model without a manifest; one with is always verified

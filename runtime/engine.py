@@ -12,7 +12,7 @@ from halyard.runtime.plan import StepOutput, StepPlan, TokenEvent
 from halyard.runtime.request import Request
 
 if TYPE_CHECKING:
-    from halyard.runtime.executor import Executor
+    from halyard.runtime.executor import Executor, RunningStep
     from halyard.runtime.handoff import MovingSequence
     from halyard.runtime.intake import Intake
     from halyard.runtime.metrics import Metrics
@@ -38,6 +38,14 @@ class EngineStats:
     fallbacks: dict[str, int] = field(default_factory=dict)  # part -> slower ways taken
 
 
+@dataclass(frozen=True, slots=True)
+class _Flying:
+    """A step that was issued and is not committed."""
+
+    plan: StepPlan
+    running: RunningStep
+
+
 class Engine:
     """Requests in, token events out, one step at a time.
 
@@ -51,16 +59,21 @@ class Engine:
         intake: Intake,
         metrics: Metrics,
         max_queue_len: int | None = None,
+        overlap: bool = True,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.intake = intake
         self.metrics = metrics
         self.max_queue_len = max_queue_len  # most requests that wait; None: no limit
+        self.overlap = overlap and executor.overlaps  # issue a step before the last one is back
+        self._clock = 0.0
         self._steps = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._busy_seconds = 0.0
+        self._flying: _Flying | None = None
+        self._late: list[TokenEvent] = []  # of a step that was settled between two calls of step
         self._phases = dict.fromkeys(("schedule", "run", "wait", "commit"), 0.0)
         self._started = time.monotonic()
         self._closed = False
@@ -87,19 +100,24 @@ class Engine:
         """
         from halyard.runtime.handoff import take
 
+        self._settle()
         return take(self.scheduler, self.executor, request_id)
 
     def attach(self, moving: MovingSequence) -> bool:
         """Go on with a detached request. False: no room for its KV now, so it is computed again."""
         from halyard.runtime.handoff import give
 
+        self._settle()
         return give(self.scheduler, self.executor, moving)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self.scheduler.has_work() or bool(self._late)
 
     def step(self) -> list[TokenEvent]:
-        """Run one step. Empty if there was nothing to run.
+        """Run one step: what it sampled. Empty if there was nothing to run.
+
+        Where the device works while the host does something else, the step after it is issued first,
+        so that the device has work while this one's results are taken in.
 
         If it breaks off (Ctrl-C, a failing device), all requests are given up before the exception
         goes on: the engine has no work then and, if its device has not died, can be used again.
@@ -107,29 +125,57 @@ class Engine:
         try:
             return self._step()
         except BaseException:
+            self._flying = None
             self.scheduler.reset()
             raise
 
     def _step(self) -> list[TokenEvent]:
-        started = time.perf_counter()
-        plan = self.scheduler.schedule()
+        started = self._clock = time.perf_counter()
+        events, self._late = self._late, []
+        flying = self._flying or self._issue(self.scheduler.schedule())
+        if flying is None:
+            return events
+        self._flying = None
+        if self.overlap:
+            self._flying = self._issue(self.scheduler.schedule_ahead(), flying.running)
+        events += self._finish(flying)
+        self._busy_seconds += time.perf_counter() - started
+        self.metrics.observe_step(
+            len(flying.plan.rows), flying.plan.num_tokens, time.perf_counter() - started
+        )
+        return events
+
+    def _issue(self, plan: StepPlan | None, before: RunningStep | None = None) -> _Flying | None:
+        self._lap("schedule")
         if plan is None:
-            return []
-        planned = time.perf_counter()
-        result = self.executor.run(plan)
-        issued = time.perf_counter()
-        output = result.wait()
-        computed = time.perf_counter()
+            return None
+        flying = _Flying(plan, self.executor.run(plan, before))
+        self._lap("run")
+        return flying
+
+    def _finish(self, flying: _Flying) -> list[TokenEvent]:
+        """Wait for a step and take in what it computed."""
+        plan, output = flying.plan, flying.running.wait()
+        self._lap("wait")
         events = self._fail_bad_rows(plan, output)
         events += self.scheduler.commit(plan, output)
-        ended = time.perf_counter()
-        phases = self._phases
-        phases["schedule"] += planned - started
-        phases["run"] += issued - planned
-        phases["wait"] += computed - issued
-        phases["commit"] += ended - computed
-        self._count(plan, output, ended - started)
+        self._steps += 1
+        self._generated_tokens += plan.num_samples
+        self._prompt_tokens += plan.num_prompt_tokens
+        self._lap("commit")
         return events
+
+    def _settle(self) -> None:
+        """Have no step in flight."""
+        if self._flying is not None:
+            flying, self._flying = self._flying, None
+            self._late += self._finish(flying)
+
+    def _lap(self, phase: str) -> None:
+        """The time since the last lap went to a phase."""
+        now = time.perf_counter()
+        self._phases[phase] += now - self._clock
+        self._clock = now
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -163,20 +209,11 @@ class Engine:
         """End requests whose logits were not numbers; the others go on."""
         events = []
         for row_index, error in output.errors:
-            request = plan.rows[row_index].sequence.request
-            if self.scheduler.abort(request.request_id):
+            sequence = plan.rows[row_index].sequence
+            request = sequence.request
+            if not sequence.aborted and self.scheduler.abort(request.request_id):
                 events += [
                     TokenEvent(request.request_id, index, finish_reason="error", error=error)
                     for index in range(request.params.n)
                 ]
         return events
-
-    def _count(self, plan: StepPlan, output: StepOutput, seconds: float) -> None:
-        sampled = sum(map(len, output.token_ids))
-        self._steps += 1
-        self._generated_tokens += sampled
-        self._prompt_tokens += sum(
-            max(0, min(row.end, row.sequence.num_prompt_tokens) - row.start) for row in plan.rows
-        )
-        self._busy_seconds += seconds
-        self.metrics.observe_step(len(plan.rows), plan.num_tokens, seconds)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,16 +15,41 @@ from torch import Tensor
 from halyard.compiler.captured import CapturedProgram
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import Program
-from halyard.hal.contract import Device, PagedKernels
+from halyard.hal.contract import Device, Fetch, OverlappingDevice, PagedKernels
 from halyard.hal.types import BlockMove, KVPool
-from halyard.runtime.batcher import PackedStep, PooledSpan, pack
-from halyard.runtime.plan import StepOutput, StepPlan, TokenLogprob
-from halyard.runtime.sampler import SampledTokens, Sampler, score_tokens
+from halyard.runtime.batcher import Batcher, PackedStep, PooledSpan
+from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenLogprob
+from halyard.runtime.sampler import Draw, Sampler
+from halyard.runtime.scores import Scores, score_tokens
 
-__all__ = ["Executor", "RunningStep"]
+__all__ = ["Executor", "PreparedStep", "RunningStep"]
 
 Moves = Sequence[BlockMove]
-_NOT_FINITE = "what the model computed is not finite: its weights may be damaged"
+T = TypeVar("T")
+
+NOT_FINITE = "what the model computed is not finite: its weights may be damaged"
+
+
+class _Here:
+    """A tensor that needs no fetching: work is done when it is issued."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> Tensor:
+        return self._tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """A step that can be issued: everything the host does for it is done."""
+
+    plan: StepPlan
+    packed: PackedStep
+    draw: Draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,55 +57,90 @@ class RunningStep:
     """A step that was issued. `wait` brings its results to the host."""
 
     plan: StepPlan
-    packed: PackedStep
-    sampled: SampledTokens | None  # None: no row reached its end
+    token_ids: Tensor | None  # [samples] int64 on the device; None: no row reached its end
+    drawn: Fetch | None  # [samples] int64: twice the token, plus one if its logits were bad
+    scored: list[int]  # samples that scores are of
+    scores: list[Fetch]  # the columns of Scores
+    failures: dict[int, str]  # by sample: void, and why
     prompt_logprobs: dict[int, tuple[TokenLogprob, ...]]  # by plan row
-    pooled: Tensor | None  # [pooled spans, hidden] fp32, sums; None: no row pools
-    device: Device
+    pooled_rows: tuple[int, ...]  # plan rows that pool
+    pooled: Fetch | None  # [pooled rows, hidden] fp32, sums
 
     def ready(self) -> bool:
-        """Whether `wait` would return at once. The CPU's work is done when it is issued."""
-        return self.device.info.kind == "cpu"
+        """Whether `wait` would return at once."""
+        return all(fetch is None or fetch.ready() for fetch in (self.drawn, self.pooled))
 
     def wait(self) -> StepOutput:
         rows = self.plan.rows
-        tokens: list[list[int]] = [[] for _ in rows]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in rows]
+        drawn = self.drawn.wait() if self.drawn is not None else None
+        codes = drawn.tolist() if drawn is not None else []
+        tokens = _by_row(rows, [code >> 1 for code in codes])
+        nothing = (None,) * len(rows)
+        logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = nothing
+        if self.scored:
+            logprobs = self._logprobs(len(codes))
         errors: dict[int, str] = {}
-        position = {id(row): number for number, row in enumerate(rows)}
-        if self.sampled is not None:
-            ids = self.sampled.token_ids.tolist()
-            bad = self.sampled.bad.tolist()
-            for place, (sample, token, is_bad, scored) in enumerate(
-                zip(self.packed.samples, ids, bad, self.sampled.logprobs, strict=True)
-            ):
-                number = position[id(sample.row)]
-                tokens[number].append(token)
-                if scored is not None:
-                    logprobs[number].append(scored)
-                if place in self.sampled.failures:
-                    errors[number] = self.sampled.failures[place]
-                if is_bad:
-                    errors[number] = _NOT_FINITE
+        if self.failures or any(code & 1 for code in codes):
+            numbers = [number for number, row in enumerate(rows) for _ in range(_num_drawn(row))]
+            errors = {numbers[sample]: text for sample, text in self.failures.items()}
+            errors |= {numbers[sample]: NOT_FINITE for sample, code in enumerate(codes) if code & 1}
         pooled = {}
         if self.pooled is not None:
-            for span, vector in zip(
-                self.packed.pooled_spans, self.pooled.cpu().numpy(), strict=True
-            ):
-                pooled[span.plan_row] = vector
+            for number, vector in zip(self.pooled_rows, self.pooled.wait().numpy(), strict=True):
+                pooled[number] = vector
                 if not np.isfinite(vector).all():
-                    errors[span.plan_row] = _NOT_FINITE
+                    errors[number] = NOT_FINITE
+        prompts = self.prompt_logprobs
         return StepOutput(
-            token_ids=tuple(map(tuple, tokens)),
-            logprobs=tuple(tuple(own) or None for own in logprobs),
-            prompt_logprobs=tuple(self.prompt_logprobs.get(i) for i in range(len(rows))),
+            token_ids=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(map(prompts.get, range(len(rows)))) if prompts else nothing,
             errors=tuple(errors.items()),
             pooled=pooled,
         )
 
+    def _logprobs(self, num_samples: int) -> tuple[tuple[TokenLogprob, ...] | None, ...]:
+        rows = self.plan.rows
+        owners = [row.sequence for row in rows for _ in range(_num_drawn(row))]
+        tops = [owners[sample].request.params.logprobs or 0 for sample in self.scored]
+        listed = Scores(*(column.wait() for column in self.scores)).listed(tops)
+        found: list[TokenLogprob | None] = [None] * num_samples
+        for sample, logprob in zip(self.scored, listed, strict=True):
+            found[sample] = logprob
+        return tuple(
+            tuple(logprob for logprob in own if logprob is not None) or None
+            for own in _by_row(rows, found)
+        )
+
+
+def _by_row(rows: tuple[PlanRow, ...], values: list[T]) -> tuple[tuple[T, ...], ...]:
+    """One value a sample -> those of each plan row."""
+    if len(values) == len(rows) and all(_num_drawn(row) == 1 for row in rows):
+        return tuple(zip(values, strict=True))
+    left = iter(values)
+    return tuple(tuple(islice(left, _num_drawn(row))) for row in rows)
+
+
+def _num_drawn(row: PlanRow) -> int:
+    return 0 if row.sequence.pools else row.num_samples
+
+
+def _sums(hidden: Tensor, spans: Sequence[PooledSpan]) -> Tensor:
+    """[spans, hidden] fp32: each span's hidden states [tokens, hidden], added up."""
+    return torch.stack(
+        [
+            hidden[span.first_token : span.first_token + span.num_tokens].float().sum(0)
+            for span in spans
+        ]
+    )
+
 
 class Executor:
-    """One backend with a bound program and its pools."""
+    """One backend with a bound program and its pools.
+
+    Args:
+        max_blocks: most blocks of a sequence.
+    """
 
     def __init__(
         self,
@@ -88,6 +150,7 @@ class Executor:
         pool: KVPool,
         host_pool: KVPool | None,
         sampler: Sampler,
+        max_blocks: int,
     ) -> None:
         self.device = device
         self.kernels = kernels
@@ -95,28 +158,72 @@ class Executor:
         self.pool = pool
         self.host_pool = host_pool
         self.sampler = sampler
+        self.overlaps = isinstance(device, OverlappingDevice)  # a step may be issued behind another
+        size = pool.layout.spec.block_size
+        if isinstance(program, CapturedProgram):
+            self.batcher = Batcher(size, max_blocks, program.decode_shape, program.buffer)
+        else:
+            self.batcher = Batcher(size, max_blocks)
         self.swap_out_seconds = (
             0.0  # on the caller's clock: what issuing took, where moves are issued
         )
         self.swap_in_seconds = 0.0
         program.set_pool(pool)
 
-    def run(self, plan: StepPlan) -> RunningStep:
-        """Issue a step's work. Order: swap out, swap in, copies, rows."""
-        with torch.inference_mode():
-            self.move(plan.swap_out, plan.swap_in, plan.copies)
-            packed = pack(plan, self.pool.layout.spec.block_size, self.device.torch_device)
-            masks = self.sampler.begin(packed.samples)  # made while the program runs
-            inputs = (packed.input_ids, packed.logit_indices, packed.batch)
-            pooled = None
-            if packed.pooled_spans:
-                logits, hidden = self.program.run_with_hidden(*inputs)
-                pooled = _sums(hidden, packed.pooled_spans)
-            else:
-                logits = self.program.run(*inputs)
-            sampled = self.sampler.sample(logits, packed.samples, masks) if packed.samples else None
-            scored = self._score_prompts(plan, packed, logits) if packed.prompt_spans else {}
-        return RunningStep(plan, packed, sampled, scored, pooled, self.device)
+    def run(self, plan: StepPlan, before: RunningStep | None = None) -> RunningStep:
+        """Issue a step's work. Order: swap out, swap in, copies, rows.
+
+        Args:
+            before: the step in flight, if the plan was made ahead of its tokens.
+        """
+        return self.issue(self.prepare(plan), before)
+
+    def prepare(self, plan: StepPlan) -> PreparedStep:
+        """All that the host does for a step: pack its inputs, draw its random numbers."""
+        packed = self.batcher.pack(plan)
+        return PreparedStep(plan, packed, self.sampler.prepare(packed.samples))
+
+    @torch.inference_mode()
+    def issue(self, step: PreparedStep, before: RunningStep | None = None) -> RunningStep:
+        """All that the device does for it. Nothing here waits if the device overlaps."""
+        plan, packed = step.plan, step.packed
+        self.move(plan.swap_out, plan.swap_in, plan.copies)
+        inputs = packed.put(self.device.torch_device)
+        if inputs.places is not None and inputs.sources is not None:
+            if before is None or before.token_ids is None:
+                raise AssertionError("a row continues a token that nobody samples")
+            inputs.input_ids.index_copy_(0, inputs.places, before.token_ids[inputs.sources])
+        arguments = (inputs.input_ids, inputs.logit_indices, inputs.batch)
+        pooled = None
+        if packed.pooled_spans:
+            logits, hidden = self.program.run_with_hidden(*arguments)
+            pooled = self._fetch(_sums(hidden, packed.pooled_spans))
+        else:
+            logits = self.program.run(*arguments)
+        logits = logits[: packed.num_logits]
+        pooled_rows = tuple(span.plan_row for span in packed.pooled_spans)
+        scored = self._score_prompts(plan, packed, logits) if packed.prompt_spans else {}
+        if not len(packed.samples):
+            return RunningStep(plan, None, None, [], [], {}, scored, pooled_rows, pooled)
+        sampled = self.sampler.draw(
+            logits, step.draw, before.token_ids if before is not None else None
+        )
+        return RunningStep(
+            plan,
+            sampled.token_ids,
+            self._fetch(sampled.token_ids * 2 + sampled.bad),
+            sampled.scored.tolist(),
+            [self._fetch(column) for column in sampled.scores.columns] if sampled.scores else [],
+            sampled.failures,
+            scored,
+            pooled_rows,
+            pooled,
+        )
+
+    def _fetch(self, tensor: Tensor) -> Fetch:
+        if isinstance(self.device, OverlappingDevice):
+            return self.device.fetch(tensor)
+        return _Here(tensor)
 
     def close(self) -> None:
         self.device.close()
@@ -142,25 +249,13 @@ class Executor:
     ) -> dict[int, tuple[TokenLogprob, ...]]:
         scored = {}
         for span in packed.prompt_spans:
-            row = plan.rows[span.plan_row]
-            first = span.first_logits_row
-            targets = row.sequence.token_ids[row.start + 1 : row.start + 1 + span.num_tokens]
-            num_top = row.sequence.request.params.prompt_logprobs or 0
+            count = len(span.targets)
+            num_top = plan.rows[span.plan_row].sequence.request.params.prompt_logprobs or 0
             scored[span.plan_row] = tuple(
                 score_tokens(
-                    logits[first : first + span.num_tokens],
-                    torch.tensor(targets, device=logits.device),
-                    [num_top] * span.num_tokens,
+                    logits[span.first_logits_row : span.first_logits_row + count],
+                    torch.tensor(span.targets, device=logits.device),
+                    [num_top] * count,
                 )
             )
         return scored
-
-
-def _sums(hidden: Tensor, spans: Sequence[PooledSpan]) -> Tensor:
-    """[spans, hidden] fp32: each span's hidden states [tokens, hidden], added up."""
-    return torch.stack(
-        [
-            hidden[span.first_token : span.first_token + span.num_tokens].float().sum(0)
-            for span in spans
-        ]
-    )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halyard.hal.dtypes import torch_dtype
-from halyard.runtime.sequence import Sequence
+from halyard.runtime.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
     from halyard.runtime.executor import Executor
@@ -52,8 +52,10 @@ def take(scheduler: Scheduler, executor: Executor, request_id: str) -> MovingSeq
         kv = read.reshape(shape)[:, :, :computed].clone()
     moving = copy.copy(sequence)
     scheduler.kv.release(sequence)
+    sequence.status = SequenceStatus.FINISHED  # here: what was kept for it can go
     moving.block_ids, moving.host_block_ids = array("i"), []
     moving.block_digests = []  # of the other engine's block size
+    moving.slot = -1
     return MovingSequence(moving, kv)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ __all__ = [
     "StepResult",
     "TokenEvent",
     "TokenLogprob",
+    "make_event",
+    "make_row",
 ]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -46,6 +49,10 @@ class PlanRow(NamedTuple):
         return self.start + self.num_tokens
 
 
+make_row: Callable[[tuple[Any, ...]], PlanRow] = partial(tuple.__new__, PlanRow)
+"""All fields of a PlanRow -> it, without checks: for the hundreds a step of running sequences."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """The scheduler's decision for one step: token counts, no phases.
@@ -56,6 +63,8 @@ class StepPlan:
     step: int  # counts from 0
     rows: tuple[PlanRow, ...]
     num_tokens: int  # sum over rows
+    num_samples: int  # likewise
+    num_prompt_tokens: int  # of num_tokens, those of prompts
     swap_out: tuple[BlockMove, ...] = ()  # device -> host
     swap_in: tuple[BlockMove, ...] = ()  # host -> device
     copies: tuple[BlockMove, ...] = ()  # device -> device (copy on write)
@@ -108,3 +117,7 @@ class TokenEvent(NamedTuple):
     embedding: bytes | None = (
         None  # of a request that pools, once: float32 [hidden], not normalised
     )
+
+
+make_event: Callable[[tuple[Any, ...]], TokenEvent] = partial(tuple.__new__, TokenEvent)
+"""All fields of a TokenEvent -> it, without checks."""

@@ -18,7 +18,7 @@ from halyard.hal.errors import RequestError
 from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.fair_queue import ANSWER_COST, FairQueue
 from halyard.runtime.kv_manager import KVManager
-from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenEvent
+from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenEvent, make_row
 from halyard.runtime.request import Request
 from halyard.runtime.scheduler_checks import Books, check_books
 from halyard.runtime.sequence import Sequence, SequenceStatus
@@ -153,6 +153,8 @@ class Scheduler:
             self.config.prefix_cache,
         )
         self.kv.counters = counters
+        for sequence in itertools.chain(*self._by_request.values()):
+            sequence.status = SequenceStatus.FINISHED
         self._waiting = FairQueue()
         self._swapped.clear()
         self._running.clear()
@@ -169,11 +171,8 @@ class Scheduler:
             raise AssertionError("the last plan has not been committed")
         self._short = False
         rows: list[PlanRow] = []
-        preempted = self._plan_running(rows)
-        if not preempted and self._swapped:
-            self._resume_swapped(rows)
-        if not preempted and self._waiting and not self._swapped:
-            self._admit_waiting(rows)
+        if not self._plan_running(rows):
+            self._plan_others(rows)
         if not rows:
             if self._running or self._waiting or self._swapped:
                 raise AssertionError("there is work but nothing could be scheduled")
@@ -192,19 +191,24 @@ class Scheduler:
         if self._short or self._num_reserved or any(map(_NEEDS_TOKENS, self._running)):
             return None
         rows: list[PlanRow] = []
-        short = self._plan_running(rows, ahead=True)
-        if not short and self._swapped:
-            self._resume_swapped(rows)
-        if not short and self._waiting and not self._swapped:
-            self._admit_waiting(rows)
+        if not self._plan_running(rows, ahead=True):
+            self._plan_others(rows)
         return self._issue(rows) if rows else None
+
+    def _plan_others(self, rows: list[PlanRow]) -> None:
+        if self._swapped:
+            self._resume_swapped(rows)
+        if self._waiting and not self._swapped:
+            self._admit_waiting(rows)
 
     def _issue(self, rows: list[PlanRow]) -> StepPlan:
         """Rows become a plan in flight."""
-        num_tokens = num_samples = 0
-        for sequence, _, tokens, samples, _ in rows:
+        num_tokens = num_samples = num_prompt_tokens = 0
+        for sequence, start, tokens, samples, _ in rows:
             sequence.in_flight += 1
             num_tokens += tokens
+            if start < sequence.num_prompt_tokens:
+                num_prompt_tokens += min(tokens, sequence.num_prompt_tokens - start)
             if samples:
                 sequence.num_pending_tokens += 1
                 sequence.sample_index = num_samples
@@ -215,6 +219,8 @@ class Scheduler:
             step=next(self._steps),
             rows=tuple(rows),
             num_tokens=num_tokens,
+            num_samples=num_samples,
+            num_prompt_tokens=num_prompt_tokens,
             swap_out=moves.swap_out,
             swap_in=moves.swap_in,
             copies=moves.copies,
@@ -239,7 +245,7 @@ class Scheduler:
                 continue  # it ends with what is being sampled
             if remaining == 1 and has_slot(sequence):  # most rows of most steps: keep it short
                 source = sequence.sample_index if pending else -1
-                rows.append(PlanRow(sequence, start, 1, 1 + sequence.num_forks, source))
+                rows.append(make_row((sequence, start, 1, 1 + sequence.num_forks, source)))
                 sequence.num_computed_tokens = start + 1
                 if self._waiting.contended:
                     self._waiting.charge(sequence.request, ANSWER_COST)
@@ -282,9 +288,6 @@ class Scheduler:
             cost = 1 if start < sequence.num_prompt_tokens else ANSWER_COST
             self._waiting.charge(sequence.request, cost * num_tokens)
 
-    def _budget(self, rows: list[PlanRow]) -> int:
-        return self.config.max_batched_tokens - sum(row.num_tokens for row in rows)
-
     def _has_seat(self, sequence: Sequence) -> bool:
         """May it run beside those that run, its forks included?"""
         seats = len(self._running) + self._num_reserved + 1 + sequence.num_forks
@@ -297,7 +300,7 @@ class Scheduler:
         self._num_reserved += sequence.num_forks
 
     def _resume_swapped(self, rows: list[PlanRow]) -> None:
-        budget = self._budget(rows)
+        budget = self.config.max_batched_tokens - sum(row.num_tokens for row in rows)
         while self._swapped and budget > 0:
             sequence = self._swapped[0]
             num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, budget)
@@ -314,7 +317,7 @@ class Scheduler:
             budget -= num_tokens
 
     def _admit_waiting(self, rows: list[PlanRow]) -> None:
-        budget = self._budget(rows)
+        budget = self.config.max_batched_tokens - sum(row.num_tokens for row in rows)
         for sequence in self._waiting.in_turn():
             if budget <= 0:
                 return
@@ -409,7 +412,8 @@ class Scheduler:
                 events.append(event)
                 if event.finish_reason is not None:
                     ended.append(answer)
-        self._count_waste()
+        if plan.step % 8 == 0:  # a sample is enough for an average
+            self._count_waste()
         for sequence in ended:
             self._remove(sequence)
         return events

@@ -10,7 +10,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from halyard.runtime.plan import FinishReason, TokenEvent, TokenLogprob
+from halyard.runtime.plan import FinishReason, TokenEvent, TokenLogprob, make_event
 from halyard.runtime.request import Request
 
 __all__ = ["Sequence", "SequenceStatus"]
@@ -132,17 +132,20 @@ class Sequence:
             self.prompt_logprobs_sent = True
             prompt_logprobs = tuple(self.prompt_logprobs)
             self.prompt_logprobs = []
-        return TokenEvent(
-            self.request.request_id,
-            self.index,
-            (token,),
-            (logprob,) if logprob is not None else None,
-            prompt_logprobs,
-            reason,
-            stop,
-            self.num_cached_tokens,
-            None,
-            self.started,
+        return make_event(
+            (
+                self.request.request_id,
+                self.index,
+                (token,),
+                (logprob,) if logprob is not None else None,
+                prompt_logprobs,
+                reason,
+                stop,
+                self.num_cached_tokens,
+                None,
+                self.started,
+                None,
+            ),
         )
 
     def restart(self) -> None:

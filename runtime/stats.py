@@ -22,7 +22,9 @@ class SchedulerStats:
     host_blocks_total: int
     host_blocks_used: int
     host_blocks_cached: int
-    kv_waste: float  # share of slots in used blocks that hold no token, averaged over all steps
+    kv_waste: (
+        float  # share of slots in used blocks that hold no token, averaged over every eighth step
+    )
     preemptions_swap: int
     preemptions_recompute: int
     counters: KVCounters  # a copy

@@ -40,6 +40,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="waiting requests before 429 is answered (default 1024)")  # fmt: skip
     add("--preemption", default="auto", choices=["auto", "swap", "recompute"],
         help="how a sequence gives way when blocks run out")  # fmt: skip
+    add("--no-overlap", action="store_true",
+        help="issue a step only when the one before is back, on devices too that work on alone")  # fmt: skip
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     add("--mirror", type=Path, metavar="DIR", default=os.environ.get("HALYARD_MIRROR"),
         help="find the model there, as `halyard models mirror` put it")  # fmt: skip
@@ -80,6 +82,7 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
         "prefix_cache": not args.no_prefix_cache,
         "max_queue_len": args.max_queue_len,
         "preemption": args.preemption,
+        "overlap": not args.no_overlap,
         "revision": args.revision,
         "mirror": args.mirror,
         "require_verified": args.require_verified or args.manifest_digest is not None,

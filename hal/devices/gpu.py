@@ -24,6 +24,23 @@ _gpu: Any = torch.cuda  # its annotations differ between torch releases
 _REGISTER_PORTABLE_MAPPED = 3  # every context sees it, and kernels may address it
 
 
+class _GpuFetch:
+    """A copy to pinned memory, and the event behind it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = _gpu.Event()
+        self._event.record()
+
+    def ready(self) -> bool:
+        return bool(self._event.query())
+
+    def wait(self) -> Tensor:
+        self._event.synchronize()
+        return self._host
+
+
 class GpuDevice:
     """The first visible GPU (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES). Opened when constructed.
 
@@ -111,6 +128,9 @@ class GpuDevice:
             return None
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def fetch(self, tensor: Tensor) -> _GpuFetch:
+        return _GpuFetch(tensor)
 
     def synchronize(self) -> None:
         _gpu.synchronize()

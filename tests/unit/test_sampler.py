@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from halyard.runtime.batcher import SampleRow
+from halyard.runtime.drawing import uniform
 from halyard.runtime.plan import PlanRow
 from halyard.runtime.request import Request, SamplingParams
-from halyard.runtime.sampler import Sampler, score_tokens, uniform
+from halyard.runtime.sampler import Sampler
+from halyard.runtime.samples import SampleRow, Samples
+from halyard.runtime.scores import score_tokens
 from halyard.runtime.sequence import Sequence
 
 VOCAB = 700  # more than the sampler looks at before it sorts everything
@@ -106,12 +108,10 @@ def test_all_allowed_tokens_and_no_others_can_come(
     if not {"top_k", "top_p", "min_p"} & filters.keys():
         order = np.arange(VOCAB)  # without filters nothing is sorted: vocabulary order
     middles = np.cumsum(expected[order]) - expected[order] / 2
-    # Shares below 1e-12 have no middle that a double near 1 could name.
-    reachable = expected[order] > 1e-12
+    # Weights are fp32: smaller shares may be missed by a number that is not.
+    reachable = expected[order] > 1e-6
     order, middles = order[reachable], middles[reachable]
-    monkeypatch.setattr(
-        "halyard.runtime.sampler.uniform", lambda rows: torch.from_numpy(middles[: len(rows)])
-    )
+    monkeypatch.setattr("halyard.runtime.sampler.uniform", lambda samples: middles[: len(samples)])
     rows = [sample_row(**filters) for _ in order]
     assert Sampler(VOCAB).sample(logits, rows).token_ids.tolist() == order.tolist()
 
@@ -121,7 +121,7 @@ def test_the_ends_of_the_random_range(number: float, monkeypatch: pytest.MonkeyP
     logits = logits_of(1, seed=5)
     monkeypatch.setattr(
         "halyard.runtime.sampler.uniform",
-        lambda rows: torch.full((len(rows),), number, dtype=torch.float64),
+        lambda samples: np.full(len(samples), number),
     )
     token = Sampler(VOCAB).sample(logits, [sample_row(top_k=9)]).token_ids.item()
     assert token == logits[0].topk(9).indices[0 if number == 0 else 8]
@@ -153,14 +153,15 @@ def test_what_a_request_draws_does_not_depend_on_its_batch() -> None:
 
 def test_numbers_differ_by_seed_answer_and_position_and_are_even() -> None:
     same = [sample_row(seed=2**64 - 1, answer=(1,)), sample_row(seed=2**64 - 1, answer=(9,))]
-    assert uniform(same)[0] == uniform(same)[1]  # the token's value plays no part
+    first, second = uniform(Samples.of(same, 2))
+    assert first == second  # the token's value plays no part
     rows = [
         sample_row(seed=seed, answer_index=index, answer=(0,) * length)
         for seed in range(20)
         for index in range(10)
         for length in range(50)
     ]
-    numbers = uniform(rows).numpy()
+    numbers = uniform(Samples.of(rows, len(rows)))
     assert len(set(numbers.tolist())) == len(rows)
     assert ((numbers >= 0) & (numbers < 1)).all()
     counts, _ = np.histogram(numbers, bins=100, range=(0, 1))
@@ -181,7 +182,17 @@ def test_penalties_against_brute_force() -> None:
     for token in set(answer):
         expected[token] -= 0.7
     row = sample_row(prompt=prompt, answer=answer, **penalties)
-    assert torch.allclose(Sampler(VOCAB)._penalised(logits, [row])[0], expected, atol=1e-6)
+    sampler = Sampler(VOCAB)
+    for length in (1, 2, 3):  # the counts are kept from step to step
+        part = sample_row(prompt=prompt, answer=answer[:length], **penalties)
+        part.row.sequence.token_ids.extend(answer[length:])
+        step = SampleRow(PlanRow(row.row.sequence, len(prompt) + length - 1, 1, 1), 0, 0)
+        draw = sampler.prepare(Samples.of([step], 1))
+        counted = sampler._changed(logits, draw)[0]
+        fresh = Sampler(VOCAB)
+        anew = fresh._changed(logits, fresh.prepare(Samples.of([step], 1)))[0]
+        assert torch.equal(counted, anew)
+    assert torch.allclose(counted, expected, atol=1e-6)
 
 
 def test_logit_bias_and_min_tokens() -> None:
@@ -218,9 +229,10 @@ def test_logprobs_come_from_the_model_not_from_the_filters() -> None:
         sample_row(1, temperature=0),
     ]
     sampled = Sampler(VOCAB).sample(logits, rows)
-    scored = sampled.logprobs[0]
+    assert sampled.scored.tolist() == [0]
+    assert sampled.scores is not None
+    (scored,) = sampled.scores.listed([3])
     assert scored is not None
-    assert sampled.logprobs[1] is None
     assert scored.token_id == sampled.token_ids[0]
     assert scored.logprob == pytest.approx(own[0, scored.token_id].item(), abs=1e-5)
     assert scored.rank == int((own[0] > own[0, scored.token_id]).sum()) + 1

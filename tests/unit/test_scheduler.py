@@ -7,6 +7,7 @@ from scheduler_model import Fuzzer, SimulatedDevice, request, run_all
 
 from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.cost_model import PreemptionCost
+from halyard.runtime.plan import PlanRow, TokenEvent
 from halyard.runtime.scheduler import Scheduler
 
 
@@ -154,7 +155,10 @@ def test_a_row_that_had_ended_is_dropped_and_its_blocks_come_back() -> None:
     assert second is not None
     assert second.rows[0].source == 0
     also = device.issue(second)
+    assert first.rows[0] == PlanRow(*first.rows[0])  # made without checks: all fields are there
     (event,) = scheduler.commit(first, device.execute(issued))
+    assert event == TokenEvent(*event)
+    assert len(event) == len(TokenEvent._fields)
     assert event.finish_reason == "stop"
     assert scheduler.has_work()  # until the step that runs for nothing is back
     scheduler.check_integrity()

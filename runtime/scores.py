@@ -1,0 +1,61 @@
+"""Log-probabilities of tokens: computed on the device, brought to the host when somebody reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halyard.runtime.plan import TokenLogprob
+
+__all__ = ["Scores", "score", "score_tokens"]
+
+_SCORE_ROWS = 256  # rows of log-softmax at a time: bounds memory for prompt log-probabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of some rows, where they were computed."""
+
+    token_ids: Tensor  # [rows] int64
+    logprobs: Tensor  # [rows] fp32
+    ranks: Tensor  # [rows] int64, 1: the most likely token
+    best: Tensor  # [rows, width] fp32, the most likely ones, best first
+    best_ids: Tensor  # [rows, width] int64
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All fields, in order."""
+        return self.token_ids, self.logprobs, self.ranks, self.best, self.best_ids
+
+    def listed(self, num_top: Rows[int]) -> list[TokenLogprob]:
+        """One a row, with its first `num_top` [rows] alternatives."""
+        return [
+            TokenLogprob(token, logprob, rank, tuple(zip(ids[:count], best[:count], strict=True)))
+            for count, (token, logprob, rank, best, ids) in zip(
+                num_top,
+                zip(*(column.tolist() for column in self.columns), strict=True),
+                strict=True,
+            )
+        ]
+
+
+def score(logits: Tensor, token_ids: Tensor, width: int) -> Scores:
+    """Score token_ids [rows] under logits [rows, vocab], with the `width` most likely tokens."""
+    width = min(width, logits.shape[-1])
+    parts = []
+    for start in range(0, logits.shape[0], _SCORE_ROWS):
+        part = logits[start : start + _SCORE_ROWS].float().log_softmax(dim=-1)
+        own = part.gather(1, token_ids[start : start + _SCORE_ROWS, None])
+        ranks = (part > own).sum(dim=-1) + 1
+        parts.append((own[:, 0], ranks, *part.topk(width, dim=-1)))
+    return Scores(token_ids, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> list[TokenLogprob]:
+    """Log-probability and rank of token_ids [rows] under logits [rows, vocab], and the best few."""
+    if not len(token_ids):
+        return []
+    return score(logits, token_ids, max(num_top)).listed(num_top)

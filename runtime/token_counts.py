@@ -1,0 +1,149 @@
+"""Which tokens a penalised sequence holds and how often it answered them, kept from step to step.
+
+A step adds the tokens that are new, whatever the context's length. The counts lie where logits do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from halyard.runtime.sequence import Sequence, SequenceStatus
+
+__all__ = ["CountUpdate", "TokenCounts"]
+
+_LEAST_SLOTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CountUpdate:
+    """What a step changes before it reads."""
+
+    slots: NDArray[np.int64]  # [rows] which counts the step's rows read
+    blank: NDArray[np.int64]  # slots that start anew
+    num_slots: int  # that must exist
+    places: NDArray[np.int64]  # [2, n] (slot, token) seen
+    answers: NDArray[np.int64]  # [2, m] (slot, token) answered, once each time
+    pending: NDArray[np.int64]  # [2, p] (slot, sample of the step before) answered, not known yet
+
+
+class TokenCounts:
+    """Counts of all penalised sequences of one engine."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._owners: list[Sequence | None] = [None] * _LEAST_SLOTS
+        self._slots: dict[int, int] = {}  # by id of the sequence, which its owner keeps alive
+        self._consumed: list[int] = [0] * _LEAST_SLOTS
+        self._seen: Tensor | None = None  # [slots, vocab] bool
+        self._answered: Tensor | None = None  # [slots, vocab] fp32
+
+    def plan(
+        self, sequences: Rows[Sequence], positions: Rows[int], sources: Rows[int]
+    ) -> CountUpdate:
+        """What must be added so that each row's first `positions` [rows] tokens are counted.
+
+        Args:
+            sources: [rows] which sample of the step before a row's last token is; -1: it is known.
+        """
+        slots: list[int] = []
+        blank: list[int] = []
+        seen: list[tuple[int, int]] = []
+        answers: list[tuple[int, int]] = []
+        pending: list[tuple[int, int]] = []
+        for sequence, position, source in zip(sequences, positions, sources, strict=True):
+            slot = self._slots.get(id(sequence))
+            if slot is None:
+                slot = self._take(sequence)
+                blank.append(slot)
+            slots.append(slot)
+            first = self._consumed[slot]
+            if source >= 0 and first < position:
+                pending.append((slot, source))
+            for place in range(first, position - (source >= 0)):
+                pair = (slot, sequence.token_ids[place])
+                seen.append(pair)
+                if place >= sequence.num_prompt_tokens:
+                    answers.append(pair)
+            self._consumed[slot] = max(first, position)
+
+        def pairs(found: list[tuple[int, int]]) -> NDArray[np.int64]:
+            return np.array(found, np.int64).reshape(-1, 2).T
+
+        return CountUpdate(
+            np.array(slots, np.int64),
+            np.array(blank, np.int64),
+            len(self._owners),
+            pairs(seen),
+            pairs(answers),
+            pairs(pending),
+        )
+
+    def apply(
+        self, update: CountUpdate, device: torch.device, before: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Take in an update: (seen [rows, vocab] bool, times answered [rows, vocab] fp32).
+
+        Args:
+            before: what the step before sampled, for pending tokens.
+        """
+
+        def on(array: NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        seen, answered = self._counts(update.num_slots, device)
+        one = torch.ones((), device=device)
+        if len(update.blank):
+            blank = on(update.blank)
+            seen[blank] = False
+            answered[blank] = 0.0
+        if update.places.shape[1]:
+            slots, tokens = on(update.places)
+            seen[slots, tokens] = True
+        if update.answers.shape[1]:
+            slots, tokens = on(update.answers)
+            answered.index_put_((slots, tokens), one, accumulate=True)
+        if update.pending.shape[1]:
+            if before is None:
+                raise AssertionError("a token is pending that nobody samples")
+            slots, sources = on(update.pending)
+            tokens = before[sources]
+            seen[slots, tokens] = True
+            answered.index_put_((slots, tokens), one, accumulate=True)
+        chosen = on(update.slots)
+        return seen[chosen], answered[chosen]
+
+    def _counts(self, num_slots: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._seen is None or self._answered is None or len(self._seen) < num_slots:
+            shape = (num_slots, self.vocab_size)
+            seen = torch.zeros(shape, dtype=torch.bool, device=device)
+            answered = torch.zeros(shape, device=device)
+            if self._seen is not None and self._answered is not None:
+                seen[: len(self._seen)] = self._seen
+                answered[: len(self._answered)] = self._answered
+            self._seen, self._answered = seen, answered
+        return self._seen, self._answered
+
+    def _take(self, sequence: Sequence) -> int:
+        if None not in self._owners:
+            self._sweep()
+        if None not in self._owners:
+            self._consumed += [0] * len(self._owners)
+            self._owners += [None] * len(self._owners)
+        slot = self._owners.index(None)
+        self._owners[slot] = sequence
+        self._slots[id(sequence)] = slot
+        self._consumed[slot] = 0
+        return slot
+
+    def _sweep(self) -> None:
+        """Forget sequences that have ended."""
+        for slot, owner in enumerate(self._owners):
+            if owner is not None and owner.status is SequenceStatus.FINISHED:
+                del self._slots[id(owner)]
+                self._owners[slot] = None

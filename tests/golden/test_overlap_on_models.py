@@ -1,0 +1,65 @@
+"""Overlap on a real model: sampling, penalties, grammars, scores and stop strings stay what they are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halyard import LLM, SamplingParams
+from halyard.hal.kernels.native.library import find_compiler
+from halyard.runtime.request import Constraint
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "null"))
+from late_executor import make_late
+
+BACKEND = "reference" if find_compiler() is None else "cpu-eager"
+TEXTS = [
+    "import os\n\ndef ",
+    "class Reader:\n    def ",
+    "for name in ",
+    "The ",
+    "x = [",
+    "def f(a):",
+]
+
+
+def params() -> list[SamplingParams]:
+    """One a text; each asks for something else."""
+    schema = Constraint("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}}',
+                        "response_format")  # fmt: skip
+    return [
+        SamplingParams(temperature=0, max_tokens=20),
+        SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=18, repetition_penalty=1.3,
+                       presence_penalty=0.5),
+        SamplingParams(temperature=0.8, top_k=20, seed=4, max_tokens=15, n=2, logprobs=2),
+        SamplingParams(temperature=0, max_tokens=16, stop=["e"], frequency_penalty=0.4),
+        SamplingParams(temperature=0, max_tokens=12, guided=schema),
+        SamplingParams(temperature=1.0, seed=9, max_tokens=14, min_tokens=14, min_p=0.05,
+                       logit_bias={11: 2.0}),
+    ]  # fmt: skip
+
+
+def told(outputs: Any) -> list[Any]:
+    return [
+        (answer.text, answer.token_ids, answer.finish_reason, answer.stop_reason, answer.logprobs)
+        for output in outputs
+        for answer in output.outputs
+    ]
+
+
+@pytest.mark.parametrize(("guided", "blocks"), [(False, 14), (True, 64)], ids=["free", "guided"])
+def test_overlap_changes_no_answer(guided: bool, blocks: int) -> None:
+    """Where nobody is guided, penalised rows too continue tokens that the host has not seen."""
+    chosen = [number for number in range(len(TEXTS)) if guided or number != 4]
+    texts, asked = [TEXTS[n] for n in chosen], [params()[n] for n in chosen]
+    options: dict[str, Any] = {"kv_blocks": blocks, "max_model_len": 128, "host_kv_blocks": 16}
+    with LLM("embedded", backend=BACKEND, **options) as llm:
+        expected = told(llm.generate(texts, asked))
+        late = make_late(llm)
+        assert told(llm.generate(texts, asked)) == expected
+        assert late.issued_behind > 0
+        llm.engine.check_integrity()
+        assert llm.engine.stats().scheduler.blocks_used == 0
