@@ -84,8 +84,6 @@ class ArtefactCache:
             "compiler": compiler.name,
             "compiler_fingerprint": fingerprint() if fingerprint else "",
             "passes": " ".join(compiler.passes(device, facts.get("dtype", ""))),
-            # Inductor fits the code to the number of threads it will run on.
-            "threads": str(torch.get_num_threads()),
         }
         text = json.dumps(everything, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]

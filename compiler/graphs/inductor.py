@@ -94,6 +94,7 @@ class InductorCompiler:
             return compile_artefact(segment, inputs)
         owner = tempfile.TemporaryDirectory(prefix="halyard-segment-")
         _compile_into(segment, inputs, Path(owner.name))
+        _offer_operators()
         return _Library(Path(owner.name), owner)
 
     def compile_all(
@@ -123,6 +124,7 @@ class InductorCompiler:
             if not is_done:  # here an error shows itself whole
                 _compile_into(module, inputs, directory)
                 done()
+        _offer_operators()
         return [_Library(Path(owner.name), owner) for owner in owners]
 
     def save(self, executable: Executable, directory: Path) -> bool:
@@ -139,10 +141,15 @@ class InductorCompiler:
     def load(self, directory: Path, device: DeviceInfo) -> Executable:
         if device.kind in _GPUS:
             return load_artefact(directory)
-        # Registers the operators that a stored library may call.
-        import halyard.hal.kernels.native.embedding  # noqa: F401
-
+        _offer_operators()
         return _Library(directory, None)
+
+
+def _offer_operators() -> None:
+    """Make our operators callable by the libraries that are loaded next."""
+    from halyard.hal.kernels.native.bridge import offer_operators
+
+    offer_operators()
 
 
 def _compiler() -> str | None:
@@ -235,8 +242,12 @@ def _compile_into(
     compiler = _compiler()
     if compiler is None:
         raise BackendUnavailableError(f"inductor needs a C++ compiler: {_INSTALL}")
+    from halyard.hal.kernels.native.bridge import C_FUNCTIONS
+
     build = directory / "build"
     options = {
+        # Our operators are called as C functions, not through the dispatcher.
+        "aot_inductor.custom_ops_to_c_shims": C_FUNCTIONS,
         "aot_inductor.package": False,
         "aot_inductor.output_path": str(build / _LIBRARY),
         # Parsing the headers once for all segments costs more than it saves for three of them.

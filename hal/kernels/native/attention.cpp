@@ -15,15 +15,16 @@
 #include <algorithm>
 #include <vector>
 
+#include "pool.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr int CHUNK = 8;          // sub-blocks of 16 tokens between two updates of the softmax
-constexpr int TILE = 32;          // queries a work item, at most
+constexpr int TILE = 36;          // queries a work item, at most
 #if defined(__AVX512F__)
-constexpr int REGISTERS = 8;      // queries a register tile
-constexpr int wide(int m) { return m == 8 ? 2 : 4; }  // vectors of keys or values beside each other
+constexpr int REGISTERS = 6;      // queries a register tile
+constexpr int wide(int) { return 4; }  // vectors of keys or values beside each other
 #elif defined(__AVX2__) || defined(__ARM_NEON)
 constexpr int REGISTERS = 4;
 constexpr int wide(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
@@ -55,6 +56,56 @@ inline vf vexp(vf x) {
     vf result = (vf)((vi)p + (exponent << 23));
     return dead ? vf{} : result;
 }
+
+#if defined(__AVX512F__)
+// Polynomials for 2^f, f in [-0.5, 0.5], with the least relative error.
+constexpr float EXP4[] = {0.9999992614f, 0.6931218145f, 0.2402474485f, 0.0559178621f, 0.0095701017f};
+constexpr float EXP6[] = {1.0f,          0.6931472057f, 0.2402264689f, 0.0555032878f,
+                          0.0096184890f, 0.0013399931f, 0.0001534581f};
+
+// exp(x - top) for x <= top as 2^t: rounding and scaling are instructions here. A weight that is
+// rounded to bf16 later needs fewer terms: relative error 4e-6, else 1e-7. -inf gives 0.
+template <typename T>
+inline vf weight_of(vf x, float top) {
+    const vf t = x * 1.44269504f - top * 1.44269504f;
+    // In this order a NaN stays one.
+    const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)t);
+    const __m512 n = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf f = (vf)bounded - (vf)n;
+    vf p;
+    if (sizeof(T) == 2) {
+        p = f * EXP4[4] + EXP4[3];
+        p = p * f + EXP4[2];
+        p = p * f + EXP4[1];
+        p = p * f + EXP4[0];
+    } else {
+        p = f * EXP6[6] + EXP6[5];
+        p = p * f + EXP6[4];
+        p = p * f + EXP6[3];
+        p = p * f + EXP6[2];
+        p = p * f + EXP6[1];
+        p = p * f + EXP6[0];
+    }
+    return (vf)_mm512_scalef_ps((__m512)p, n);
+}
+inline float highest_of(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+inline float sum_of(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
+template <typename T>
+inline vf weight_of(vf x, float top) {
+    return vexp(x - top);
+}
+inline float highest_of(vf x) {
+    float highest = x[0];
+    for (int lane = 1; lane < W; lane++) highest = std::max(highest, x[lane]);
+    return highest;
+}
+inline float sum_of(vf x) {
+    float sum = 0.0f;
+    for (int lane = 0; lane < W; lane++) sum += x[lane];
+    return sum;
+}
+#endif
 
 struct Args {
     const void* q;
@@ -319,14 +370,18 @@ void mix_tile(const typename Store<T>::Weight* p, int64_t ldp, const T* const* v
         Store<T>::template mix<M, 1, AHEAD>(p, ldp, v, next, num_keys, d, dim, block, o);
 }
 
-// Calls a register-tile function for all queries: full tiles, then the rest one size at a time.
+// Calls a register-tile function for all queries: full tiles, then the rest.
 #define FOR_TILES(num, CALL)                                  \
     {                                                         \
         int m = 0;                                            \
         for (; m + REGISTERS <= (num); m += REGISTERS) CALL(REGISTERS) \
-        if ((num) - m >= 4) { CALL(4) m += 4; }               \
-        if ((num) - m >= 2) { CALL(2) m += 2; }               \
-        if ((num) - m >= 1) { CALL(1) }                       \
+        switch ((num) - m) {                                  \
+            case 1: CALL(1) break;                            \
+            case 2: CALL(2) break;                            \
+            case 3: CALL(3) break;                            \
+            case 4: CALL(4) break;                            \
+            case 5: CALL(5) break;                            \
+        }                                                     \
     }
 
 template <typename T>
@@ -334,8 +389,13 @@ struct Scratch {
     std::vector<typename Store<T>::Query> q;
     std::vector<typename Store<T>::Weight> w;
     std::vector<float> s, o;
-    explicit Scratch(int64_t dim)
-        : q(TILE * dim), w(TILE * CHUNK * W), s(TILE * CHUNK * W), o(TILE * dim) {}
+    void fit(int64_t dim) {
+        if (int64_t(o.size()) >= TILE * dim) return;
+        q.resize(TILE * dim);
+        w.resize(TILE * CHUNK * W);
+        s.resize(TILE * CHUNK * W);
+        o.resize(TILE * dim);
+    }
 };
 
 template <typename T>
@@ -412,8 +472,7 @@ void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* parti
                 store(row + j * W, x);
                 top = x > top ? x : top;
             }
-            float highest = max[m];
-            for (int lane = 0; lane < W; lane++) highest = std::max(highest, top[lane]);
+            const float highest = std::max(max[m], highest_of(top));
             if (highest == NEG_INF) {  // nothing of this chunk is visible to this query
                 std::fill(row, row + num_sub * W, 0.0f);
                 continue;
@@ -421,13 +480,11 @@ void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* parti
             const float keep = max[m] == NEG_INF ? 0.0f : std::exp(max[m] - highest);
             vf total = {};
             for (int j = 0; j < num_sub; j++) {
-                vf e = vexp(load(row + j * W) - highest);
+                vf e = weight_of<T>(load(row + j * W), highest);
                 store(row + j * W, e);
                 total += e;
             }
-            float added = 0.0f;
-            for (int lane = 0; lane < W; lane++) added += total[lane];
-            sum[m] = sum[m] * keep + added;
+            sum[m] = sum[m] * keep + sum_of(total);
             max[m] = highest;
             if (keep != 1.0f)
                 for (int64_t d = 0; d < dim; d += W) store(o + m * dim + d, load(o + m * dim + d) * keep);
@@ -548,32 +605,22 @@ void attend(const Args& a) {
             Store<T>::write_value(own + half, v + token * a.v_token + head * a.v_head, slot % block, dim);
         }
     };
-    // Where a core is shared, each meeting of the threads may cost a time slice: few of them.
-    const bool write_alone = a.num_tokens * a.num_kv_heads * dim <= 1 << 14;
-    if (write_alone)
-        for (int64_t token = 0; token < a.num_tokens; token++) write(token);
-
-#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
-    {
-        if (!write_alone) {
-#pragma omp for schedule(static)
-            for (int64_t token = 0; token < a.num_tokens; token++) write(token);
-        }
-        Scratch<T> scratch(dim);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int i = 0; i < num_items; i++) {
-            const Item& item = items[i];
-            run_item<T>(a, item, scratch, item.part < 0 ? nullptr : parts.data() + item.part * part_size);
-        }
-        if (num_spans > 0) {
-#pragma omp barrier
-#pragma omp for schedule(static) nowait
-            for (int i = 0; i < num_spans; i++) {
-                const Item& first = items[spans[i].item];
-                merge<T>(a, first, parts.data() + first.part * part_size, spans[i].count);
-            }
-        }
-    }
+    const int64_t writers = a.num_tokens * a.num_kv_heads * dim <= 1 << 14 ? 1 : a.threads;
+    const int64_t share = writers == 1 ? a.num_tokens : 16;  // tokens written in one go
+    halyard::parallel((a.num_tokens + share - 1) / share, writers, [&](int64_t i) {
+        const int64_t last = std::min(a.num_tokens, (i + 1) * share);
+        for (int64_t token = i * share; token < last; token++) write(token);
+    });
+    halyard::parallel(num_items, a.threads, [&](int64_t i) {
+        static thread_local Scratch<T> scratch;
+        scratch.fit(dim);
+        const Item& item = items[i];
+        run_item<T>(a, item, scratch, item.part < 0 ? nullptr : parts.data() + item.part * part_size);
+    });
+    halyard::parallel(num_spans, a.threads, [&](int64_t i) {
+        const Item& first = items[spans[i].item];
+        merge<T>(a, first, parts.data() + first.part * part_size, spans[i].count);
+    });
 }
 
 }  // namespace
@@ -588,11 +635,10 @@ int halyard_args_size() { return int(sizeof(Args)); }
 void halyard_move_blocks(const char* source, char* target, int64_t layers, int64_t source_blocks,
                          int64_t target_blocks, int64_t bytes, const int64_t* moves, int64_t num_moves,
                          int64_t threads) {
-#pragma omp parallel for num_threads(int(threads)) if (threads > 1 && layers * num_moves * bytes > (1 << 20))
-    for (int64_t i = 0; i < layers * num_moves; i++) {
-        const int64_t layer = i / num_moves, move = i % num_moves;
-        std::memcpy(target + (layer * target_blocks + moves[2 * move + 1]) * bytes,
-                    source + (layer * source_blocks + moves[2 * move]) * bytes, bytes);
-    }
+    halyard::parallel(layers, layers * num_moves * bytes > (1 << 20) ? threads : 1, [&](int64_t layer) {
+        for (int64_t move = 0; move < num_moves; move++)
+            std::memcpy(target + (layer * target_blocks + moves[2 * move + 1]) * bytes,
+                        source + (layer * source_blocks + moves[2 * move]) * bytes, bytes);
+    });
 }
 }

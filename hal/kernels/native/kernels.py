@@ -14,6 +14,7 @@ from halyard.hal.kernels.native.library import (
     best_isa,
     find_compiler,
     load_library,
+    num_threads,
     supported_isas,
 )
 from halyard.hal.types import (
@@ -50,7 +51,7 @@ class _Args(ctypes.Structure):
 
 def _threads(batch: StepBatch, layer: AttentionLayer) -> int:
     work = batch.num_tokens * batch.max_seq_len * layer.num_heads * layer.head_dim
-    return torch.get_num_threads() if work >= MIN_PARALLEL_WORK else 1
+    return num_threads() if work >= MIN_PARALLEL_WORK else 1
 
 
 class NativeKernels:
@@ -153,7 +154,7 @@ class NativeKernels:
             ctypes.c_int64(source.data.stride(1) * source.data.element_size()),
             ctypes.c_void_p(pairs.data_ptr()),
             ctypes.c_int64(len(moves)),
-            ctypes.c_int64(torch.get_num_threads()),
+            ctypes.c_int64(num_threads()),
         )
 
     @staticmethod

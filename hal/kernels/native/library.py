@@ -24,12 +24,16 @@ __all__ = [
     "best_isa",
     "find_compiler",
     "load_library",
+    "num_threads",
     "supported_isas",
+    "take_threads",
 ]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "attention.cpp", _FOLDER / "linear.cpp")
-_HEADERS = (_FOLDER / "vectors.h",)
+_SOURCES = tuple(
+    _FOLDER / name for name in ("attention.cpp", "linear.cpp", "bridge.cpp", "pool.cpp")
+)
+_HEADERS = tuple(_FOLDER / name for name in ("vectors.h", "operators.h", "pool.h"))
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 
 # name -> (features the CPU must have, compiler flags); best first.
@@ -42,11 +46,35 @@ ISA_LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx2": (("avx2", "fma"), ("-mavx2", "-mfma")),
     "portable": ((), ()),
 }
-# Products below which one thread does a call alone: waking others costs tens of microseconds, and
-# on a busy machine waiting for them costs a time slice.
-MIN_PARALLEL_WORK = 1 << 21
+# Products below which one thread does a call alone: sharing it costs a microsecond or two.
+MIN_PARALLEL_WORK = 1 << 18
 
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno")
+
+
+_taken: int | None = None
+
+
+def take_threads() -> None:
+    """From now on torch runs on one thread and our kernels on as many as torch had.
+
+    Where linears and attention are ours, what is left for torch is small. Its threads would wait
+    for more of it in a loop, on the cores that ours need.
+    """
+    global _taken
+    import torch
+
+    if _taken is None or torch.get_num_threads() > 1:
+        _taken = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+
+def num_threads() -> int:
+    """How many threads a call may use: torch's setting, or what was taken from it."""
+    import torch
+
+    current: int = torch.get_num_threads()
+    return current if _taken is None or current > 1 else _taken
 
 
 def supported_isas(features: tuple[str, ...]) -> tuple[str, ...]:
@@ -81,7 +109,7 @@ def load_library(isa: str) -> ctypes.CDLL:
     Raises:
         BackendUnavailableError: there is no compiler, or it fails.
     """
-    import torch  # first: its OpenMP runtime is then the one that ours binds to
+    import torch
 
     if isa not in ISA_LEVELS:
         raise BackendUnavailableError(
@@ -106,9 +134,9 @@ def load_library(isa: str) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     for name in ("halyard_args_size", "halyard_linear_args_size"):
         getattr(library, name).restype = ctypes.c_int
-    for name in ("attend_float32", "attend_bfloat16", "linear_float32", "linear_bfloat16"):
+    for name in ("attend_float32", "attend_bfloat16", "linear_float32", "linear_bfloat16",
+                 "move_blocks", "bind_torch", "set_threads"):  # fmt: skip
         getattr(library, f"halyard_{name}").restype = None
-    library.halyard_move_blocks.restype = None
     return library
 
 
@@ -122,14 +150,11 @@ def _build(compiler: str, flags: list[str], path: Path) -> None:
             "set HALYARD_CACHE_DIR to a folder that can be written"
         ) from error
     os.close(handle)
-    last = ""
-    # Without OpenMP the kernels run on one thread, which is still better than not at all.
-    for openmp in (["-fopenmp"], []):
-        command = [compiler, *flags, *openmp, "-w", *map(str, _SOURCES), "-o", scratch]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            os.replace(scratch, path)
-            return
-        last = done.stderr.strip().split("\n")[0]
+    command = [compiler, *flags, "-pthread", "-w", *map(str, _SOURCES), "-o", scratch]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        os.replace(scratch, path)
+        return
     os.unlink(scratch)
+    last = done.stderr.strip().split("\n")[0]
     raise BackendUnavailableError(f"{compiler} can't build the native kernels: {last}")

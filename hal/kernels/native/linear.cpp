@@ -10,13 +10,16 @@
 #include <algorithm>
 #include <vector>
 
+#include "operators.h"
+#include "pool.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr int PANEL = 64;   // outputs a panel
+constexpr int LINE = 64;   // bytes of a cache line
 constexpr int CHUNK = 256;  // inputs a slice of a panel: 64 KiB in fp32, which stays in L2
-constexpr int DISTANCE = 4096;  // elements that weights are fetched ahead of their use
+constexpr int DISTANCE = 4096;  // elements that one row's weights are fetched ahead of their use
 #if defined(__AVX512F__)
 constexpr int STREAMS = 4;  // panels that one row is multiplied with at once
 #else
@@ -37,14 +40,6 @@ constexpr int tile_vectors(int m) {
     return m == 1 ? 4 : m <= 2 ? 2 : 1;
 #endif
 }
-
-struct LinearArgs {
-    const void* x;       // [rows][in]
-    const void* packed;
-    const void* bias;    // [out] as x, or null
-    void* y;             // [rows][out]
-    int64_t rows, in, out, threads;
-};
 
 template <typename T>
 struct Weights;
@@ -108,17 +103,19 @@ struct Weights<uint16_t> {
 #endif
 };
 
-// c [M][PANEL] += `count` inputs of M rows times those of a panel.
-template <typename T, int M, bool AHEAD>
-void tile(const typename Weights<T>::X* x, const T* w, int64_t count, float* c) {
+// c [M][PANEL] += `count` inputs of M rows times those of a panel. Meanwhile FETCH lines a step are
+// fetched from `ahead` on: what is multiplied next, so that memory and arithmetic overlap.
+template <typename T, int M, int FETCH>
+const char* tile(const typename Weights<T>::X* x, const T* w, int64_t count, float* c,
+                 const char* ahead) {
     constexpr int V = tile_vectors(M), STEP = Weights<T>::STEP;
     for (int v = 0; v < PANEL / W; v += V) {
         vf acc[M][V] = {};
         for (int64_t k = 0; k < count; k += STEP) {
             const T* lines = w + k * PANEL + v * W * STEP;
-            if (AHEAD)
-#pragma GCC unroll 8
-                for (int j = 0; j < V; j++) __builtin_prefetch(lines + j * W * STEP + DISTANCE, 0, 3);
+#pragma GCC unroll 4
+            for (int j = 0; j < FETCH; j++) __builtin_prefetch(ahead + j * LINE, 0, 2);
+            ahead += FETCH * LINE;
             Weights<T>::template step<M, V>(x + k * M, lines, acc);
         }
         for (int m = 0; m < M; m++)
@@ -127,19 +124,41 @@ void tile(const typename Weights<T>::X* x, const T* w, int64_t count, float* c) 
                 store(target, load(target) + acc[m][j]);
             }
     }
+    return ahead;
 }
 
-template <typename T, bool AHEAD>
-void any_tile(int rows, const typename Weights<T>::X* x, const T* w, int64_t count, float* c) {
+template <typename T, int FETCH>
+const char* any_tile(int rows, const typename Weights<T>::X* x, const T* w, int64_t count, float* c,
+                     const char* ahead) {
     switch (rows) {
-        case 1: return tile<T, 1, AHEAD>(x, w, count, c);
-        case 2: return tile<T, 2, AHEAD>(x, w, count, c);
-        case 3: return tile<T, 3, AHEAD>(x, w, count, c);
+        case 1: return tile<T, 1, FETCH>(x, w, count, c, ahead);
+        case 2: return tile<T, 2, FETCH>(x, w, count, c, ahead);
+        case 3: return tile<T, 3, FETCH>(x, w, count, c, ahead);
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__ARM_NEON)
-        case 4: return tile<T, 4, AHEAD>(x, w, count, c);
-        case 5: return tile<T, 5, AHEAD>(x, w, count, c);
-        default: return tile<T, 6, AHEAD>(x, w, count, c);
+        case 4: return tile<T, 4, FETCH>(x, w, count, c, ahead);
+        case 5: return tile<T, 5, FETCH>(x, w, count, c, ahead);
+        default: return tile<T, 6, FETCH>(x, w, count, c, ahead);
 #endif
+    }
+    return ahead;
+}
+
+// `rows` rows against `count` inputs of a panel from the k-th on, tile by tile. With `fetch`, the inputs behind them
+// (the next slice, or the next panel's first) are fetched on the way.
+template <typename T>
+void tiles(const typename Weights<T>::X* x, int64_t in, int64_t rows, int64_t k, const T* w,
+           int64_t count, float* c, bool fetch) {
+    const char* ahead = reinterpret_cast<const char*>(w + count * PANEL);
+    const char* end = ahead + count * PANEL * sizeof(T);
+    // Passes over the slice: the more there are, the fewer lines each has to fetch.
+    const int64_t passes = (rows + TILE - 1) / TILE * (PANEL / W / tile_vectors(TILE));
+    for (int64_t m = 0; m < rows; m += TILE) {
+        const int size = int(std::min<int64_t>(TILE, rows - m));
+        const auto run = !fetch || ahead >= end ? any_tile<T, 0>
+                         : passes == 1          ? any_tile<T, 4>
+                         : passes <= 3          ? any_tile<T, 2>
+                                                : any_tile<T, 1>;
+        ahead = run(size, x + m * in + k * size, w, count, c + m * PANEL, ahead);
     }
 }
 
@@ -163,96 +182,104 @@ void stream(const typename Weights<T>::X* x, const T* w, int64_t stride, int64_t
         }
 }
 
-inline void convert(float* target, float x) { *target = x; }
-inline void convert(float* target, uint16_t x) { *target = bf16_to_float(x); }
-inline void convert(uint16_t* target, uint16_t x) { *target = x; }
+inline void copy_inputs(float* target, const float* x) { *target = *x; }
+inline void copy_inputs(float* target, const uint16_t* x) {
+    target[0] = bf16_to_float(x[0]);
+    target[1] = bf16_to_float(x[1]);
+}
+inline void copy_inputs(uint16_t* target, const uint16_t* x) { std::memcpy(target, x, 4); }
 
 // [rows][in] -> [in / STEP][rows][STEP]
 template <typename T>
-void copy_tile(const T* x, int64_t rows, int64_t in, typename Weights<T>::X* target) {
+void copy_tile(const T* x, int64_t stride, int64_t rows, int64_t in, typename Weights<T>::X* target) {
     constexpr int STEP = Weights<T>::STEP;
-    for (int64_t m = 0; m < rows; m++)
-        for (int64_t k = 0; k < in; k += STEP)
-            for (int i = 0; i < STEP; i++)
-                convert(target + k * rows + m * STEP + i, x[m * in + k + i]);
+    for (int64_t k = 0; k < in; k += STEP)
+        for (int64_t m = 0; m < rows; m++, target += STEP) copy_inputs(target, x + m * stride + k);
+}
+
+// One row: several panels at once, as many streams from memory.
+template <typename T>
+void one_row(const LinearArgs& a, const typename Weights<T>::X* x) {
+    const T* packed = static_cast<const T*>(a.packed);
+    const T* bias = static_cast<const T*>(a.bias);
+    T* y = static_cast<T*>(a.y);
+    const int64_t panels = (a.out + PANEL - 1) / PANEL, stride = PANEL * a.in;
+    // Several cores make streams enough, and small groups divide better among them.
+    const int64_t size = a.threads == 1 || panels >= 4 * STREAMS * a.threads ? STREAMS : 1;
+    halyard::parallel((panels + size - 1) / size, a.threads, [&](int64_t group) {
+        const int64_t panel = group * size;
+        float c[STREAMS * PANEL] = {};
+        for (int64_t k = 0; k < a.in; k += CHUNK) {
+            const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
+            const T* w = packed + panel * stride + k * PANEL;
+            if (size > 1 && panel + STREAMS <= panels)
+                stream<T, STREAMS>(x + k, w, stride, count, c);
+            else
+                for (int64_t i = 0; i < size && panel + i < panels; i++)
+                    stream<T, 1>(x + k, w + i * stride, stride, count, c + i * PANEL);
+        }
+        const int64_t first = panel * PANEL;
+        const int64_t width = std::min<int64_t>(size * PANEL, a.out - first);
+        for (int64_t n = 0; n < width; n++)
+            from_float(y + first + n, c[n] + (bias ? to_float(bias[first + n]) : 0.0f));
+    });
+}
+
+// A panel for all rows.
+template <typename T>
+void one_panel(const LinearArgs& a, const typename Weights<T>::X* x, int64_t panel, float* c) {
+    const T* w = static_cast<const T*>(a.packed) + panel * PANEL * a.in;
+    const T* bias = static_cast<const T*>(a.bias);
+    const int64_t width = std::min<int64_t>(PANEL, a.out - panel * PANEL);
+    for (int64_t row0 = 0; row0 < a.rows; row0 += ROWS) {
+        const int64_t rows = std::min<int64_t>(ROWS, a.rows - row0);
+        std::fill(c, c + rows * PANEL, 0.0f);
+        for (int64_t k = 0; k < a.in; k += CHUNK) {
+            const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
+            tiles<T>(x + row0 * a.in, a.in, rows, k, w + k * PANEL, count, c, row0 == 0);
+        }
+        for (int64_t m = 0; m < rows; m++) {
+            T* target = static_cast<T*>(a.y) + (row0 + m) * a.out + panel * PANEL;
+            const float* sums = c + m * PANEL;
+            if (bias)
+                for (int64_t n = 0; n < width; n++)
+                    from_float(target + n, sums[n] + to_float(bias[panel * PANEL + n]));
+            else
+                for (int64_t n = 0; n < width; n++) from_float(target + n, sums[n]);
+        }
+    }
 }
 
 template <typename T>
 void linear(const LinearArgs& a) {
     typedef typename Weights<T>::X X;
     const T* raw = static_cast<const T*>(a.x);
-    const T* packed = static_cast<const T*>(a.packed);
-    const T* bias = static_cast<const T*>(a.bias);
-    T* y = static_cast<T*>(a.y);
     const int64_t panels = (a.out + PANEL - 1) / PANEL;
     std::vector<X> x(a.rows * a.in);
-    // Where a core is shared, each meeting of the threads may cost a time slice: few of them.
-    const bool copy_alone = a.rows * a.in <= 1 << 16;
-    const auto copy = [&](int64_t m) {
-        copy_tile(raw + m * a.in, std::min<int64_t>(TILE, a.rows - m), a.in, x.data() + m * a.in);
-    };
-    if (copy_alone)
-        for (int64_t m = 0; m < a.rows; m += TILE) copy(m);
+    const int64_t num_tiles = (a.rows + TILE - 1) / TILE;
+    const int64_t copiers = a.rows * a.in <= 1 << 16 ? 1 : a.threads;
+    halyard::parallel(num_tiles, copiers, [&](int64_t i) {
+        const int64_t m = i * TILE;
+        copy_tile(raw + m * a.stride, a.stride, std::min<int64_t>(TILE, a.rows - m), a.in,
+                  x.data() + m * a.in);
+    });
+    if (a.rows == 1) return one_row<T>(a, x.data());
+    // Panels that lie side by side are claimed together: the next one is fetched ahead.
+    const int64_t size = std::max<int64_t>(1, panels / (8 * a.threads));
+    halyard::parallel((panels + size - 1) / size, a.threads, [&](int64_t group) {
+        alignas(64) float c[ROWS * PANEL];
+        const int64_t last = std::min(panels, (group + 1) * size);
+        for (int64_t panel = group * size; panel < last; panel++) one_panel<T>(a, x.data(), panel, c);
+    });
+}
 
-#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
-    {
-        if (!copy_alone) {
-#pragma omp for schedule(static)
-            for (int64_t m = 0; m < a.rows; m += TILE) copy(m);
-        }
-        std::vector<float> c(std::max<int64_t>(STREAMS, std::min<int64_t>(a.rows, ROWS)) * PANEL);
-        if (a.rows == 1) {
-            // Several cores make streams enough, and small groups divide better among them.
-            const int64_t size =
-                a.threads == 1 || panels >= 4 * STREAMS * a.threads ? STREAMS : 1;
-#pragma omp for schedule(static) nowait
-            for (int64_t group = 0; group < (panels + size - 1) / size; group++) {
-                const int64_t panel = group * size;
-                const int64_t stride = PANEL * a.in;
-                std::fill(c.begin(), c.end(), 0.0f);
-                for (int64_t k = 0; k < a.in; k += CHUNK) {
-                    const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
-                    const T* w = packed + panel * stride + k * PANEL;
-                    if (size > 1 && panel + STREAMS <= panels)
-                        stream<T, STREAMS>(x.data() + k, w, stride, count, c.data());
-                    else
-                        for (int64_t i = 0; i < size && panel + i < panels; i++)
-                            stream<T, 1>(x.data() + k, w + i * stride, stride, count,
-                                         c.data() + i * PANEL);
-                }
-                const int64_t first = panel * PANEL;
-                const int64_t width = std::min<int64_t>(size * PANEL, a.out - first);
-                for (int64_t n = 0; n < width; n++)
-                    from_float(y + first + n, c[n] + (bias ? to_float(bias[first + n]) : 0.0f));
-            }
-        } else
-#pragma omp for schedule(static) nowait
-        for (int64_t panel = 0; panel < panels; panel++) {
-            const T* w = packed + panel * PANEL * a.in;
-            const int64_t width = std::min<int64_t>(PANEL, a.out - panel * PANEL);
-            for (int64_t row0 = 0; row0 < a.rows; row0 += ROWS) {
-                const int64_t rows = std::min<int64_t>(ROWS, a.rows - row0);
-                std::fill(c.begin(), c.begin() + rows * PANEL, 0.0f);
-                for (int64_t k = 0; k < a.in; k += CHUNK) {
-                    const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
-                    for (int64_t m = 0; m < rows; m += TILE) {
-                        const int64_t size = std::min<int64_t>(TILE, rows - m);
-                        const auto run = row0 + m == 0 ? any_tile<T, true> : any_tile<T, false>;
-                        run(int(size), x.data() + (row0 + m) * a.in + k * size, w + k * PANEL,
-                            count, c.data() + m * PANEL);
-                    }
-                }
-                for (int64_t m = 0; m < rows; m++) {
-                    T* target = y + (row0 + m) * a.out + panel * PANEL;
-                    const float* sums = c.data() + m * PANEL;
-                    if (bias)
-                        for (int64_t n = 0; n < width; n++)
-                            from_float(target + n, sums[n] + to_float(bias[panel * PANEL + n]));
-                    else
-                        for (int64_t n = 0; n < width; n++) from_float(target + n, sums[n]);
-                }
-            }
-        }
+template <typename T>
+void rows_of(const int64_t* ids, int64_t count, const T* packed, int64_t in, T* y) {
+    constexpr int STEP = Weights<T>::STEP;
+    for (int64_t i = 0; i < count; i++) {
+        const T* row = packed + ids[i] / PANEL * PANEL * in + ids[i] % PANEL * STEP;
+        for (int64_t k = 0; k < in; k += STEP)
+            std::memcpy(y + i * in + k, row + k * PANEL, STEP * sizeof(T));
     }
 }
 
@@ -262,5 +289,12 @@ extern "C" {
 
 void halyard_linear_float32(const LinearArgs* args) { linear<float>(*args); }
 void halyard_linear_bfloat16(const LinearArgs* args) { linear<uint16_t>(*args); }
+
+void halyard_rows_float32(const int64_t* ids, int64_t count, const void* packed, int64_t in, void* y) {
+    rows_of<float>(ids, count, static_cast<const float*>(packed), in, static_cast<float*>(y));
+}
+void halyard_rows_bfloat16(const int64_t* ids, int64_t count, const void* packed, int64_t in, void* y) {
+    rows_of<uint16_t>(ids, count, static_cast<const uint16_t*>(packed), in, static_cast<uint16_t*>(y));
+}
 int halyard_linear_args_size() { return int(sizeof(LinearArgs)); }
 }

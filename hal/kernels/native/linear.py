@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halyard.hal.kernels.native.library import MIN_PARALLEL_WORK, best_isa, load_library
+from halyard.hal.kernels.native.library import (
+    MIN_PARALLEL_WORK,
+    best_isa,
+    load_library,
+    num_threads,
+)
 
 __all__ = ["PANEL", "pack_linear", "packed_linear", "unpack_linear"]
 
@@ -25,7 +30,7 @@ class _Args(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "packed", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "stride", "threads")),
     )
 
 
@@ -73,14 +78,14 @@ def _functions() -> dict[torch.dtype, Any]:
 
 @torch.library.impl(_library, "packed_linear", "CPU")
 def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    x = x.contiguous()
+    x = x.contiguous()  # of one row's tokens or many: a slice of a wider tensor is copied
     num_inputs = x.shape[-1]
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = math.prod(x.shape[:-1])
     large = rows * num_inputs * out_features >= MIN_PARALLEL_WORK
     args = _Args(
         x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-        rows, num_inputs, out_features, torch.get_num_threads() if large else 1,
+        rows, num_inputs, out_features, num_inputs, num_threads() if large else 1,
     )  # fmt: skip
     _functions()[x.dtype](ctypes.byref(args))
     return y

@@ -1,0 +1,22 @@
+// What the library offers beside attention: linears over packed weights (linear.cpp).
+#pragma once
+
+#include <cstdint>
+
+struct LinearArgs {
+    const void* x;  // [rows][in], `stride` elements from one row to the next
+    const void* packed;
+    const void* bias;  // [out] as x, or null
+    void* y;           // [rows][out]
+    int64_t rows, in, out, stride, threads;
+};
+
+extern "C" {
+
+void halyard_linear_float32(const LinearArgs* args);
+void halyard_linear_bfloat16(const LinearArgs* args);
+
+// Rows `ids` [count] of the matrix that was packed, [count][in].
+void halyard_rows_float32(const int64_t* ids, int64_t count, const void* packed, int64_t in, void* y);
+void halyard_rows_bfloat16(const int64_t* ids, int64_t count, const void* packed, int64_t in, void* y);
+}
