@@ -66,8 +66,9 @@ def checkpoint(folder: Path, shape: str) -> Path:
     import shutil
 
     import torch
-    from halyard.models.shapes import shape_config
     from transformers import AutoModelForCausalLM
+
+    from halyard.models.shapes import shape_config
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape_config(shape), dtype=torch.bfloat16)
