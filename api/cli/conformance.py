@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
     from halyard.hal.conformance.backend import find_backend
     from halyard.hal.conformance.case import collect
     from halyard.hal.conformance.page import write_page
-    from halyard.hal.conformance.runner import run_cases
+    from halyard.hal.conformance.runner import Interrupted, run_cases
 
     backend = find_backend(args.backend, args.matrix)
     if backend.reasons:
@@ -103,25 +103,35 @@ def _run(args: argparse.Namespace) -> int:
             print(case.id + (f"    not claimed: {'; '.join(reasons)}" if reasons else ""))
         return 0
     previous = None
-    if args.report is not None:
-        old = args.report / backend.name.replace(":", "-") / "results.json"
+    if args.report is not None:  # told now if it can't be written, not after the run
+        old = results.folder_of(args.report, backend.name) / "results.json"
         previous = results.load(old) if old.is_file() else None
     started = time.perf_counter()
     show = _Progress(len(cases))
-    found = run_cases(backend, cases, show, max(1, args.jobs))
+    interrupted = False
+    try:
+        found = run_cases(backend, cases, show, max(1, args.jobs))
+    except Interrupted as stopped:
+        interrupted, found = True, stopped.results
     show.close()
     report = results.make(
         backend,
         found,
         levels=args.level,
         dtypes=args.dtype,
+        cases=args.case,
         seconds=time.perf_counter() - started,
+        interrupted=interrupted,
         previous=previous,
     )
     _print(report)
+    if interrupted:
+        print(f"interrupted: {len(found)} of {len(cases)} cells have had their turn")
     if args.report is not None:
         print(f"report: {results.save(report, args.report)}")
         print(f"page:   {write_page(args.report)}")
+    if interrupted:
+        return 130
     return 0 if report["summary"]["ok"] else 1
 
 
@@ -160,4 +170,6 @@ def _print(report: dict[str, Any]) -> None:
     if summary["kill_rate"] is not None:
         print(f"broken kernels noticed: {summary['kill_rate']:.0%}")
     verdict = "every claim holds" if summary["ok"] else "some claims do not hold"
+    if not any(counts.get("passed") for counts in summary["levels"].values()) and summary["ok"]:
+        verdict = "nothing of this is claimed"
     print(f"{report['backend']}: {verdict} ({report['seconds']:.0f} s)")

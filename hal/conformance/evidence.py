@@ -23,6 +23,8 @@ def unproven(report: dict[str, Any], row: BackendRow) -> list[str]:
     parts = {"device": row.device, "kernels": row.kernels, "graph": row.graph}
     if report["parts"] != parts:
         reasons.append("it is about other parts")
+    if report.get("interrupted") or any(report["asked"].values()):
+        reasons.append("only a part of the suite was run")
     if not summary["ok"]:
         reasons.append("some claimed cells did not pass")
     missing = [

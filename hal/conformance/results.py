@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,18 @@ from halyard.hal.conformance.levels import LEVELS, MUTANTS
 from halyard.hal.errors import ConfigError
 from halyard.hal.registry import load_part
 
-__all__ = ["BAD", "SCHEMA", "STATUSES", "changes", "junit", "load", "make", "save", "summary"]
+__all__ = [
+    "BAD",
+    "SCHEMA",
+    "STATUSES",
+    "changes",
+    "folder_of",
+    "junit",
+    "load",
+    "make",
+    "save",
+    "summary",
+]
 
 SCHEMA = 1
 STATUSES = ("passed", "failed", "crashed", "hung", "not_claimed")
@@ -33,12 +45,15 @@ def make(
     levels: Sequence[str],
     dtypes: Sequence[str],
     seconds: float,
+    cases: Sequence[str] = (),
+    interrupted: bool = False,
     previous: Report | None = None,
 ) -> Report:
     """The report of one run.
 
     Args:
-        levels, dtypes: what was asked for; empty: everything.
+        levels, dtypes, cases: what was asked for; empty: everything.
+        interrupted: the run was ended before all cells had their turn.
         previous: the last run's report, for the differences.
     """
     row = backend.row
@@ -47,7 +62,8 @@ def make(
         "backend": row.name,
         "parts": {"device": row.device, "kernels": row.kernels, "graph": row.graph},
         "row_dtypes": list(row.dtypes),
-        "asked": {"levels": list(levels), "dtypes": list(dtypes)},
+        "asked": {"levels": list(levels), "dtypes": list(dtypes), "cases": list(cases)},
+        "interrupted": interrupted,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "device": asdict(backend.info) if backend.info else None,
@@ -120,11 +136,26 @@ def changes(before: Report, after: Report) -> list[dict[str, str]]:
     ]
 
 
-def save(report: Report, directory: Path) -> Path:
-    """Write DIRECTORY/<backend>/results.json and junit.xml; the path of the first."""
-    folder: Path = directory / report["backend"].replace(":", "-")
+def folder_of(directory: Path, backend: str) -> Path:
+    """DIRECTORY/<backend>, made if it isn't there.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    folder = directory / backend.replace(":", "-")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"can't write the report to {folder}: {error.strerror}") from error
+    return folder
+
+
+def save(report: Report, directory: Path) -> Path:
+    """Write DIRECTORY/<backend>/results.json and junit.xml; the path of the first."""
+    folder = folder_of(directory, report["backend"])
+    try:
         file = folder / "results.json"
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (folder / "junit.xml").write_text(junit(report), encoding="utf-8")

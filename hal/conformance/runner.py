@@ -2,10 +2,13 @@
 
 A worker runs cases one after another. When it dies, the case it was in has crashed; when a case
 takes longer than it may, the worker is killed and the case has hung. The rest goes on in a new one.
+Each worker has a session of its own: Ctrl-C reaches us alone, and what a case has started (a server,
+say) ends with its worker.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -23,10 +26,53 @@ from typing import Any
 from halyard.hal.conformance.backend import BackendUnderTest
 from halyard.hal.conformance.case import Case
 
-__all__ = ["run_cases"]
+__all__ = ["Interrupted", "run_cases"]
 
 _START_SECONDS = 120.0  # for a worker to import and open its device
 Result = dict[str, Any]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while cases ran; `results` are those that came to an end before."""
+
+    def __init__(self, results: list[Result]) -> None:
+        super().__init__()
+        self.results = results
+
+
+class _Workers:
+    """The processes that run now, so that all of them can be ended at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        with self._lock:
+            self._running.add(process)
+            if self.stopped:
+                _kill(process)
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill what is left of a worker, its own children included, and forget it."""
+        with self._lock:
+            self._running.discard(process)
+        _kill(process)
+        process.wait()
+
+    def stop(self) -> None:
+        """Kill all, and whatever is added from now on."""
+        with self._lock:
+            self.stopped = True
+            for process in self._running:
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    # A worker that has died may have left children: its group still has its number.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_cases(
@@ -39,6 +85,9 @@ def run_cases(
 
     Args:
         jobs: workers at a time. Cases measure no time, so they may share a machine and a device.
+
+    Raises:
+        Interrupted: Ctrl-C. No worker is left, nor anything that one has started.
     """
     results: dict[str, Result] = {}
     lock = threading.Lock()
@@ -56,14 +105,23 @@ def run_cases(
         else:
             waiting.append(case)
 
+    workers = _Workers()
+
     def work(own: list[Case]) -> None:
-        while own:
-            own = _run_worker(backend, own, keep)
+        while own and not workers.stopped:
+            own = _run_worker(backend, own, keep, workers)
 
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        # Dealt out one by one: the long ones of a level don't fall to one worker.
-        for future in [pool.submit(work, waiting[first::jobs]) for first in range(jobs)]:
-            future.result()
+        try:
+            # Dealt out one by one: the long ones of a level don't fall to one worker.
+            for future in [pool.submit(work, waiting[first::jobs]) for first in range(jobs)]:
+                future.result()
+        except KeyboardInterrupt:
+            with lock:
+                done = [results[case.id] for case in cases if case.id in results]
+            raise Interrupted(done) from None
+        finally:  # before the pool waits for its threads, which wait for their workers
+            workers.stop()
     return [results[case.id] for case in cases]
 
 
@@ -75,7 +133,10 @@ def _plain(case: Case, status: str, message: str, detail: str = "", seconds: flo
 
 
 def _run_worker(
-    backend: BackendUnderTest, cases: list[Case], keep: Callable[[Result], None]
+    backend: BackendUnderTest,
+    cases: list[Case],
+    keep: Callable[[Result], None],
+    workers: _Workers,
 ) -> list[Case]:
     """Run as many of the cases as one worker lives for; those that are left."""
     read_end, write_end = os.pipe()
@@ -87,7 +148,9 @@ def _run_worker(
             stderr=subprocess.STDOUT,
             pass_fds=(write_end,),
             env=_environment(),
+            start_new_session=True,
         )
+        workers.add(process)
         os.close(write_end)
         job = {
             "backend": backend.name,
@@ -105,10 +168,8 @@ def _run_worker(
             done, cause, seconds = _listen(read_end, process, cases, keep)
         finally:
             os.close(read_end)
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        if done == len(cases):
+            workers.end(process)
+        if workers.stopped or done == len(cases):
             return []
         noise.seek(0)
         said = noise.read().decode(errors="replace")[-3000:]

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +21,8 @@ import pytest
 from halyard.api.cli.main import main
 from halyard.hal.conformance import case as case_module
 from halyard.hal.conformance import results, runner
-from halyard.hal.conformance.backend import find_backend
-from halyard.hal.conformance.case import collect
+from halyard.hal.conformance.backend import BackendUnderTest, find_backend
+from halyard.hal.conformance.case import Case, collect
 from halyard.hal.conformance.evidence import accept, unproven
 from halyard.hal.conformance.levels import LEVELS, MUTANTS, Level
 from halyard.hal.conformance.mutants import MUTATIONS
@@ -28,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A level for these tests, importable by the worker: good, wrong, dead, stuck, and unclaimed cells.
 MOODS = """
-import os, time
+import os, subprocess, sys, time
 from halyard.hal.conformance.case import Case
 from halyard.hal.types import Requirements
 
@@ -46,6 +52,10 @@ def dead(context):
     os.kill(os.getpid(), 11)
 
 def stuck(context):
+    if "MOODS_CHILD" in os.environ:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        open(os.environ["MOODS_CHILD"] + ".new", "w").write(str(child.pid))
+        os.rename(os.environ["MOODS_CHILD"] + ".new", os.environ["MOODS_CHILD"])
     time.sleep(600)
 
 def cases(backend):
@@ -69,22 +79,30 @@ sys.exit(worker.main())
 """
 
 
-@pytest.fixture
-def moods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Results of the moody cases on the reference backend, workers and all."""
-    (tmp_path / "moods.py").write_text(MOODS)
-    (tmp_path / "moody_worker.py").write_text(WORKER)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT / 'pkg'}")
-    backend = find_backend("cpu:reference:eager")
-    cases = case_module._provide(Level("L3", "moods", "moods:cases"), backend)
+@contextmanager
+def moody(folder: Path) -> Iterator[tuple[BackendUnderTest, list[Case]]]:
+    """The reference backend with the moody cases; workers know them too."""
+    (folder / "moods.py").write_text(MOODS)
+    (folder / "moody_worker.py").write_text(WORKER)
     spawn = subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> Any:
         return spawn([command[0], "-m", "moody_worker", command[3]], **options)
 
-    monkeypatch.setattr(runner.subprocess, "Popen", popen)
-    return runner.run_cases(backend, cases)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT / 'pkg'}")
+        backend = find_backend("cpu:reference:eager")
+        cases = case_module._provide(Level("L3", "moods", "moods:cases"), backend)
+        patch.setattr(runner.subprocess, "Popen", popen)
+        yield backend, cases
+
+
+@pytest.fixture(scope="module")
+def moods(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Results of the moody cases, workers and all."""
+    with moody(tmp_path_factory.mktemp("moods")) as given:
+        return runner.run_cases(*given)
 
 
 def test_each_way_to_go_wrong_is_one_cell(moods: list[dict[str, Any]]) -> None:
@@ -130,12 +148,71 @@ def test_reports_tell_them_apart(moods: list[dict[str, Any]], tmp_path: Path) ->
     assert later["changes"] == [{"id": "L3.dead", "before": "crashed", "after": "passed"}]
 
 
+def _is_there(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child"
+    monkeypatch.setenv("MOODS_CHILD", str(child))
+
+    def interrupt() -> None:
+        while not child.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with moody(tmp_path) as (backend, cases):
+        cases = [replace(c, seconds=100.0) if c.id == "L3.stuck" else c for c in cases]
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(runner.Interrupted) as stopped:
+            runner.run_cases(backend, cases)
+    ids = [result["id"] for result in stopped.value.results]
+    assert "L3.right[float32]" in ids
+    assert "L3.dead" in ids
+    assert "L3.stuck" not in ids  # it neither crashed nor hung
+    deadline = time.monotonic() + 20
+    while _is_there(int(child.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _is_there(int(child.read_text()))  # what a case had started is gone too
+    report = results.make(backend, stopped.value.results, levels=[], dtypes=[], seconds=1.0,
+                          interrupted=True)  # fmt: skip
+    assert "only a part of the suite was run" in unproven(report, backend.row)
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["--backend", "reference", "--level", "L0", "--report", str(tmp_path / "file")]
+    assert main(["conformance", "run", *arguments]) == 2
+    told = capsys.readouterr()
+    assert "can't write the report" in told.err
+    assert not told.out
+
+
+def test_a_part_of_the_suite_proves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--backend", "reference", "--case", "L0.probe", "--report", str(tmp_path)]
+    assert main(["conformance", "run", *arguments]) == 0
+    report = results.load(tmp_path / "reference" / "results.json")
+    row = load_matrix(ROOT / "hw_matrix.yaml").row("reference")
+    assert unproven(report, row)[0] == "only a part of the suite was run"
+    assert main(["conformance", "run", "--backend", "cpu-eager", "--dtype", "float16", "--level",
+                 "L2"]) == 0  # fmt: skip
+    assert "nothing of this is claimed" in capsys.readouterr().out
+
+
 def test_a_wrong_claim_is_a_failure() -> None:
     """Kernels that claim a head dim which they can't do are red there, and nowhere else."""
     backend = find_backend("cpu:native:eager")
     assert backend.capabilities is not None
-    from dataclasses import replace
-
     boastful = replace(backend, capabilities=replace(backend.capabilities, head_dims=None))
     narrow = [c for c in collect(backend, ("L3",)) if c.id == "L3.head_dim.48[float32]"]
     assert not narrow[0].unclaimed(boastful)

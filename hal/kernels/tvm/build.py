@@ -15,7 +15,7 @@ from typing import Any
 
 from halyard.hal import fallbacks
 from halyard.hal.errors import BackendUnavailableError
-from halyard.hal.kernels.tvm.shape import KernelShape
+from halyard.hal.kernels.tvm.shape import KernelShape, MoveShape
 
 __all__ = ["TVM_INSTALL", "cpu_target", "gpu_target", "load_functions"]
 
@@ -48,7 +48,10 @@ def gpu_target(kind: str, arch: str) -> Any:
 
 
 def load_functions(
-    shape: KernelShape, target: Any, make: Callable[[], dict[str, Any]], variant: str = ""
+    shape: KernelShape | MoveShape,
+    target: Any,
+    make: Callable[[], dict[str, Any]],
+    variant: str = "",
 ) -> dict[str, Any]:
     """The compiled functions of a shape by name, from the disk if they are there.
 
@@ -64,7 +67,7 @@ def load_functions(
     path = _path(shape, str(target), variant) if target.kind.name == "llvm" else None
     if path is not None and _is_whole(path):
         try:
-            return _functions(tvm.runtime.load_module(str(path)))
+            return _functions(tvm.runtime.load_module(str(path)), shape)
         except Exception as error:  # noqa: BLE001 - whatever the damage, compiling anew mends it
             fallbacks.note("kernel_cache", f"discarding a damaged TVM kernel {path}: {error}")
     started = time.perf_counter()
@@ -76,15 +79,16 @@ def load_functions(
     logger.info("compiled TVM kernels %s in %.1f s", shape.name, time.perf_counter() - started)
     if path is not None:
         _store(executable, path)
-    return _functions(executable.jit())
+    return _functions(executable.jit(), shape)
 
 
-def _functions(module: Any) -> dict[str, Any]:
+def _functions(module: Any, shape: KernelShape | MoveShape) -> dict[str, Any]:
     # Looking a function up takes longer than calling it: once is enough.
-    return {name: module[name] for name in ("write", "decode", "prefill")}
+    names = ("move",) if isinstance(shape, MoveShape) else ("write", "decode", "prefill")
+    return {name: module[name] for name in names}
 
 
-def _path(shape: KernelShape, target: str, variant: str) -> Path:
+def _path(shape: KernelShape | MoveShape, target: str, variant: str) -> Path:
     import tvm
 
     root = os.environ.get("HALYARD_CACHE_DIR")

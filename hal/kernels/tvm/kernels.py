@@ -20,7 +20,7 @@ from halyard.hal.contract import CONTRACT_VERSION, Device
 from halyard.hal.dtypes import dtype_name
 from halyard.hal.errors import BackendUnavailableError
 from halyard.hal.kernels.tvm.build import TVM_INSTALL, cpu_target, gpu_target, load_functions
-from halyard.hal.kernels.tvm.shape import LANES, KernelShape, num_tiles
+from halyard.hal.kernels.tvm.shape import LANES, KernelShape, MoveShape, num_tiles
 from halyard.hal.types import (
     AttentionLayer,
     BlockMove,
@@ -58,7 +58,7 @@ class TvmKernels:
         self.device = device
         self._on_cpu = device.info.kind == "cpu"
         self._parallel = int(os.environ.get("TVM_NUM_THREADS", "1")) > 1
-        self._compiled: dict[KernelShape, dict[str, Any]] = {}
+        self._compiled: dict[KernelShape | MoveShape, dict[str, Any]] = {}
         self._no_sinks: dict[int, Tensor] = {}
 
     @classmethod
@@ -97,9 +97,7 @@ class TvmKernels:
             softcap=layer.softcap > 0,
             sinks=layer.sinks is not None,
         )
-        functions = self._compiled.get(shape)
-        if functions is None:
-            functions = self._compiled[shape] = self._compile(shape)
+        functions = self._functions(shape)
         # TVM checks strides; it takes slices of a fused projection, but no transposed vectors.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if q.requires_grad:
@@ -118,13 +116,13 @@ class TvmKernels:
         return out
 
     def copy_blocks(self, pool: KVPool, moves: Sequence[BlockMove]) -> None:
-        _move(pool, pool, moves)
+        self._move(pool, pool, moves)
 
     def swap_out(self, pool: KVPool, host: KVPool, moves: Sequence[BlockMove]) -> None:
-        _move(pool, host, moves)
+        self._move(pool, host, moves)
 
     def swap_in(self, pool: KVPool, host: KVPool, moves: Sequence[BlockMove]) -> None:
-        _move(host, pool, moves)
+        self._move(host, pool, moves)
 
     def read_blocks(self, pool: KVPool, blocks: Sequence[int]) -> Tensor:
         spec = pool.layout.spec
@@ -141,19 +139,44 @@ class TvmKernels:
         values.copy_(data[1].reshape(values.shape))
         pool.data[:, list(blocks)] = chosen
 
-    def _compile(self, shape: KernelShape) -> dict[str, Any]:
+    def _move(self, source: KVPool, target: KVPool, moves: Sequence[BlockMove]) -> None:
+        """Copy blocks, all layers, between pools of one device or of the device and the host."""
+        if not moves:
+            return
+        here, there = source.data, target.data
+        pairs = torch.tensor(moves, dtype=torch.int64)
+        if here.device != there.device:  # over the link: the copy engines need whole runs
+            chosen = here.index_select(1, pairs[:, 0].to(here.device))
+            there.index_copy_(1, pairs[:, 1].to(there.device), chosen.to(there.device))
+            return
+        words = (x.flatten(2).view(torch.int32) for x in (here, there))
+        shape = MoveShape(here[0, 0].nbytes // 4)
+        self._functions(shape)["move"](*words, pairs.to(here.device))
+
+    def _functions(self, shape: KernelShape | MoveShape) -> dict[str, Any]:
+        """The compiled functions of a shape, made when it first comes."""
+        functions = self._compiled.get(shape)
+        if functions is None:
+            functions = self._compiled[shape] = self._compile(shape)
+        return functions
+
+    def _compile(self, shape: KernelShape | MoveShape) -> dict[str, Any]:
         if self._on_cpu:
             target, variant = cpu_target(), f"parallel={self._parallel}"
         else:
             target, variant = gpu_target("cuda", self.device.info.arch), ""
+        return load_functions(shape, target, lambda: self._make(shape), variant)
 
-        def make() -> dict[str, Any]:
-            from halyard.hal.kernels.tvm.cpu import cpu_functions
-            from halyard.hal.kernels.tvm.gpu import gpu_functions
+    def _make(self, shape: KernelShape | MoveShape) -> dict[str, Any]:
+        """TIR of the functions of a shape."""
+        from halyard.hal.kernels.tvm.cpu import cpu_functions
+        from halyard.hal.kernels.tvm.gpu import gpu_functions
+        from halyard.hal.kernels.tvm.moves import cpu_move, gpu_move
 
-            return cpu_functions(shape, self._parallel) if self._on_cpu else gpu_functions(shape)
-
-        return load_functions(shape, target, make, variant)
+        if isinstance(shape, MoveShape):
+            move = cpu_move(shape, self._parallel) if self._on_cpu else gpu_move(shape, "int64")
+            return {"move": move}
+        return cpu_functions(shape, self._parallel) if self._on_cpu else gpu_functions(shape)
 
     def _tiles(self, name: str, shape: KernelShape, batch: StepBatch) -> tuple[int, ...]:
         """How many tiles of entries the longest row of that kind has: GPUs want to know."""
@@ -183,16 +206,6 @@ class TvmKernels:
             return keys.view(*lead, heads, spec.block_size, dim).permute(0, 1, 3, 2, 4), values
         tiles = keys.view(*lead, heads, spec.block_size // LANES, dim, LANES)
         return tiles.permute(0, 1, 3, 5, 2, 4), values
-
-
-def _move(source: KVPool, target: KVPool, moves: Sequence[BlockMove]) -> None:
-    """Copy blocks, all layers, between pools of one device or of the device and the host."""
-    if not moves:
-        return
-    pairs = torch.tensor(moves, dtype=torch.int64)
-    chosen = source.data.index_select(1, pairs[:, 0].to(source.data.device))
-    where = pairs[:, 1].to(target.data.device)
-    target.data.index_copy_(1, where, chosen.to(target.data.device))
 
 
 def _runtime_problems(kind: str) -> list[str]:

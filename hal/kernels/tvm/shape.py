@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LANES", "PREFILL_TILE", "KernelShape", "num_tiles", "tile_of"]
+__all__ = ["LANES", "PREFILL_TILE", "KernelShape", "MoveShape", "num_tiles", "tile_of"]
 
 LANES = 16  # fp32 lanes of the vectors that CPU kernels are written in; narrower ones split them
 
@@ -36,6 +36,18 @@ class KernelShape:
             f"{self.num_heads}-{self.num_kv_heads}-{self.head_dim}-{self.block_size}"
             f"-{self.dtype}{'-' if features else ''}{features}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class MoveShape:
+    """Everything that is constant in a generated block move."""
+
+    words: int  # of four bytes in one block of one layer, a multiple of LANES
+
+    @property
+    def name(self) -> str:
+        """A file name for what is compiled."""
+        return f"move-{self.words}"
 
 
 def tile_of(shape: KernelShape, name: str) -> int:
