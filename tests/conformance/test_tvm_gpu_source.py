@@ -17,15 +17,17 @@ import torch
 from test_kernels_contract import DEVICE, Case
 
 from halyard.hal.kernels.native.library import find_compiler
-from halyard.hal.kernels.tvm.emit import emit_source
+from halyard.hal.kernels.tvm.emit import KERNELS, emit_source
 from halyard.hal.kernels.tvm.kernels import TvmKernels
-from halyard.hal.kernels.tvm.shape import KernelShape
+from halyard.hal.kernels.tvm.shape import SPLIT, KernelShape, MoveShape, num_parts
+from halyard.hal.types import BlockMove, KVSpec
 
 pytest.importorskip("tvm", reason='needs pip install "halyard[tvm]"')
 if find_compiler() is None:
     pytest.skip("needs a C++ compiler", allow_module_level=True)
 
 THREADS = 128
+SHAPE = KernelShape(2, 2, 32, 16, "float32")
 PRELUDE = """
 #include <algorithm>
 #include <cmath>
@@ -88,17 +90,33 @@ class Emulated:
                 "rows": given["tables"].shape[0],
                 "max_blocks": given["tables"].shape[1],
             }
-        values |= {"blocks": given["pool"].shape[1], "layers": given["pool"].shape[0]}
+        if "pool" in given:
+            values |= {"blocks": given["pool"].shape[1], "layers": given["pool"].shape[0]}
+        if "partial" in given:
+            values |= {"split_rows": len(given["partial"]), "parts": given["partial"].shape[1]}
+        if "pairs" in given:
+            values |= {"layers": len(given["source"]), "moves": len(given["pairs"])}
+            values |= {f"{x}_blocks": given[x].shape[1] for x in ("source", "target")}
         # TVM takes the offset into the tensor apart from its address; ours is in the address.
         taken = [values.get(name, 0) for name in self.parameters]
         if self.name == "write":
             grid = (len(given["k"]), 1)
+        elif self.name == "move":
+            grid = (len(given["pairs"]), len(given["source"]))
+        elif self.name == "merge":
+            grid = (len(given["lens"]), given["partial"].shape[2])
         else:
-            grid = (len(given["lens"]), given["tiles"] * given["pool"].shape[3])
+            heads, parts = given["pool"].shape[3], given["partial"].shape[1]
+            grid = (len(given["lens"]), given["tiles"] * heads * parts)
         self.call(*grid, *taken)
 
 
-def emulate(folder: Path, shape: KernelShape, barriers: bool = True) -> dict[str, Any]:
+def emulate(
+    folder: Path, shape: KernelShape | MoveShape, barriers: bool = True, model: KernelShape = SHAPE
+) -> dict[str, Any]:
+    """The functions for `shape`; moves come with a model's."""
+    if isinstance(shape, MoveShape):
+        shape = model
     made = emit_source("cuda", shape.dtype, shape=shape)
     assert made.status == "generated", made.reason
     source = made.source[made.source.index('extern "C"') :]
@@ -106,7 +124,7 @@ def emulate(folder: Path, shape: KernelShape, barriers: bool = True) -> dict[str
     if not barriers:
         source = source.replace("__syncthreads();", "")
     runs = ""
-    for name in ("write", "decode", "prefill"):
+    for name in KERNELS:
         found = re.search(rf'extern "C".*? {name}_kernel\((.*?)\) {{', source)
         assert found is not None
         names = ", ".join(part.split()[-1] for part in found[1].split(","))
@@ -136,12 +154,34 @@ def emulate(folder: Path, shape: KernelShape, barriers: bool = True) -> dict[str
     assert built.returncode == 0, built.stderr[:2000]
     library = ctypes.CDLL(str(binary))
     attend = ["q", "pool", "out", "tables", "lens", "start", "sink", "layer", "window", "scale",
-              "cap", "tiles"]  # fmt: skip
-    return {
-        "write": Emulated(library, source, "write", ["k", "v", "pool", "slots", "layer"]),
-        "decode": Emulated(library, source, "decode", attend),
-        "prefill": Emulated(library, source, "prefill", attend),
+              "cap", "tiles", "partial", "stats"]  # fmt: skip
+    orders = dict.fromkeys(KERNELS, attend) | {
+        "write": ["k", "v", "pool", "slots", "layer"],
+        "merge": ["partial", "stats", "out", "lens", "start", "sink"],
+        "move": ["source", "target", "pairs"],
     }
+    return {name: Emulated(library, source, name, order) for name, order in orders.items()}
+
+
+def emulated(folder: Path, **options: Any) -> TvmKernels:
+    """The kernels as they run on a GPU, with emulated functions."""
+    kernels = TvmKernels(DEVICE)
+    kernels._on_cpu = False
+    kernels._compile = lambda shape: emulate(folder, shape, **options)  # type: ignore[method-assign]
+    return kernels
+
+
+def fill(run: Case, row: int, length: int) -> None:
+    """Put the first tokens of a row in its blocks without computing them."""
+    spec, table = run.pool.layout.spec, run.tables[row]
+    data = torch.full(
+        (2, spec.num_layers, len(table) * spec.block_size, spec.num_kv_heads, spec.head_dim),
+        float("nan"),
+    )
+    data[:, run.layer.index, :length] = torch.stack([run.k[row][:length], run.v[row][:length]])
+    shape = (2, spec.num_layers, len(table), spec.block_size, *data.shape[3:])
+    run.kernels.write_blocks(run.pool, table, data.view(shape))
+    run.done[row] = length
 
 
 @pytest.mark.parametrize(
@@ -156,9 +196,7 @@ def emulate(folder: Path, shape: KernelShape, barriers: bool = True) -> dict[str
 def test_against_the_oracle(
     heads: int, kv_heads: int, dim: int, features: dict[str, Any], tmp_path: Path
 ) -> None:
-    kernels = TvmKernels(DEVICE)
-    kernels._on_cpu = False
-    kernels._compile = lambda shape: emulate(tmp_path, shape)  # type: ignore[method-assign]
+    kernels = emulated(tmp_path)
     lengths = [1, 15, 16, 17, 97, 300]
     run = Case(
         kernels, [n + 2 for n in lengths], heads=heads, kv_heads=kv_heads, dim=dim, **features
@@ -173,8 +211,59 @@ def test_against_the_oracle(
 
 
 def test_a_missing_barrier_shows(tmp_path: Path) -> None:
-    kernels = TvmKernels(DEVICE)
-    kernels._on_cpu = False
-    kernels._compile = lambda shape: emulate(tmp_path, shape, barriers=False)  # type: ignore[method-assign]
+    kernels = emulated(tmp_path, barriers=False)
     with pytest.raises(AssertionError, match="error"):
         Case(kernels, [40], heads=4, kv_heads=2, dim=32).step([40])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "features"),
+    [(4, 2, 32, {}), (3, 1, 80, {"window": 600, "softcap": 2.0, "sinks": True})],
+    ids=str,
+)
+def test_long_rows_are_cut_and_merged(
+    heads: int, kv_heads: int, dim: int, features: dict[str, Any], tmp_path: Path
+) -> None:
+    kernels = emulated(tmp_path)
+    lengths = [SPLIT, SPLIT + 1, 17, 2 * SPLIT, 1500]
+    run = Case(
+        kernels, [n + 3 for n in lengths], heads=heads, kv_heads=kv_heads, dim=dim, **features
+    )
+    for row, length in enumerate(lengths):
+        fill(run, row, length)
+    assert num_parts(max(lengths) + 1) > 1
+    run.step([1] * len(lengths))
+    run.step([1, 2, 1, 0, 1])  # a chunk beside them
+
+
+def test_cutting_other_rows_changes_nothing(tmp_path: Path) -> None:
+    """A short row is done whole alone, and as one part beside a long one: bit for bit the same."""
+    kernels = emulated(tmp_path)
+    outputs = []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(kernels, name)
+
+        def attend(self, *args: Any) -> torch.Tensor:
+            outputs.append(kernels.attend(*args))
+            return outputs[-1]
+
+    run = Case(Spy(), [400, 1100, 9000], heads=2, kv_heads=2, dim=32)
+    for row, length in enumerate((399, 1099, 8999)):
+        fill(run, row, length)
+    run.step([1, 1, 1])
+    for row in range(3):
+        run.done = [399, 1099, 8999]
+        run.step([int(row == n) for n in range(3)])
+    assert torch.equal(outputs[0], torch.cat(outputs[1:]))
+
+
+def test_moves(tmp_path: Path) -> None:
+    kernels = emulated(tmp_path, model=SHAPE)
+    spec = KVSpec(3, SHAPE.num_kv_heads, SHAPE.head_dim, "float32", SHAPE.block_size)
+    pool = DEVICE.allocate_kv(kernels.layout(spec), 6, host=False)
+    pool.data.normal_()
+    original = pool.data.clone()
+    kernels.copy_blocks(pool, [BlockMove(0, 2), BlockMove(5, 4)])
+    assert torch.equal(pool.data, original[:, [0, 1, 0, 3, 5, 5]])

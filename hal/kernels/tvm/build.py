@@ -67,7 +67,7 @@ def load_functions(
     path = _path(shape, str(target), variant) if target.kind.name == "llvm" else None
     if path is not None and _is_whole(path):
         try:
-            return _functions(tvm.runtime.load_module(str(path)), shape)
+            return _functions(tvm.runtime.load_module(str(path)), _names(shape, target))
         except Exception as error:  # noqa: BLE001 - whatever the damage, compiling anew mends it
             fallbacks.note("kernel_cache", f"discarding a damaged TVM kernel {path}: {error}")
     started = time.perf_counter()
@@ -79,12 +79,18 @@ def load_functions(
     logger.info("compiled TVM kernels %s in %.1f s", shape.name, time.perf_counter() - started)
     if path is not None:
         _store(executable, path)
-    return _functions(executable.jit(), shape)
+    return _functions(executable.jit(), _names(shape, target))
 
 
-def _functions(module: Any, shape: KernelShape | MoveShape) -> dict[str, Any]:
+def _names(shape: KernelShape | MoveShape, target: Any) -> tuple[str, ...]:
+    if isinstance(shape, MoveShape):
+        return ("move",)
+    names = ("write", "decode", "prefill")
+    return names if target.kind.name == "llvm" else (*names, "decode_split", "merge")
+
+
+def _functions(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
     # Looking a function up takes longer than calling it: once is enough.
-    names = ("move",) if isinstance(shape, MoveShape) else ("write", "decode", "prefill")
     return {name: module[name] for name in names}
 
 

@@ -17,11 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from halyard.hal.kernels.tvm.shape import KernelShape
+from halyard.hal.kernels.tvm.shape import KernelShape, MoveShape
+from halyard.hal.types import ITEM_SIZE
 
-__all__ = ["TARGETS", "Emission", "emit_source"]
+__all__ = ["KERNELS", "TARGETS", "Emission", "emit_source"]
 
 Status = Literal["generated", "failed", "crashed", "timeout"]
+
+KERNELS = ("write", "decode", "decode_split", "merge", "prefill", "move")
 
 # target -> the dtypes that its language has; ROCm is compiled to assembly.
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -37,7 +40,7 @@ _SHAPE = (32, 8, 128, 16)  # heads, kv heads, head dim, block: a common model's
 
 @dataclass(frozen=True, slots=True)
 class Emission:
-    """One target's and dtype's source: write, decode and prefill."""
+    """One target's and dtype's source: the functions named by KERNELS."""
 
     target: str
     dtype: str
@@ -48,8 +51,8 @@ class Emission:
 
     @property
     def kernels(self) -> int:
-        """How many of the three kernels are in the source."""
-        return sum(f"{name}_kernel" in self.source for name in ("write", "decode", "prefill"))
+        """How many of KERNELS are in the source."""
+        return sum(f"{name}_kernel" in self.source for name in KERNELS)
 
 
 def emit_source(
@@ -112,11 +115,15 @@ def _main(kind: str, facts: str, file: str) -> None:
     import tvm
 
     from halyard.hal.kernels.tvm.gpu import gpu_functions
+    from halyard.hal.kernels.tvm.moves import gpu_move
 
     _without_vendor_tools()
     # WebGPU has no 64-bit integers.
     shape = KernelShape(**json.loads(facts))
-    functions = gpu_functions(shape, "int32" if kind == "webgpu" else "int64")
+    index = "int32" if kind == "webgpu" else "int64"
+    words = 2 * shape.num_kv_heads * shape.head_dim * shape.block_size
+    words = words * ITEM_SIZE[shape.dtype] // 4  # type: ignore[index]
+    functions = gpu_functions(shape, index) | {"move": gpu_move(MoveShape(words), index)}
     built = tvm.compile(tvm.IRModule(functions), target=_target(kind))
     (module,) = built.mod.imports
     Path(file).write_text(module.inspect_source("asm" if kind == "rocm" else ""))

@@ -4,8 +4,11 @@ A block of one layer is [2, kv_heads, block_size * head_dim]: the keys (values) 
 by token. As on the CPU, a row's queries and the heads of a group are one list of entries in tiles of
 `tile`; a thread block does one tile of one row and kv head. Of each `THREADS` keys a thread scores
 one for all entries, sixteen threads an entry do the softmax, and each thread sums some of the tile's
-outputs. Nothing crosses threads but through shared memory, so that every target can say it. Keys
-are not split over thread blocks: a small batch leaves a large chip idle.
+outputs. Nothing crosses threads but through shared memory, so that every target can say it.
+
+A decode row longer than SPLIT keys is cut into up to PARTS parts, a thread block each, and merged:
+otherwise a small batch would leave a large chip idle. Where it is cut depends on its length alone, so
+what a row computes does not depend on the others.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from tvm.script import tirx as T  # noqa: N812 - TVM's own convention
 
 from halyard.hal.kernels.tvm.expressions import LOG2E
-from halyard.hal.kernels.tvm.shape import KernelShape, tile_of
+from halyard.hal.kernels.tvm.shape import PARTS, SPLIT, KernelShape, tile_of
 
 __all__ = ["gpu_functions"]
 
@@ -27,15 +30,18 @@ _LOWEST = -1.0e30  # where running maxima start: above hidden scores
 
 
 def gpu_functions(shape: KernelShape, index: str = "int64") -> dict[str, Any]:
-    """The functions of a shape by name: write, decode (rows of one query), prefill (all others).
+    """The functions of a shape by name: write, decode (rows of one query), prefill (all others);
+    decode_split and merge do what decode does.
 
     Args:
         index: the dtype of places in the pool and of slots; int32 where a target has no other.
     """
     return {
         "write": _write(shape, index),
-        "decode": _attend(shape, tile_of(shape, "decode"), True, index),
-        "prefill": _attend(shape, tile_of(shape, "prefill"), False, index),
+        "decode": _attend(shape, "decode", index),
+        "decode_split": _attend(shape, "decode_split", index),
+        "merge": _merge(shape),
+        "prefill": _attend(shape, "prefill", index),
     }
 
 
@@ -99,15 +105,17 @@ def _write(shape: KernelShape, index: str) -> Any:
     return write
 
 
-def _attend(shape: KernelShape, tile: int, decode: bool, index: str) -> Any:
+def _attend(shape: KernelShape, name: str, index: str) -> Any:
     heads, kv_heads, dim, block = (
         shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size
     )  # fmt: skip
     group, dtype, softcap, sinks = shape.group, shape.dtype, shape.softcap, shape.sinks
     unit = 1.0 if softcap else LOG2E  # scores are kept in powers of two
+    decode, split = name != "prefill", name == "decode_split"
+    tile = tile_of(shape, "decode" if decode else name)
     size = tile * dim
     shares = -(-size // THREADS)  # outputs a thread
-    name = "decode" if decode else "prefill"
+    most = PARTS * THREADS
 
     @T.prim_func(s_tir=True)
     def attend(
@@ -123,6 +131,8 @@ def _attend(shape: KernelShape, tile: int, decode: bool, index: str) -> Any:
         scale: T.float32,
         cap: T.float32,
         tiles: T.int32,
+        partial_handle: T.handle,
+        stats_handle: T.handle,
     ) -> None:
         T.func_attr({"tirx.is_scheduled": True, "global_symbol": name, "tirx.noalias": True})
         tokens, rows, max_blocks = T.int32(), T.int32(), T.int32()
@@ -142,19 +152,24 @@ def _attend(shape: KernelShape, tile: int, decode: bool, index: str) -> Any:
         lens = T.match_buffer(lens_handle, (rows,), "int32", elem_offset=lens_offset)
         start = T.match_buffer(start_handle, (rows + 1,), "int32", elem_offset=start_offset)
         sink = T.match_buffer(sinks_handle, (heads,), "float32", elem_offset=sinks_offset)
+        # Of each part of a row: sums before they are divided; the maximum and the sum of weights.
+        split_rows, parts = T.int32(), T.int32()
+        partial = T.match_buffer(partial_handle, (split_rows, parts, heads, dim), "float32")
+        stats = T.match_buffer(stats_handle, (split_rows, parts, heads, 2), "float32")
         for row in T.thread_binding(rows, thread="blockIdx.x"):
             # WebGPU has no third dimension of blocks: heads and tiles share one.
-            for place in T.thread_binding(kv_heads * tiles, thread="blockIdx.y"):
+            for place in T.thread_binding(kv_heads * tiles * parts, thread="blockIdx.y"):
                 for thread in T.thread_binding(THREADS, thread="threadIdx.x"):
                     with T.sblock("tile"):
                         T.reads()
                         T.writes()
                         head: T.let[T.int32] = place % kv_heads
-                        turn: T.let[T.int32] = place // kv_heads
+                        turn: T.let[T.int32] = T.truncmod(T.truncdiv(place, kv_heads), tiles)
+                        part: T.let[T.int32] = T.truncdiv(place, kv_heads * tiles)
                         query = T.sblock_alloc_buffer((tile, dim), "float32", scope="shared")
                         scores = T.sblock_alloc_buffer((tile, THREADS), "float32", scope="shared")
                         tops = T.sblock_alloc_buffer((tile, _LANES), "float32", scope="shared")
-                        parts = T.sblock_alloc_buffer((tile, _LANES), "float32", scope="shared")
+                        totals = T.sblock_alloc_buffer((tile, _LANES), "float32", scope="shared")
                         weights = T.sblock_alloc_buffer((tile, THREADS), "float32", scope="shared")
                         decay = T.sblock_alloc_buffer((tile,), "float32", scope="shared")
                         peaks = T.sblock_alloc_buffer((tile,), "float32", scope="shared")
@@ -176,11 +191,16 @@ def _attend(shape: KernelShape, tile: int, decode: bool, index: str) -> Any:
                             (count == 1) if decode else (count > 1), base < entries
                         )
                         early: T.let[T.int32] = length - count + base // group
-                        limit: T.let[T.int32] = (
+                        last: T.let[T.int32] = (
                             length - count
                             + T.min(base + tile - 1, entries - 1) // group + 1
                         )  # fmt: skip
-                        begin: T.let[T.int32] = T.max(early - window + 1, 0) // THREADS
+                        span: T.let[T.int32] = T.max(SPLIT, (length + (most - 1)) // most * THREADS)
+                        limit: T.let[T.int32] = T.min(last, (part + 1) * span) if split else last
+                        begin: T.let[T.int32] = (
+                            T.max(T.max(early - window + 1, 0), part * span if split else 0)
+                            // THREADS
+                        )
                         # Entries past the end repeat the last one and are not stored. Rows without
                         # tokens (padding of a captured step) read nothing.
                         for i in T.unroll(shares):
@@ -209,7 +229,7 @@ def _attend(shape: KernelShape, tile: int, decode: bool, index: str) -> Any:
                         peak[0] = T.float32(_LOWEST)
                         T.tvm_storage_sync("shared")
                         for leap in T.serial(
-                            T.Select(here, (limit + (THREADS - 1)) // THREADS - begin, 0)
+                            T.Select(here, T.max((limit + (THREADS - 1)) // THREADS - begin, 0), 0)
                         ):
                             low: T.let[T.int32] = (begin + leap) * THREADS
                             token: T.let[T.int32] = low + thread
@@ -299,7 +319,7 @@ def _attend(shape: KernelShape, tile: int, decode: bool, index: str) -> Any:
                                         )
                             T.tvm_storage_sync("shared")
                         if thread // _LANES < tile:
-                            parts[thread // _LANES, thread % _LANES] = total[0]
+                            totals[thread // _LANES, thread % _LANES] = total[0]
                             if thread % _LANES == 0:
                                 peaks[thread // _LANES] = peak[0]
                         T.tvm_storage_sync("shared")
@@ -308,16 +328,91 @@ def _attend(shape: KernelShape, tile: int, decode: bool, index: str) -> Any:
                             if here and i * THREADS + thread < size and entry < entries:
                                 one[0] = T.float32(0)
                                 for n in T.serial(_LANES):
-                                    one[0] += parts[(i * THREADS + thread) // dim, n]
-                                if sinks:
-                                    one[0] += T.exp2(
-                                        sink[head * group + entry % group] * T.float32(LOG2E)
-                                        - peaks[(i * THREADS + thread) // dim]
-                                    )
-                                out[
-                                    first + entry // group,
-                                    head * group + entry % group,
-                                    (i * THREADS + thread) % dim,
-                                ] = T.Cast(dtype, sums[i] / one[0])
+                                    one[0] += totals[(i * THREADS + thread) // dim, n]
+                                if split:
+                                    partial[
+                                        row,
+                                        part,
+                                        head * group + entry,
+                                        (i * THREADS + thread) % dim,
+                                    ] = sums[i]
+                                    if (i * THREADS + thread) % dim == 0:
+                                        stats[row, part, head * group + entry, 0] = peaks[
+                                            (i * THREADS + thread) // dim
+                                        ]
+                                        stats[row, part, head * group + entry, 1] = one[0]
+                                else:
+                                    if sinks:
+                                        one[0] += T.exp2(
+                                            sink[head * group + entry % group] * T.float32(LOG2E)
+                                            - peaks[(i * THREADS + thread) // dim]
+                                        )
+                                    out[
+                                        first + entry // group,
+                                        head * group + entry % group,
+                                        (i * THREADS + thread) % dim,
+                                    ] = T.Cast(dtype, sums[i] / one[0])
 
     return attend
+
+
+def _merge(shape: KernelShape) -> Any:
+    """Put a row's parts together; a thread block does one head of one row."""
+    heads, dim, dtype, sinks = shape.num_heads, shape.head_dim, shape.dtype, shape.sinks
+    most = PARTS * THREADS
+
+    @T.prim_func(s_tir=True)
+    def merge(
+        partial_handle: T.handle,
+        stats_handle: T.handle,
+        out_handle: T.handle,
+        lens_handle: T.handle,
+        start_handle: T.handle,
+        sinks_handle: T.handle,
+    ) -> None:
+        T.func_attr({"tirx.is_scheduled": True, "global_symbol": "merge", "tirx.noalias": True})
+        tokens, rows, parts = T.int32(), T.int32(), T.int32()
+        lens_offset, start_offset, sinks_offset = T.int32(), T.int32(), T.int32()
+        partial = T.match_buffer(partial_handle, (rows, parts, heads, dim), "float32")
+        stats = T.match_buffer(stats_handle, (rows, parts, heads, 2), "float32")
+        out = T.match_buffer(out_handle, (tokens, heads, dim), dtype)
+        lens = T.match_buffer(lens_handle, (rows,), "int32", elem_offset=lens_offset)
+        start = T.match_buffer(start_handle, (rows + 1,), "int32", elem_offset=start_offset)
+        sink = T.match_buffer(sinks_handle, (heads,), "float32", elem_offset=sinks_offset)
+        for row in T.thread_binding(rows, thread="blockIdx.x"):
+            for head in T.thread_binding(heads, thread="blockIdx.y"):
+                for thread in T.thread_binding(THREADS, thread="threadIdx.x"):
+                    with T.sblock("head"):
+                        T.reads()
+                        T.writes()
+                        peak = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        one = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        count: T.let[T.int32] = start[row + 1] - start[row]
+                        span: T.let[T.int32] = T.max(
+                            SPLIT, (lens[row] + (most - 1)) // most * THREADS
+                        )
+                        used: T.let[T.int32] = T.min((lens[row] + (span - 1)) // span, parts)
+                        if count == 1:
+                            peak[0] = T.float32(_LOWEST)
+                            for n in T.serial(used):
+                                peak[0] = T.max(peak[0], stats[row, n, head, 0])
+                            total[0] = T.float32(0)
+                            for n in T.serial(used):
+                                total[0] += stats[row, n, head, 1] * T.exp2(
+                                    stats[row, n, head, 0] - peak[0]
+                                )
+                            if sinks:
+                                total[0] += T.exp2(sink[head] * T.float32(LOG2E) - peak[0])
+                            for turn in T.serial((dim + (THREADS - 1)) // THREADS):
+                                if turn * THREADS + thread < dim:
+                                    one[0] = T.float32(0)
+                                    for n in T.serial(used):
+                                        one[0] += partial[
+                                            row, n, head, turn * THREADS + thread
+                                        ] * T.exp2(stats[row, n, head, 0] - peak[0])
+                                    out[start[row], head, turn * THREADS + thread] = T.Cast(
+                                        dtype, one[0] / total[0]
+                                    )
+
+    return merge

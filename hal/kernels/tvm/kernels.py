@@ -20,7 +20,7 @@ from halyard.hal.contract import CONTRACT_VERSION, Device
 from halyard.hal.dtypes import dtype_name
 from halyard.hal.errors import BackendUnavailableError
 from halyard.hal.kernels.tvm.build import TVM_INSTALL, cpu_target, gpu_target, load_functions
-from halyard.hal.kernels.tvm.shape import LANES, KernelShape, MoveShape, num_tiles
+from halyard.hal.kernels.tvm.shape import LANES, KernelShape, MoveShape, num_parts, num_tiles
 from halyard.hal.types import (
     AttentionLayer,
     BlockMove,
@@ -110,9 +110,23 @@ class TvmKernels:
             layer.index, layer.window or _NO_WINDOW, layer.scale, layer.softcap,
         )  # fmt: skip
         # Each function takes the rows of its kind and passes over the others.
+        if self._on_cpu:
+            if batch.num_tokens != batch.num_rows:
+                functions["prefill"](*arguments)
+            functions["decode"](*arguments)
+            return out
+        whole = self._workspace(shape, 1, 1, q.device)  # given, but not used
         if batch.num_tokens != batch.num_rows:
-            functions["prefill"](*arguments, *self._tiles("prefill", shape, batch))
-        functions["decode"](*arguments, *self._tiles("decode", shape, batch))
+            tiles = num_tiles(shape, "prefill", batch.max_query_len)
+            functions["prefill"](*arguments, tiles, *whole)
+        tiles = num_tiles(shape, "decode", 1)
+        parts = num_parts(batch.max_seq_len)
+        if parts == 1:
+            functions["decode"](*arguments, tiles, *whole)
+            return out
+        split = self._workspace(shape, batch.num_rows, parts, q.device)
+        functions["decode_split"](*arguments, tiles, *split)
+        functions["merge"](*split, out, batch.seq_lens, batch.query_start, sinks)
         return out
 
     def copy_blocks(self, pool: KVPool, moves: Sequence[BlockMove]) -> None:
@@ -178,11 +192,16 @@ class TvmKernels:
             return {"move": move}
         return cpu_functions(shape, self._parallel) if self._on_cpu else gpu_functions(shape)
 
-    def _tiles(self, name: str, shape: KernelShape, batch: StepBatch) -> tuple[int, ...]:
-        """How many tiles of entries the longest row of that kind has: GPUs want to know."""
-        if self._on_cpu:
-            return ()
-        return (num_tiles(shape, name, batch.max_query_len),)
+    @staticmethod
+    def _workspace(
+        shape: KernelShape, rows: int, parts: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """For decode rows in parts: their sums, and their maxima and sums of weights."""
+        lead = (rows, parts, shape.num_heads)
+        return (
+            torch.empty((*lead, shape.head_dim), dtype=torch.float32, device=device),
+            torch.empty((*lead, 2), dtype=torch.float32, device=device),
+        )
 
     def _sinks(self, layer: AttentionLayer, device: torch.device) -> Tensor:
         if layer.sinks is not None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LANES", "PREFILL_TILE", "KernelShape", "MoveShape", "num_tiles", "tile_of"]
+__all__ = ["LANES", "PARTS", "PREFILL_TILE", "SPLIT", "KernelShape", "MoveShape", "num_parts",
+           "num_tiles", "tile_of"]  # fmt: skip
 
 LANES = 16  # fp32 lanes of the vectors that CPU kernels are written in; narrower ones split them
 
 PREFILL_TILE = 8  # entries (a query of a head each) that share a load of keys and values
+
+
+SPLIT = 512  # keys of a decode row that one thread block of a GPU does, if it has more
+PARTS = 16  # at most; longer parts then
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,11 @@ def tile_of(shape: KernelShape, name: str) -> int:
         return PREFILL_TILE
     parts = -(-shape.group // PREFILL_TILE)
     return -(-shape.group // parts)
+
+
+def num_parts(max_seq_len: int) -> int:
+    """Parts that the longest decode row is cut into on a GPU."""
+    return min(-(-max_seq_len // SPLIT), PARTS)
 
 
 def num_tiles(shape: KernelShape, name: str, max_query_len: int) -> int:
