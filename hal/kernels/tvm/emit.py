@@ -122,7 +122,7 @@ def _main(kind: str, facts: str, file: str) -> None:
     shape = KernelShape(**json.loads(facts))
     index = "int32" if kind == "webgpu" else "int64"
     words = 2 * shape.num_kv_heads * shape.head_dim * shape.block_size
-    words = words * ITEM_SIZE[shape.dtype] // 4  # type: ignore[index]
+    words = words * ITEM_SIZE[shape.dtype] // 4
     functions = gpu_functions(shape, index) | {"move": gpu_move(MoveShape(words), index)}
     built = tvm.compile(tvm.IRModule(functions), target=_target(kind))
     (module,) = built.mod.imports
