@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help=f"only these of {', '.join(_NAMES)}")  # fmt: skip
     prove.add_argument("--dtype", nargs="+", default=[], choices=["float32", "bfloat16", "float16"],
                        metavar="DTYPE", help="only these dtypes")  # fmt: skip
+    prove.add_argument("--family", nargs="+", default=[], metavar="NAME",
+                       help="of L4 only these model families")  # fmt: skip
     prove.add_argument("--case", nargs="+", default=[], metavar="ID", help="only these cells")
     prove.add_argument("--report", type=Path, metavar="DIR",
                        help="write results.json, junit.xml and index.html there")  # fmt: skip
@@ -92,6 +94,13 @@ def _run(args: argparse.Namespace) -> int:
     cases = collect(backend, levels)
     if args.dtype:
         cases = [case for case in cases if case.dtype is None or case.dtype in args.dtype]
+    if args.family:
+        families = {case.params.get("family") for case in collect(backend, ("L4",))}
+        unknown = sorted(set(args.family) - families)
+        if unknown:
+            known = ", ".join(sorted(name for name in families if name))
+            raise ConfigError(f"L4 has no family {', '.join(unknown)}: it has {known}")
+        cases = [c for c in cases if c.level != "L4" or c.params["family"] in args.family]
     if args.case:
         unknown = sorted(set(args.case) - {case.id for case in cases})
         if unknown:
@@ -117,9 +126,12 @@ def _run(args: argparse.Namespace) -> int:
     report = results.make(
         backend,
         found,
-        levels=args.level,
-        dtypes=args.dtype,
-        cases=args.case,
+        asked={
+            "levels": args.level,
+            "dtypes": args.dtype,
+            "families": args.family,
+            "cases": args.case,
+        },
         seconds=time.perf_counter() - started,
         interrupted=interrupted,
         previous=previous,

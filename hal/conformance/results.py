@@ -7,7 +7,7 @@ import platform
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,17 +42,15 @@ def make(
     backend: BackendUnderTest,
     results: Sequence[dict[str, Any]],
     *,
-    levels: Sequence[str],
-    dtypes: Sequence[str],
     seconds: float,
-    cases: Sequence[str] = (),
+    asked: Mapping[str, Sequence[str]] | None = None,
     interrupted: bool = False,
     previous: Report | None = None,
 ) -> Report:
     """The report of one run.
 
     Args:
-        levels, dtypes, cases: what was asked for; empty: everything.
+        asked: kind ("levels", "dtypes", "families", "cases") -> what of it; none: everything.
         interrupted: the run was ended before all cells had their turn.
         previous: the last run's report, for the differences.
     """
@@ -62,7 +60,7 @@ def make(
         "backend": row.name,
         "parts": {"device": row.device, "kernels": row.kernels, "graph": row.graph},
         "row_dtypes": list(row.dtypes),
-        "asked": {"levels": list(levels), "dtypes": list(dtypes), "cases": list(cases)},
+        "asked": {kind: list(names) for kind, names in (asked or {}).items()},
         "interrupted": interrupted,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),

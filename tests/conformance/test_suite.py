@@ -129,7 +129,7 @@ def test_each_way_to_go_wrong_is_one_cell(moods: list[dict[str, Any]]) -> None:
 
 def test_reports_tell_them_apart(moods: list[dict[str, Any]], tmp_path: Path) -> None:
     backend = find_backend("cpu:reference:eager")
-    report = results.make(backend, moods, levels=[], dtypes=[], seconds=1.0)
+    report = results.make(backend, moods, seconds=1.0)
     assert report["summary"]["ok"] is False
     assert report["summary"]["levels"]["L3"] == {
         "passed": 2, "failed": 2, "crashed": 1, "hung": 1, "not_claimed": 1,
@@ -144,7 +144,7 @@ def test_reports_tell_them_apart(moods: list[dict[str, Any]], tmp_path: Path) ->
     for text in ("1 crashed", "1 hung", "2 failed", "Some claims do not hold", "last words"):
         assert text in page
     better = [dict(r, status="passed") if r["id"] == "L3.dead" else r for r in moods]
-    later = results.make(backend, better, levels=[], dtypes=[], seconds=1.0, previous=report)
+    later = results.make(backend, better, seconds=1.0, previous=report)
     assert later["changes"] == [{"id": "L3.dead", "before": "crashed", "after": "passed"}]
 
 
@@ -180,7 +180,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_running(
     while _is_there(int(child.read_text())) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _is_there(int(child.read_text()))  # what a case had started is gone too
-    report = results.make(backend, stopped.value.results, levels=[], dtypes=[], seconds=1.0,
+    report = results.make(backend, stopped.value.results, seconds=1.0,
                           interrupted=True)  # fmt: skip
     assert "only a part of the suite was run" in unproven(report, backend.row)
 
@@ -258,15 +258,13 @@ def test_status_comes_from_reports(tmp_path: Path, moods: list[dict[str, Any]]) 
         "select: [mine]\npools: []\n"
     )
     backend = find_backend("mine", matrix)
-    bad = results.save(
-        results.make(backend, moods, levels=[], dtypes=[], seconds=1.0), tmp_path / "bad"
-    )
+    bad = results.save(results.make(backend, moods, seconds=1.0), tmp_path / "bad")
     assert accept([bad], matrix)[0].startswith("mine: untested (some claimed cells did not pass")
     assert load_matrix(matrix).row("mine").status == "untested"
 
     cells = [f"{level.name}.x[float32]" for level in (*LEVELS, MUTANTS)]
     good = [moods[0] | {"id": name} for name in cells]
-    report = results.make(backend, good, levels=[], dtypes=[], seconds=1.0)
+    report = results.make(backend, good, seconds=1.0)
     assert unproven(report, backend.row) == []
     assert accept([results.save(report, tmp_path / "good")], matrix) == ["mine: verified"]
     row = load_matrix(matrix).row("mine")
