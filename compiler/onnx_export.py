@@ -5,6 +5,8 @@ DIRECTORY/model.onnx             the whole program; reads a paged KV cache, hand
           program.json           facts, segments, and the order in which they run
           segments/segment-0.onnx ...   what lies between two attentions, for a host with
                                  attention kernels of its own
+          model.paged_attention.onnx   if asked for: the whole program with ONNX Runtime's own paged
+                                 attention, which its CUDA provider has
           README.md              every input and output, and an example that runs
 """
 
@@ -26,8 +28,9 @@ import halyard
 from halyard.compiler.graph import ModelGraph, WeightRecipe
 from halyard.compiler.graphs.onnx_graph import OPSET, OnnxGraph, onnx_dtype
 from halyard.compiler.graphs.onnx_paged import PagedAttention
+from halyard.compiler.graphs.onnx_paged_node import PagedAttentionNode
 from halyard.compiler.graphs.onnx_segment import segment_model
-from halyard.compiler.graphs.onnx_translate import Translator
+from halyard.compiler.graphs.onnx_translate import Handler, Translator
 from halyard.compiler.onnx_readme import readme
 from halyard.compiler.pipeline import run_passes
 from halyard.compiler.program import HeadShape
@@ -42,6 +45,7 @@ __all__ = ["ExportFacts", "check_directory", "check_onnx", "export_onnx"]
 _PASSES = ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
 _WEIGHTS = "weights.safetensors"
 _MODEL = "model.onnx"
+_PAGED_MODEL = "model.paged_attention.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class ExportFacts:
     num_layers: int
     heads: HeadShape
     eos_token_ids: tuple[int, ...]
+    paged_attention: bool = False  # with model.paged_attention.onnx; float16 only
 
 
 def check_onnx() -> None:
@@ -103,6 +108,10 @@ def export_onnx(
     """
     check_onnx()
     check_directory(directory)
+    if facts.paged_attention and facts.dtype != "float16":
+        raise ConfigError(
+            f"ONNX Runtime's paged attention has no {facts.dtype}: give --dtype float16"
+        )
     traced = trace(
         model,
         constants,
@@ -126,6 +135,8 @@ def export_onnx(
             weights = load({key: info for key, info in traced.weights.items() if key in needed})
             _write_weights(graph.recipes, weights, traced.constants, fresh / _WEIGHTS)
             _write_program(graph, facts, fresh)
+            if facts.paged_attention:
+                _write_paged_program(graph, facts, fresh)
             # The library makes it readable for its owner alone.
             (fresh / _WEIGHTS).chmod((fresh / _MODEL).stat().st_mode)
             description = {
@@ -226,35 +237,15 @@ def _write_weights(
 def _write_program(graph: ModelGraph, facts: ExportFacts, directory: Path) -> None:
     onnx_graph = OnnxGraph()
     translator = Translator(onnx_graph)
-    places = _places(directory / _WEIGHTS)
-    nodes = list(graph.module.graph.nodes)
-    # The user's inputs stand first, in an order of our own.
-    sizes = {"input_ids": "tokens", "positions": "tokens", "logit_indices": "logit_rows"}
-    declared = [onnx_graph.add_input(name, torch.int64, [size]) for name, size in sizes.items()]
     attention = PagedAttention(
         translator,
-        declared[0],
+        _declare_inputs(onnx_graph),
         num_layers=facts.num_layers,
         num_kv_heads=facts.heads.num_kv_heads,
         head_dim=facts.heads.head_dim,
         dtype=torch_dtype(facts.dtype),
     )
-    translator.extend({"halyard.paged_attention.default": attention})
-    for node in nodes:
-        if node.op == "placeholder" and "weight" in node.meta:
-            name = node.meta["weight"]
-            onnx_graph.initializers.append(_external(node, places[name]))
-            translator.values[node] = node.name
-        elif node.op == "placeholder":
-            translator.values[node] = node.meta["input"]
-        elif node.op == "call_function":
-            translator.node(node)
-    returned = nodes[-1].args[0]
-    logits = returned[0] if isinstance(returned, tuple | list) else returned
-    onnx_graph.add_output(
-        translator.tensor(logits), "logits", logits.meta["val"].dtype,
-        ["logit_rows", facts.vocab_size],
-    )  # fmt: skip
+    _translate(graph, translator, attention, facts, directory)
     for name, made in (("new_keys", attention.new_keys), ("new_values", attention.new_values)):
         layers = [
             onnx_graph.op("Unsqueeze", made[layer], onnx_graph.constant([0]))
@@ -266,6 +257,54 @@ def _write_program(graph: ModelGraph, facts: ExportFacts, directory: Path) -> No
         onnx_graph.add_output(joined, name, torch_dtype(facts.dtype), shape)
     model = onnx_graph.model("program")
     (directory / _MODEL).write_bytes(model.SerializeToString())
+
+
+def _write_paged_program(graph: ModelGraph, facts: ExportFacts, directory: Path) -> None:
+    onnx_graph = OnnxGraph()
+    translator = Translator(onnx_graph)
+    _declare_inputs(onnx_graph)
+    attention = PagedAttentionNode(
+        translator,
+        num_layers=facts.num_layers,
+        num_kv_heads=facts.heads.num_kv_heads,
+        head_dim=facts.heads.head_dim,
+        dtype=torch_dtype(facts.dtype),
+    )
+    _translate(graph, translator, attention, facts, directory)
+    attention.add_outputs()
+    model = onnx_graph.model("paged_program")
+    (directory / _PAGED_MODEL).write_bytes(model.SerializeToString())
+
+
+def _declare_inputs(onnx_graph: OnnxGraph) -> str:
+    """The user's inputs stand first, in an order of our own; the name of the first."""
+    sizes = {"input_ids": "tokens", "positions": "tokens", "logit_indices": "logit_rows"}
+    names = [onnx_graph.add_input(name, torch.int64, [size]) for name, size in sizes.items()]
+    return names[0]
+
+
+def _translate(
+    graph: ModelGraph, translator: Translator, attention: Handler, facts: ExportFacts, folder: Path
+) -> None:
+    """All nodes; weights stay in their file, and the logits go out."""
+    translator.extend({"halyard.paged_attention.default": attention})
+    places = _places(folder / _WEIGHTS)
+    nodes = list(graph.module.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder" and "weight" in node.meta:
+            name = node.meta["weight"]
+            translator.graph.initializers.append(_external(node, places[name]))
+            translator.values[node] = node.name
+        elif node.op == "placeholder":
+            translator.values[node] = node.meta["input"]
+        elif node.op == "call_function":
+            translator.node(node)
+    returned = nodes[-1].args[0]
+    logits = returned[0] if isinstance(returned, tuple | list) else returned
+    translator.graph.add_output(
+        translator.tensor(logits), "logits", logits.meta["val"].dtype,
+        ["logit_rows", facts.vocab_size],
+    )  # fmt: skip
 
 
 def _places(file: Path) -> dict[str, tuple[int, int]]:

@@ -112,11 +112,33 @@ call made. `result` names the logits, `hidden` the hidden states of all tokens a
   a head that takes part in the softmax and has no value.
 """
 
+_PAGED = """
+## model.paged_attention.onnx
+
+The whole model with ONNX Runtime's `com.microsoft.PagedAttention`, which its CUDA provider alone has
+(onnxruntime-gpu 1.31 or newer). It was checked against that operator's schema, and its wiring with a
+stand-in for the operator; **it has not been run on a GPU**. `input_ids`, `positions`, `logit_indices`
+and `logits` are as above. The others:
+
+| input | type and shape | meaning |
+|---|---|---|
+| `query_start` | int32 [rows + 1] | as above |
+| `past_lens` | int32 [rows] | tokens of each sequence before this step |
+| `block_tables` | int32 [rows, blocks_per_row] | as above |
+| `slot_mapping` | int32 [tokens] | a token's block times block_size plus its place; -1: not kept |
+| `bounds` | int32 [2], on the host | at least the most new tokens of a row, and the longest sequence |
+| `key_cache_N`, `value_cache_N` | {dtype} [num_blocks, block_size, {kv_heads}, {dim}] | of layer N |
+
+The outputs `key_cache_out_N` and `value_cache_out_N` are the same caches, written in place: bind each
+to its input's memory. The provider wants blocks of 16 tokens, or of a multiple of 256.
+"""
+
 
 def readme(name: str, description: dict[str, Any]) -> str:
     """README.md of an export; `description` is its program.json."""
     heads = description["heads"]
-    return _PAGE.format(
+    page = _PAGE + (_PAGED if description["paged_attention"] else "")
+    return page.format(
         name=name,
         architecture=description["architecture"],
         num_layers=description["num_layers"],

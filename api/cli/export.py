@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "float16"],
         help="of weights and arithmetic (default float32; float16 is for GPUs)",
     )
+    parser.add_argument(
+        "--paged-attention",
+        action="store_true",
+        help="also with ONNX Runtime's own paged attention, for its CUDA provider (float16)",
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
 
 
@@ -57,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         num_layers=spec.num_layers,
         heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
         eos_token_ids=spec.eos_token_ids,
+        paged_attention=args.paged_attention,
     )
     export_onnx(
         model,

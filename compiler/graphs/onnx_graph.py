@@ -111,12 +111,17 @@ class OnnxGraph:
         return helper.make_graph(kept[::-1], name, self.inputs, self.outputs, self.initializers)
 
     def model(self, name: str) -> Any:
-        """The graph as onnx's ModelProto."""
+        """The graph as onnx's ModelProto; domains other than ONNX's own are there in version 1."""
         from onnx import helper
 
+        body = self.body(name)
+        domains = sorted({node.domain for node in body.node} - {""})
         return helper.make_model(
-            self.body(name),
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            body,
+            opset_imports=[
+                helper.make_opsetid("", OPSET),
+                *(helper.make_opsetid(domain, 1) for domain in domains),
+            ],
             ir_version=_IR_VERSION,
             producer_name="halyard",
         )
