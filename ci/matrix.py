@@ -77,7 +77,8 @@ def _lane(row: BackendRow) -> Lane | None:
     if row.kernels == "null":
         return None  # it computes nothing; the tests run on it
     if _runs_here(row):
-        run = ("-m", "halyard.api.cli.main", "conformance", "run", "--backend", row.name)
+        run = ("-m", "halyard.api.cli.main", "conformance", "run", "--backend", row.name,
+               "--patience", "4")  # fmt: skip
         return Lane(row.name, (*run, *_PARTS.get(row.name, ())), _environment(row))
     if row.kernels in _AHEAD:
         return Lane(f"{row.kernels}-targets", _AHEAD[row.kernels])

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prove.add_argument("--matrix", type=Path, metavar="FILE", help="another hw_matrix.yaml")
     prove.add_argument("--jobs", type=int, default=1, metavar="N",
                        help="worker processes at a time (default 1)")  # fmt: skip
+    prove.add_argument("--patience", type=float, default=1.0, metavar="FACTOR",
+                       help="wait so many times longer before a cell has hung: for slow or busy "
+                       "machines")  # fmt: skip
     prove.add_argument("--list", action="store_true", help="list the cells and run none")
 
     differ = kinds.add_parser("diff", help="where two backends part on one model and prompt")
@@ -119,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
     show = _Progress(len(cases))
     interrupted = False
     try:
-        found = run_cases(backend, cases, show, max(1, args.jobs))
+        found = run_cases(backend, cases, show, max(1, args.jobs), args.patience)
     except Interrupted as stopped:
         interrupted, found = True, stopped.results
     show.close()

@@ -264,7 +264,7 @@ def cases(backend: BackendUnderTest) -> list[Case]:
             _kill,
             dtype,
             Requirements(dtype, dtype, 16, 4, 2, 64, **({feature: True} if feature else {})),
-            {"mutation": name},
+            {"mutation": name, "feature": feature},
         )
         for name, (_, feature) in MUTATIONS.items()
     ]
@@ -272,8 +272,11 @@ def cases(backend: BackendUnderTest) -> list[Case]:
 
 def _kill(context: CaseContext) -> None:
     mutant = MUTATIONS[context.case.params["mutation"]][0]
+    feature = context.case.params["feature"]
     tried = 0
-    for case in (*l2_blocks.cases(context.backend), *l3_attention.cases(context.backend)):
+    found = [*l2_blocks.cases(context.backend), *l3_attention.cases(context.backend)]
+    # What has the spoiled feature comes first: it is what notices.
+    for case in sorted(found, key=lambda case: not (feature and case.params.get(feature))):
         if not case.quick or case.dtype != context.dtype or case.unclaimed(context.backend):
             continue
         tried += 1

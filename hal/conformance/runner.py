@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,13 @@ def run_cases(
     cases: Sequence[Case],
     tell: Callable[[Result], None] = lambda result: None,
     jobs: int = 1,
+    patience: float = 1.0,
 ) -> list[Result]:
     """Results in the order of the cases; `tell` is called with each as it comes.
 
     Args:
         jobs: workers at a time. Cases measure no time, so they may share a machine and a device.
+        patience: how much longer than its own time a case may take before it has hung.
 
     Raises:
         Interrupted: Ctrl-C. No worker is left, nor anything that one has started.
@@ -103,7 +106,7 @@ def run_cases(
         if reasons:
             keep(_plain(case, "not_claimed", "; ".join(reasons)))
         else:
-            waiting.append(case)
+            waiting.append(replace(case, seconds=case.seconds * patience))
 
     workers = _Workers()
 
