@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,17 @@ def _headroom(report: Report, dtype: str) -> str:
     worst = report["summary"]["worst"].get(dtype)
     if worst is None:
         return ""
-    share = min(worst["share"], 1.0)
-    kind = "bad" if worst["share"] > 1 else "tight" if share > 0.8 else "good"
     text = f"{worst['error']:.2g} of {worst['limit']:.2g}"
+    return f"{_bar(worst['share'], worst['case'])}<small>{_e(text)}</small>"
+
+
+def _bar(share: float, title: str) -> str:
+    """How much of a limit an error takes."""
+    kind = "bad" if share > 1 else "tight" if share > 0.8 else "good"
+    width = min(share, 1.0) * 100
     return (
-        f'<div class="bar" title="{_e(worst["case"])}"><i class="{kind}" '
-        f'style="width:{share * 100:.0f}%"></i></div><small>{_e(text)}</small>'
+        f'<div class="bar" title="{_e(title)}"><i class="{kind}" style="width:{width:.0f}%"></i>'
+        f"</div><b>{share:.0%}</b>"
     )
 
 
@@ -125,8 +131,9 @@ def _backend(report: Report) -> str:
     kill = report["summary"]["kill_rate"]
     facts = {
         "device": f"{device.get('name', '?')} ({device.get('arch', '?')})",
-        "date": report["date"],
-        "took": f"{report['seconds']:.0f} s",
+        "date": f"{datetime.fromisoformat(report['date']):%Y-%m-%d %H:%M} UTC",
+        "took": f"{report['seconds']:,.0f} s",
+        "what was run": _scope(report),
         "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
         "digest of the parts": report["digest"][:16],
         "broken kernels noticed": "not run" if kill is None else f"{kill:.0%}",
@@ -141,6 +148,13 @@ def _backend(report: Report) -> str:
         f'<section id="{_e(report["backend"])}"><h2>{_e(report["backend"])}</h2><dl>{rows}</dl>'
         f"{_changes(report)}{''.join(_level_details(report))}</section>"
     )
+
+
+def _scope(report: Report) -> str:
+    """All of the suite, or which part of it."""
+    parts = [f"{kind} {', '.join(names)}" for kind, names in report["asked"].items() if names]
+    told = "; ".join(parts) or "all of the suite"
+    return told + (" (interrupted)" if report.get("interrupted") else "")
 
 
 def _changes(report: Report) -> str:
@@ -165,18 +179,22 @@ def _level_details(report: Report) -> Iterator[str]:
         yield (
             f"<details{' open' if bad else ''}><summary>{level.name} {_e(level.title)}: "
             f"{len(own)} cells{f', <b class=bad>{len(bad)} not passed</b>' if bad else ''}"
-            '</summary><div class="scroll"><table class="cells"><thead><tr><th>cell</th><th>status'
-            "</th><th>error</th><th>limit</th><th>seconds</th><th>what it says</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table></div></details>"
+            f'</summary><p class="again">One cell again: <code>{_e(report["command"])} --case '
+            f"'{_e(own[0]['id'])}'</code></p>"
+            '<div class="scroll"><table class="cells"><thead><tr><th>cell</th><th>status'
+            "</th><th>error</th><th>of its limit</th><th>seconds</th><th>what it says</th></tr>"
+            f"</thead><tbody>{rows}</tbody></table></div></details>"
         )
 
 
 def _result_row(report: Report, result: dict[str, Any]) -> str:
     status = result["status"]
     kind = {"passed": "good", "not_claimed": "none"}.get(status, "bad")
-    error, limit = (
-        "" if result[key] is None else f"{result[key]:.2e}" for key in ("error", "limit")
-    )
+    error, bar = "", ""
+    if result["error"] is not None:
+        error = f"{result['error']:.2e}"
+        if result["limit"]:
+            bar = _bar(result["error"] / result["limit"], f"limit {result['limit']:.2e}")
     notes = ", ".join(f"{k}: {v}" for k, v in result["notes"].items())
     said = _e(result["message"] or notes)
     if result["detail"]:
@@ -185,6 +203,6 @@ def _result_row(report: Report, result: dict[str, Any]) -> str:
         said += f"<code>{_e(report['command'])} --case '{_e(result['id'])}'</code>"
     return (
         f"<tr><td><code>{_e(result['id'])}</code></td>"
-        f'<td class="{kind}">{_e(status.replace("_", " "))}</td><td>{error}</td><td>{limit}</td>'
+        f'<td class="{kind}">{_e(status.replace("_", " "))}</td><td>{error}</td><td>{bar}</td>'
         f"<td>{result['seconds']:.2f}</td><td>{said}</td></tr>"
     )
