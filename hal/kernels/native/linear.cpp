@@ -197,6 +197,15 @@ void copy_tile(const T* x, int64_t stride, int64_t rows, int64_t in, typename We
         for (int64_t m = 0; m < rows; m++, target += STEP) copy_inputs(target, x + m * stride + k);
 }
 
+// y [width] = sums plus bias or nothing.
+template <typename T>
+inline void write_row(T* y, const float* sums, const T* bias, int64_t width) {
+    int64_t n = 0;
+    if (!bias)
+        for (; n + W <= width; n += W) store_as(y + n, load(sums + n));
+    for (; n < width; n++) from_float(y + n, sums[n] + (bias ? to_float(bias[n]) : 0.0f));
+}
+
 // One row: several panels at once, as many streams from memory.
 template <typename T>
 void one_row(const LinearArgs& a, const typename Weights<T>::X* x) {
@@ -220,8 +229,7 @@ void one_row(const LinearArgs& a, const typename Weights<T>::X* x) {
         }
         const int64_t first = panel * PANEL;
         const int64_t width = std::min<int64_t>(size * PANEL, a.out - first);
-        for (int64_t n = 0; n < width; n++)
-            from_float(y + first + n, c[n] + (bias ? to_float(bias[first + n]) : 0.0f));
+        write_row(y + first, c, bias ? bias + first : nullptr, width);
     });
 }
 
@@ -238,15 +246,9 @@ void one_panel(const LinearArgs& a, const typename Weights<T>::X* x, int64_t pan
             const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
             tiles<T>(x + row0 * a.in, a.in, rows, k, w + k * PANEL, count, c, row0 == 0);
         }
-        for (int64_t m = 0; m < rows; m++) {
-            T* target = static_cast<T*>(a.y) + (row0 + m) * a.out + panel * PANEL;
-            const float* sums = c + m * PANEL;
-            if (bias)
-                for (int64_t n = 0; n < width; n++)
-                    from_float(target + n, sums[n] + to_float(bias[panel * PANEL + n]));
-            else
-                for (int64_t n = 0; n < width; n++) from_float(target + n, sums[n]);
-        }
+        for (int64_t m = 0; m < rows; m++)
+            write_row(static_cast<T*>(a.y) + (row0 + m) * a.out + panel * PANEL, c + m * PANEL,
+                      bias ? bias + panel * PANEL : nullptr, width);
     }
 }
 

@@ -42,4 +42,14 @@ inline float to_float(uint16_t x) { return bf16_to_float(x); }
 inline void from_float(float* p, float x) { *p = x; }
 inline void from_float(uint16_t* p, float x) { *p = float_to_bf16(x); }
 
+inline void store_as(float* p, vf x) { store(p, x); }
+inline void store_as(uint16_t* p, vf x) {
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(p, &rounded, 32);
+#else
+    for (int i = 0; i < W; i++) p[i] = float_to_bf16(x[i]);
+#endif
+}
+
 }  // namespace
