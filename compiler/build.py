@@ -70,6 +70,7 @@ def build_program(
         calls=segmented.calls,
         result=segmented.result,
         hidden=segmented.hidden,
+        token_axes=segmented.token_axes,
         recipes=graph.recipes,
         weights={key: info for key, info in traced.weights.items() if key in needed},
         constants={key: value for key, value in traced.constants.items() if key in needed},

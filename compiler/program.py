@@ -39,6 +39,7 @@ class UnboundProgram:
     heads: HeadShape
     vocab_size: int
     from_cache: bool = False  # no segment had to be compiled
+    token_axes: tuple[int, ...] | None = None  # of the last call's inputs: see rowwise.py
 
     def bind(self, weights: dict[str, Tensor], kernels: PagedKernels) -> Program:
         """Make the weight inputs and put the program together.
@@ -64,6 +65,9 @@ class UnboundProgram:
             del tensors
         weights.clear()
         return Program(self, made, kernels)
+
+
+_LOGIT_INDICES = 2  # its slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class Program:
         self._steps = self._plan(program, weights)
         self._result = self._slots[program.result]
         self._hidden = self._slots[program.hidden]
+        self._token_axes = program.token_axes
 
     def set_pool(self, pool: KVPool) -> None:
         """Where keys and values live."""
@@ -111,23 +116,32 @@ class Program:
 
     def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:
         """One step: input_ids [tokens] int64, logit_indices [rows] int64 -> logits [rows, vocab]."""
-        logits, _ = self.run_with_hidden(input_ids, logit_indices, batch)
-        return logits
+        # Behind the last attention, where few tokens' logits are wanted, the others needn't go on.
+        few = self._token_axes is not None and 2 * len(logit_indices) <= batch.num_tokens
+        return self._run(input_ids, logit_indices, batch, few)[0]
 
-    @torch.inference_mode()
     def run_with_hidden(
         self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch
     ) -> tuple[Tensor, Tensor]:
         """As `run`; also the hidden states [tokens, hidden] after the final norm."""
+        return self._run(input_ids, logit_indices, batch, few=False)
+
+    @torch.inference_mode()
+    def _run(
+        self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch, few: bool
+    ) -> tuple[Tensor, Tensor]:
         pool = self._pool
         if pool is None:
             raise AssertionError("the program has no KV pool yet")
         values: list[Any] = list(self._initial)  # of Tensor; None where dropped or not yet made
         values[0], values[1], values[2] = input_ids, batch.positions, logit_indices
-        attend = self._kernels.attend
+        attend, last = self._kernels.attend, self._steps[-1]
         for step in self._steps:
             if type(step) is _SegmentStep:
-                results = step.run(*[values[slot] for slot in step.inputs])
+                inputs = [values[slot] for slot in step.inputs]
+                if few and step is last:
+                    inputs = self._narrowed(step, inputs, logit_indices)
+                results = step.run(*inputs)
                 for slot, value in zip(step.outputs, results, strict=True):
                     values[slot] = value
             elif type(step) is _AttentionStep:
@@ -142,6 +156,17 @@ class Program:
             for slot in step.dead:
                 values[slot] = None
         return values[self._result], values[self._hidden]
+
+    def _narrowed(self, step: _SegmentStep, inputs: list[Any], logit_indices: Tensor) -> list[Any]:
+        """The last segment's inputs for the tokens whose logits are wanted alone."""
+        narrowed = []
+        for slot, value, axis in zip(step.inputs, inputs, self._token_axes or (), strict=True):
+            if slot == _LOGIT_INDICES:
+                value = torch.arange(len(logit_indices), device=logit_indices.device)
+            elif axis >= 0:
+                value = value.index_select(axis, logit_indices)
+            narrowed.append(value)
+        return narrowed
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from halyard.compiler.graph import ModelGraph
+from halyard.compiler.rowwise import token_axes
 from halyard.hal import ops
 
 __all__ = ["AttentionCall", "Segment", "SegmentCall", "SegmentedGraph", "split"]
@@ -61,6 +62,7 @@ class SegmentedGraph:
     calls: tuple[SegmentCall | AttentionCall, ...]
     result: str  # the value that holds the logits
     hidden: str  # the value that holds the final hidden states
+    token_axes: tuple[int, ...] | None = None  # of the last call's inputs; None: not row by row
 
     def wiring(self) -> str:
         """The structure as JSON, without the modules."""
@@ -108,7 +110,12 @@ def split(graph: ModelGraph) -> SegmentedGraph:
         )
         if number < len(attention):
             calls.append(_attention_call(attention[number], names))
-    return SegmentedGraph(tuple(segments), tuple(calls), *(names[node] for node in results))
+    result, hidden = (names[node] for node in results)
+    ids = next((n for n in nodes if n.meta.get("input") == "input_ids"), None)
+    axes = None
+    if ids is not None and "val" in ids.meta:
+        axes = token_axes(module, inputs, str(ids.meta["val"].shape[0]), "logit_indices")
+    return SegmentedGraph(tuple(segments), tuple(calls), result, hidden, axes)
 
 
 def _levels(nodes: list[fx.Node]) -> dict[fx.Node, int]:

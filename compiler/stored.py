@@ -23,6 +23,7 @@ def structure_of(program: UnboundProgram) -> dict[str, Any]:
         "calls": [{"kind": type(call).__name__, **asdict(call)} for call in program.calls],
         "result": program.result,
         "hidden": program.hidden,
+        "token_axes": program.token_axes,
         "recipes": {name: asdict(recipe) for name, recipe in program.recipes.items()},
         "weights": {name: asdict(info) for name, info in program.weights.items()},
         "heads": asdict(program.heads),
@@ -39,6 +40,7 @@ def with_structure(
         calls=tuple(_call(dict(fields)) for fields in structure["calls"]),
         result=structure["result"],
         hidden=structure["hidden"],
+        token_axes=tuple(axes) if (axes := structure["token_axes"]) is not None else None,
         recipes={
             name: WeightRecipe(**(fields | {"sources": tuple(fields["sources"])}))
             for name, fields in structure["recipes"].items()

@@ -63,8 +63,10 @@ class Batch:
         random.Random(0).shuffle(ids)
         self.tables = [[ids.pop() for _ in range(-(-len(s) // BLOCK))] for s in sequences]
 
-    def step(self, program: Program, counts: dict[int, int]) -> dict[int, torch.Tensor]:
-        """Compute `counts[sequence]` more tokens; logits of every token computed."""
+    def step(
+        self, program: Program, counts: dict[int, int], wanted: list[int] | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Compute `counts[sequence]` more tokens; logits of every token computed, or of `wanted`."""
         rows = list(counts)
         tokens, positions, slots, starts = [], [], [], [0]
         for row in rows:
@@ -90,6 +92,8 @@ class Batch:
             seq_lens=torch.tensor([self.done[row] for row in rows], dtype=torch.int32),
             query_start=torch.tensor(starts, dtype=torch.int32),
         )
+        if wanted is not None:
+            return {0: program.run(torch.tensor(tokens), torch.tensor(wanted), batch)}
         logits = program.run(torch.tensor(tokens), torch.arange(len(tokens)), batch)
         return {row: logits[starts[i] : starts[i + 1]] for i, row in enumerate(rows)}
 
@@ -132,3 +136,30 @@ def test_one_token_runs_on_the_same_program() -> None:
 def test_alike_layers_share_a_segment(family: str) -> None:
     _, _, unique = program_of(family)
     assert unique == 3
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_few_wanted_tokens_go_on_alone_behind_the_last_attention(family: str) -> None:
+    _, program, _ = program_of(family)
+    if family in ("gpt-oss", "deepseek-v3"):  # their routing regroups tokens: all of them go on
+        assert program._token_axes is None
+        return
+    assert program._token_axes is not None, "its last segment should work token by token"
+    sequences = [[(7 * i + 3) % 128 for i in range(21)]]
+    rows_seen = []
+    last = program._steps[-1]
+    ran = last.run
+
+    def watched(*inputs: torch.Tensor) -> object:
+        rows_seen.append(max(x.shape[axis] for x, axis in zip(inputs, program._token_axes or (), strict=True)
+                             if axis >= 0))  # fmt: skip
+        return ran(*inputs)
+
+    object.__setattr__(last, "run", watched)
+    try:
+        everything = Batch(sequences).step(program, {0: 21})[0]
+        some = Batch(sequences).step(program, {0: 21}, wanted=[2, 20])[0]
+    finally:
+        object.__setattr__(last, "run", ran)
+    assert rows_seen == [21, 2]
+    torch.testing.assert_close(some, everything[[2, 20]], atol=1e-5, rtol=1e-5)
