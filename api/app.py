@@ -16,6 +16,7 @@ from litestar.types import ASGIApp
 from halyard import __version__
 from halyard.api.batches import BatchStore
 from halyard.api.boundary import with_context
+from halyard.api.controllers.admin import AdminController
 from halyard.api.controllers.batches import BatchController, FileController
 from halyard.api.controllers.chat import ChatController
 from halyard.api.controllers.completions import CompletionController
@@ -89,6 +90,7 @@ def create_app(
 
     app = Litestar(
         route_handlers=[
+            AdminController,
             BatchController,
             ChatController,
             CompletionController,
@@ -132,7 +134,9 @@ def create_app(
         debug=False,
     )
     refused = partial(host.observe_error, tenant="")  # nobody knows whose request it was
-    return with_context(guard(app, tenancy, refused, bool(allowed_origins)), traces)
+    return with_context(
+        guard(host.gate.around(app), tenancy, refused, bool(allowed_origins)), traces
+    )
 
 
 async def _sample(host: EngineHost, history: History) -> None:

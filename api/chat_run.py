@@ -8,7 +8,6 @@ from halyard.api.convert import chat_params, chat_prompt
 from halyard.api.deps import new_id
 from halyard.api.dialect import Dialect, detect
 from halyard.api.generation import Generation
-from halyard.api.host import EngineHost
 from halyard.api.prompt_size import check_texts
 from halyard.api.schemas.chat import ChatCompletionRequest
 from halyard.hal.errors import RequestError
@@ -25,6 +24,7 @@ _TAIL = 16  # tokens at the prompt's end that tell whether it opens a thought
 class ChatPlan:
     """A chat request, understood."""
 
+    client: Client  # whose tokenizer made the prompt; it answers, whoever else is there by then
     prompt: list[int]
     params: SamplingParams
     rules: ReadingRules
@@ -66,24 +66,22 @@ async def plan_chat(client: Client, request: ChatCompletionRequest) -> ChatPlan:
         request.include_reasoning is not False,
         tools.most_calls if tools is not None else None,
     )
-    return ChatPlan(prompt, params, rules)
+    return ChatPlan(client, prompt, params, rules)
 
 
 def start_chat(
-    host: EngineHost,
     request: ChatCompletionRequest,
     plan: ChatPlan,
     answer_id: str | None = None,
 ) -> Generation:
     """Submit it."""
     return Generation(
-        host.client,
+        plan.client,
         answer_id or new_id("chatcmpl"),
         [plan.prompt],
         plan.params,
         priority=request.priority,
         cache_salt=request.cache_salt,
-        fingerprint=host.fingerprint,
         timeout=request.timeout,
     )
 

@@ -44,8 +44,8 @@ async def _chat(host: EngineHost, body: bytes) -> dict[str, Any]:
     asked = decode_body(body, ChatCompletionRequest)
     model = host.check_model(asked.model)
     plan = await plan_chat(host.client, asked)
-    generation = start_chat(host, asked, plan)
-    writer = TokenWriter(host.client.tokenizer)
+    generation = start_chat(asked, plan)
+    writer = TokenWriter(plan.client.tokenizer)
     try:
         return _plain(await ChatAnswers(generation, asked, model, writer, plan.rules).whole())
     finally:
@@ -66,7 +66,6 @@ async def _complete(host: EngineHost, body: bytes) -> dict[str, Any]:
         priority=asked.priority,
         cache_salt=asked.cache_salt,
         drop_answer=asked.max_tokens == 0,
-        fingerprint=host.fingerprint,
         timeout=asked.timeout,
     )
     try:
@@ -83,9 +82,11 @@ async def _respond(host: EngineHost, body: bytes) -> dict[str, Any]:
     model = host.check_model(asked.model)
     chat = as_chat(asked, [])
     plan = await plan_chat(host.client, chat)
-    generation = start_chat(host, chat, plan, new_id("resp").replace("-", "_"))
+    generation = start_chat(chat, plan, new_id("resp").replace("-", "_"))
     try:
-        return await ResponseAnswers(generation, asked, model, plan.rules, host.fingerprint).run()
+        return await ResponseAnswers(
+            generation, asked, model, plan.rules, generation.fingerprint
+        ).run()
     finally:
         generation.cancel()
 

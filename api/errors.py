@@ -13,15 +13,20 @@ from halyard.api.limits import RateLimitedError
 from halyard.api.schemas.common import ErrorBody, ErrorEnvelope
 from halyard.hal.errors import (
     CapacityError,
+    ConfigError,
     ContextLengthError,
+    DeviceMemoryError,
     EngineDeadError,
     HalyardError,
+    ModelError,
     QueueFullError,
     RequestError,
 )
 
 __all__ = [
+    "AdminOffError",
     "ApiError",
+    "BusyError",
     "DeadlineError",
     "ForbiddenError",
     "ModelNotFoundError",
@@ -61,6 +66,14 @@ class ForbiddenError(HalyardError):
 
 class DeadlineError(HalyardError):
     """The time given to a request passed before its answer had begun."""
+
+
+class AdminOffError(HalyardError):
+    """Routes below /admin do nothing here."""
+
+
+class BusyError(HalyardError):
+    """Something of the kind is under way already."""
 
 
 class ModelNotFoundError(HalyardError):
@@ -120,7 +133,21 @@ def to_api_error(error: BaseException) -> ApiError:
             wait = {"Retry-After": "1"}
             return ApiError(503, message, "service_unavailable", None, "not_ready", wait)
         case EngineDeadError():
-            return ApiError(503, message, "service_unavailable", None, "engine_dead")
+            wait = (
+                {}
+                if error.retry_after is None
+                else {"Retry-After": str(math.ceil(error.retry_after))}
+            )
+            return ApiError(503, message, "service_unavailable", None, "engine_dead", wait)
+        case DeviceMemoryError():
+            wait = {"Retry-After": "1"}
+            return ApiError(503, message, "service_unavailable", None, "out_of_memory", wait)
+        case AdminOffError():
+            return ApiError(403, message, "permission_error", None, "admin_off")
+        case BusyError():
+            return ApiError(409, message, "invalid_request_error", None, "busy")
+        case ModelError() | ConfigError():
+            return _invalid(message, "model", "model_unusable")
         case CapacityError():
             return ApiError(503, message, "service_unavailable", None, "capacity")
         case HalyardError():

@@ -7,8 +7,9 @@ from halyard.api.context import current
 from halyard.api.errors import DeadlineError
 from halyard.api.schemas.common import CompletionUsage, PromptTokensDetails
 from halyard.api.tenants import caller
-from halyard.hal.errors import EngineDeadError, HalyardError, RequestError
+from halyard.hal.errors import DeviceMemoryError, EngineDeadError, HalyardError, RequestError
 from halyard.runtime.client import SHUTTING_DOWN, Client, RequestStream
+from halyard.runtime.engine import OUT_OF_MEMORY
 from halyard.runtime.guided import TOO_COMPLEX
 from halyard.runtime.outputs import RequestDelta
 from halyard.runtime.request import SamplingParams
@@ -38,12 +39,11 @@ class Generation:
         priority: int | None = None,
         cache_salt: str | None = None,
         drop_answer: bool = False,
-        fingerprint: str | None = None,
         timeout: float | None = None,
     ) -> None:
         who = caller()
         params = who.fit(params, max(map(len, prompts), default=0))
-        self.fingerprint = fingerprint  # of what makes the answers
+        self.fingerprint = client.fingerprint  # of what makes the answers
         self.answer_id = answer_id
         self.prompts = prompts
         self.params = params
@@ -160,7 +160,9 @@ class Generation:
         for new in delta.completions:
             if new.error is not None:
                 if new.error == SHUTTING_DOWN or self._client.error is not None:
-                    raise EngineDeadError(new.error)
+                    raise EngineDeadError(new.error, retry_after=1.0)
+                if new.error.startswith(OUT_OF_MEMORY):
+                    raise DeviceMemoryError(new.error)
                 if new.error == TOO_COMPLEX and self.params.guided is not None:
                     raise RequestError(new.error, self.params.guided.param)
                 raise HalyardError(new.error)

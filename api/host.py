@@ -1,17 +1,21 @@
 """Owns the engine's client for a server: loads it in the background, says how far it is, ends it."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from halyard import __version__
-from halyard.api.errors import ModelNotFoundError, NotFoundError, NotReadyError
+from halyard.api.errors import BusyError, ModelNotFoundError, NotFoundError, NotReadyError
+from halyard.api.gate import Gate
+from halyard.api.provenance import Provenance
+from halyard.api.restarts import RestartConfig, Restarts
 from halyard.api.schemas.server import Readiness, Status
 from halyard.api.tenants import caller
 from halyard.hal.errors import EngineDeadError
@@ -19,24 +23,24 @@ from halyard.runtime.client import Client
 from halyard.runtime.metrics import Metrics
 from halyard.runtime.metrics.requests import OnEnd
 
-if TYPE_CHECKING:  # it knows the engine's parts, and they are heavy
-    from halyard.api.provenance import Provenance
-
 __all__ = ["EngineHost", "Loaded", "Loader"]
 
 logger = logging.getLogger("halyard.api")
 
+_PAST_SECONDS = 24 * 3600.0  # provenance of engines that were replaced is known that long
+_MAX_PAST = 32
+_QUIET_LOOKS = 20  # a replaced engine without requests that often has none coming (1 s)
 _RATE_SECONDS = 5.0  # tokens per second are averaged over that long
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
     """An engine that answers, and what the page says about it."""
 
     client: Client
     device: str
     dtype: str
-    provenance: "Provenance | None" = None  # None: nobody looked
+    provenance: Provenance | None = None  # None: nobody looked
 
 
 Loader = Callable[[Callable[[str], None]], Loaded]
@@ -50,6 +54,8 @@ class EngineHost:
         loader: makes the engine; may take minutes.
         served_names: what clients may call the model, the first is shown; empty: the model's own.
         on_failure: is called on the event loop with the error that ended loading.
+        on_ready: is called on the event loop when the first engine answers.
+        restarts: how an engine that died is replaced; None: it is not.
     """
 
     def __init__(
@@ -58,10 +64,15 @@ class EngineHost:
         served_names: Sequence[str] = (),
         on_failure: Callable[[BaseException], None] | None = None,
         on_ready: Callable[[Loaded], None] | None = None,
+        restarts: RestartConfig | None = None,
     ) -> None:
         self.created = int(time.time())
         self.draining = False
         self.loading = False
+        self.admin = False  # whether routes below /admin do anything
+        self.gate = Gate()
+        self.asleep: int | None = None  # how deep
+        self._exchanging = False
         self._loader = loader
         self._served_names = tuple(served_names)
         self._on_failure = on_failure
@@ -69,9 +80,16 @@ class EngineHost:
         self.compat_vllm = False  # vLLM's metric names beside ours
         self._early = Metrics("", "")  # until an engine is there
         self._phase = "starting"
+        self._on_phase: Callable[[str], None] = lambda phase: None
         self._failure: str | None = None
         self._loaded: Loaded | None = None
         self._on_end: OnEnd | None = None
+        self._pause: str | None = None  # why the engine, though loaded once, answers nothing now
+        self._since = time.monotonic()  # when the engine began to serve
+        self._restarts = Restarts(restarts or RestartConfig(max_in_a_row=0))
+        self._past: OrderedDict[str, tuple[float, Provenance]] = OrderedDict()  # by fingerprint
+        self._retiring: set[Loaded] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._samples: deque[tuple[float, int]] = deque(maxlen=64)
 
     @classmethod
@@ -89,32 +107,66 @@ class EngineHost:
 
     def start(self) -> None:
         """Begin to load. Called on the event loop that will serve."""
+        self.spawn(self._first_load())
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something in the background, as long as the server runs."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def load(self, loader: Loader | None = None) -> Loaded:
+        """Make another engine, in a thread. Whoever asks decides what becomes of it.
+
+        Raises:
+            HalyardError: it could not be loaded.
+        """
         loop = asyncio.get_running_loop()
+        done: asyncio.Future[Loaded] = loop.create_future()
+        make = loader or self._loader
+
+        def give(loaded: Loaded | None, error: BaseException | None) -> None:
+            self.loading = False
+            if done.cancelled():
+                if loaded is not None:
+                    self.spawn(loaded.client.close())
+            elif error is not None:
+                done.set_exception(error)
+            elif loaded is not None:
+                done.set_result(loaded)
 
         def run() -> None:
+            loaded, failure = None, None
             try:
-                loaded = self._loader(self._tell)
+                loaded = make(self._tell)
             except BaseException as error:  # noqa: BLE001  # reported by whoever waits, a thread can't raise
-                outcome: Callable[[], None] = partial(self._fail, error)
-            else:
-                outcome = partial(self._succeed, loaded)
+                failure = error
             if not loop.is_closed():
-                loop.call_soon_threadsafe(outcome)
+                loop.call_soon_threadsafe(give, loaded, failure)
 
         self.loading = True
         # Daemon: Ctrl-C must not wait for a download or a compiler.
         threading.Thread(target=run, name="halyard-load", daemon=True).start()
+        return await done
+
+    async def _first_load(self) -> None:
+        try:
+            loaded = await self.load()
+        except Exception as error:  # noqa: BLE001  # told to the user by whoever started the server
+            self._fail(error)
+        else:
+            self._succeed(loaded)
 
     @property
     def client(self) -> Client:
         """The client, if requests can be answered now.
 
         Raises:
-            NotReadyError: still loading, or shutting down.
-            EngineDeadError: the engine has failed.
+            NotReadyError: loading, restarting, asleep or shutting down: it may be ready later.
+            EngineDeadError: the engine has failed for good.
         """
         readiness = self.readiness()
-        if self._loaded is None or self.draining:
+        if self._loaded is None or self.draining or self._pause is not None:
             raise NotReadyError(f"the server is not ready: {readiness.reason}")
         if not readiness.ready:
             raise EngineDeadError(readiness.reason)
@@ -160,19 +212,22 @@ class EngineHost:
         Raises:
             NotFoundError: another server, or an earlier start of this one, made them.
         """
-        loaded = self._loaded
-        if loaded is None or loaded.provenance is None or fingerprint != self.fingerprint:
-            raise NotFoundError(
-                f"nothing here has the fingerprint {fingerprint!r}; this server's is "
-                f"{self.fingerprint!r}",
-                "fingerprint",
-            )
-        return {"fingerprint": fingerprint, **loaded.provenance.facts}
+        found = self._loaded.provenance if self._loaded is not None else None
+        if found is None or fingerprint != found.fingerprint:
+            ended, found = self._past.get(fingerprint, (0.0, None))
+            if found is None or time.monotonic() - ended > _PAST_SECONDS:
+                raise NotFoundError(
+                    f"nothing here has the fingerprint {fingerprint!r}; this server's is "
+                    f"{self.fingerprint!r}",
+                    "fingerprint",
+                )
+        return {"fingerprint": fingerprint, **found.facts}
 
     @property
     def num_requests(self) -> int:
         """Requests without a final answer yet."""
-        return self._loaded.client.num_requests if self._loaded is not None else 0
+        current = (self._loaded,) if self._loaded is not None else ()
+        return sum(loaded.client.num_requests for loaded in (*current, *self._retiring))
 
     def readiness(self) -> Readiness:
         if self.draining:
@@ -181,6 +236,8 @@ class EngineHost:
             return Readiness(False, self._failure)
         if self._loaded is None:
             return Readiness(False, f"loading: {self._phase}")
+        if self._pause is not None:
+            return Readiness(False, self._pause)
         client = self._loaded.client
         if not client.alive:
             return Readiness(False, client.error or "the engine stopped")
@@ -253,13 +310,117 @@ class EngineHost:
             hurry: polled; True ends the wait at once.
         """
         self.draining = True
-        if self._loaded is None:
-            return
-        client = self._loaded.client
+        self.gate.open()
         deadline = time.monotonic() + grace_seconds
-        while client.num_requests and client.alive and time.monotonic() < deadline and not hurry():
+        while self.num_requests and time.monotonic() < deadline and not hurry():
             await asyncio.sleep(0.02)
-        await client.close(0.0)
+        for task in list(self._tasks):
+            task.cancel()
+        current = (self._loaded,) if self._loaded is not None else ()
+        for loaded in (*current, *self._retiring):
+            await loaded.client.close(0.0)
+
+    # -- one engine after another ---------------------------------------------------------------
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """The engine that answers, or last did."""
+        return self._loaded
+
+    @property
+    def loader(self) -> Loader:
+        return self._loader
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """One at a time may replace the engine, put it to sleep or wake it.
+
+        Raises:
+            BusyError: somebody does.
+        """
+        if self._exchanging:
+            raise BusyError("the engine is being exchanged, put to sleep or woken already")
+        self._exchanging = True
+        try:
+            yield
+        finally:
+            self._exchanging = False
+
+    def pause(self, reason: str | None) -> None:
+        """Refuse requests for now, and say why; None: take them again."""
+        self._pause = reason
+
+    def adopt(self, loaded: Loaded, loader: Loader | None = None) -> Loaded | None:
+        """From now on this engine answers. Returns the one before, whose requests go on.
+
+        Args:
+            loader: what makes another like it, should it die.
+        """
+        before, self._loaded = self._loaded, loaded
+        self._loader = loader or self._loader
+        if not self._served_names:
+            self._served_names = (loaded.client.model_name,)  # it keeps its name
+        if before is not None and before.provenance is not None:
+            self._past[before.provenance.fingerprint] = (time.monotonic(), before.provenance)
+            self._past.move_to_end(before.provenance.fingerprint)
+            if len(self._past) > _MAX_PAST:
+                self._past.popitem(last=False)
+        self._since = time.monotonic()
+        self._pause = None
+        metrics, facts = loaded.client.metrics, loaded.client.port.facts
+        metrics.describe(__version__, loaded.device, loaded.dtype, facts.start_seconds)
+        metrics.tell_ends(self._on_end)
+        loaded.client.start(partial(self._died, loaded))
+        return before
+
+    async def retire(self, loaded: Loaded) -> None:
+        """Let an engine that was replaced finish what it has, then end it."""
+        self._retiring.add(loaded)
+        try:
+            await self.gate.drained()
+            quiet = 0
+            while quiet < _QUIET_LOOKS and loaded.client.alive:
+                quiet = 0 if loaded.client.num_requests else quiet + 1
+                await asyncio.sleep(0.05)
+        finally:
+            self._retiring.discard(loaded)
+            await loaded.client.close()
+
+    def _died(self, loaded: Loaded, reason: str) -> None:
+        """Its requests have been answered with an error by now."""
+        if loaded is not self._loaded or self.draining:
+            return
+        if self.asleep is not None:
+            self.asleep = 2  # nothing is left of it; waking starts another
+            return
+        delay = self._restarts.delay(time.monotonic() - self._since)
+        if self._restarts.config.max_in_a_row == 0:
+            return  # the client's error says all
+        self.pause(f"restarting: {reason}")
+        self.spawn(self._restart(loaded, reason, delay))
+
+    async def _restart(self, dead: Loaded, reason: str, delay: float | None) -> None:
+        await dead.client.close()
+        while delay is not None and not self.draining:
+            await asyncio.sleep(delay)
+            try:
+                loaded = await self.load()
+            except Exception as error:  # noqa: BLE001  # told below, and tried again
+                reason = f"loading failed: {error}"
+                logger.error("the engine could not be started again: %s", error)
+                self.pause(f"restarting: {reason}")
+                delay = self._restarts.delay(0.0)
+            else:
+                self.adopt(loaded)
+                loaded.client.metrics.observe_restart()
+                logger.warning("the engine was started again: %s", reason)
+                return
+        if not self.draining:
+            self._failure = (
+                f"the engine failed {self._restarts.in_a_row} times in a row and stays down; "
+                f"last: {reason}"
+            )
+            logger.error("%s", self._failure)
 
     def _rate(self, generated: int) -> float:
         now = time.monotonic()
@@ -269,21 +430,20 @@ class EngineHost:
         since, before = self._samples[0]
         return (generated - before) / (now - since) if now > since else 0.0
 
+    def watch_phases(self, on_phase: Callable[[str], None]) -> None:
+        """Whom to tell of each phase of a load; called from the thread that loads."""
+        self._on_phase = on_phase
+
     def _tell(self, phase: str) -> None:
         self._phase = phase
+        self._on_phase(phase)
 
     def _succeed(self, loaded: Loaded) -> None:
-        self.loading = False
-        self._loaded = loaded
-        metrics, facts = loaded.client.metrics, loaded.client.port.facts
-        metrics.describe(__version__, loaded.device, loaded.dtype, facts.start_seconds)
-        metrics.tell_ends(self._on_end)
-        loaded.client.start()
+        self.adopt(loaded)
         if self._on_ready is not None:
             self._on_ready(loaded)
 
     def _fail(self, error: BaseException) -> None:
-        self.loading = False
         self._early.observe_load_failure()
         self._failure = f"loading failed: {error}"
         if self._on_failure is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from halyard.api.host import Loaded
@@ -17,7 +18,49 @@ from halyard.runtime.port import EngineFacts, EnginePort
 if TYPE_CHECKING:
     from halyard.runtime.process_port import Launch
 
-__all__ = ["load_engine", "start_engine"]
+__all__ = ["ServedModel", "load_engine", "start_engine"]
+
+
+class ServedModel:
+    """The engine that a server loads, loads again when it died, and loads anew for other weights.
+
+    An EngineHost's loader. Metrics go on from one engine to the next.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        in_process: bool = False,
+        hang_seconds: float | None = None,
+        starting: "Launch | None" = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.config = config
+        self.in_process = in_process
+        self.hang_seconds = hang_seconds
+        self._starting = starting
+        self._metrics = metrics
+
+    def __call__(self, tell: Callable[[str], None]) -> Loaded:
+        """Load it. Runs in a thread of its own."""
+        if self.in_process:
+            return load_engine(self.config, tell)
+        starting, self._starting = self._starting, None
+        loaded = start_engine(
+            self.config,
+            tell,
+            hang_seconds=self.hang_seconds,
+            metrics=self._metrics,
+            starting=starting,
+        )
+        self._metrics = loaded.client.metrics
+        return loaded
+
+    def with_model(self, model: str, revision: str | None) -> "ServedModel":
+        """The same, of another checkpoint."""
+        config = replace(self.config, model=model, revision=revision)
+        return ServedModel(config, hang_seconds=self.hang_seconds, metrics=self._metrics)
 
 
 def start_engine(
@@ -74,4 +117,5 @@ def _loaded(
     port: EnginePort, tokenizer: Tokenizer | None, facts: EngineFacts, files: dict[str, str]
 ) -> Loaded:
     provenance = provenance_of(facts, files)
-    return Loaded(Client(port, tokenizer), facts.device_name, facts.dtype, provenance)
+    client = Client(port, tokenizer, provenance.fingerprint)
+    return Loaded(client, facts.device_name, facts.dtype, provenance)

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,7 @@ import uvicorn
 from halyard.api.connections import ConnectionLimits, protocol_of
 from halyard.api.host import EngineHost, Loaded
 from halyard.api.keys import KeyRing
+from halyard.api.restarts import RestartConfig
 from halyard.api.tenancy import Tenancy
 from halyard.api.traces import open_traces
 from halyard.hal.errors import ConfigError, HalyardError
@@ -48,6 +49,9 @@ class ServerConfig:
     in_process: bool = (
         False  # the engine's steps run in a thread here, not in a process of their own
     )
+    enable_admin: bool = False  # answer POST /admin/reload, sleep and wake
+    # How an engine process that died or hung is replaced; in this process it is not.
+    restarts: RestartConfig = field(default_factory=RestartConfig)
     hang_seconds: float | None = 120.0  # a step that takes longer has hung; None: may take for ever
     api_keys: Path | None = None  # file of keys; None: everybody may do everything
     request_timeout: float | None = (
@@ -103,8 +107,14 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
     # The engine's process starts at once: what this one imports takes half a second.
     starting = None if server.in_process else launch(config)
     from halyard.api.app import create_app
-    from halyard.api.loading import load_engine, start_engine
+    from halyard.api.loading import ServedModel
 
+    model = ServedModel(
+        config,
+        in_process=server.in_process,
+        hang_seconds=server.hang_seconds,
+        starting=starting,
+    )
     url = _url(server.host, listener.getsockname()[1])
     say(f"Halyard listens on {url} and loads {config.model} ...")
     failures: list[BaseException] = []
@@ -117,17 +127,10 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
         for line in _welcome(url, host, loaded):
             say(line)
 
-    def load(tell: Callable[[str], None]) -> Loaded:
-        def told(phase: str) -> None:
-            tell(phase)
-            say(f"  {phase}")
-
-        if starting is None:
-            return load_engine(config, told)
-        return start_engine(config, told, hang_seconds=server.hang_seconds, starting=starting)
-
-    host = EngineHost(load, server.served_model_names, on_failure, on_ready)
+    host = EngineHost(model, server.served_model_names, on_failure, on_ready, server.restarts)
+    host.admin = server.enable_admin or keys is not None  # then the guard asks for an admin's key
     host.compat_vllm = server.metrics_compat == "vllm"
+    host.watch_phases(lambda phase: say(f"  {phase}"))
     app = create_app(
         host,
         max_body_bytes=server.max_body_bytes,

@@ -66,6 +66,11 @@ class CapturedProgram:
             reach *= 2
         return self._buckets[bisect_left(self._buckets, num_rows)], min(reach, self._max_keys)
 
+    def move_weights(self, device: torch.device) -> None:
+        """As Program.move_weights; recordings name the old places and are void."""
+        self._replays.clear()
+        self._program.move_weights(device)
+
     @torch.inference_mode()
     def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:
         """As Program.run; inputs that lie in `buffer` are of a `decode_shape`.

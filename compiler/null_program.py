@@ -22,6 +22,9 @@ class NullProgram:
     def set_pool(self, pool: KVPool) -> None:
         return None
 
+    def move_weights(self, device: torch.device) -> None:
+        return None
+
     def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:
         """Logits [rows, vocab] whose largest is the input token plus one."""
         logits = torch.zeros(logit_indices.shape[0], self.vocab_size)

@@ -114,6 +114,10 @@ class Program:
         """Where keys and values live."""
         self._pool = pool
 
+    def move_weights(self, device: torch.device) -> None:
+        """Put them elsewhere: to free a device's memory, or before it runs again."""
+        self._initial = [t if t is None else t.to(device) for t in self._initial]
+
     def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:
         """One step: input_ids [tokens] int64, logit_indices [rows] int64 -> logits [rows, vocab]."""
         # Behind the last attention, where few tokens' logits are wanted, the others needn't go on.

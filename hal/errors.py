@@ -6,6 +6,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "ContractError",
+    "DeviceMemoryError",
     "EngineDeadError",
     "HalyardError",
     "ModelError",
@@ -34,6 +35,14 @@ class CapacityError(HalyardError):
     """The device has not enough memory for the weights or for one sequence."""
 
 
+class DeviceMemoryError(HalyardError):
+    """The device's memory ran out in the middle of a step; with less to do, another may succeed."""
+
+    def __init__(self, message: str, moved: bool = True) -> None:
+        super().__init__(message)
+        self.moved = moved  # whether the step's block moves were made before
+
+
 class ContractError(HalyardError):
     """A backend part broke the contract or was built for another version of it."""
 
@@ -59,4 +68,11 @@ class QueueFullError(HalyardError):
 
 
 class EngineDeadError(HalyardError):
-    """The engine stopped; the text says why. No request can be answered until it is restarted."""
+    """The engine stopped; the text says why. No request can be answered until it is restarted.
+
+    `retry_after`: seconds until that may be so; None: nobody restarts it.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

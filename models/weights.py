@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -17,17 +15,15 @@ from tqdm import tqdm
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.errors import ModelError
 from halyard.hal.types import DType, WeightInfo
+from halyard.models.headers import StoredTensor, read_header, weight_files
 from halyard.models.source import ModelSource
 from halyard.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_checkpoint", "load_weights"]
+__all__ = ["load_weights"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_MAX_HEADER = 100 << 20  # bytes; the format's own limit
 _STAGE = 16 << 20  # elements that are read at once when the dtype changes
 _POOL = 1 << 22  # random numbers that are drawn
 _STORED = {  # safetensors' names; its 8-bit floats need scales and are no weights by themselves
@@ -42,15 +38,6 @@ _STORED = {  # safetensors' names; its 8-bit floats need scales and are no weigh
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-class _Stored(NamedTuple):
-    """A tensor in a file."""
-
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name
-    start: int  # bytes from the start of the file
-    end: int
 
 
 def load_weights(
@@ -75,84 +62,12 @@ def load_weights(
     """
     if load_format == "dummy" or source is None:
         return _random_weights(wanted, seed, progress, device)
-    headers = {file: _header(file) for file in _files(source)}
+    headers = {file: read_header(file) for file in weight_files(source)}
     shapes = {name: item.shape for header in headers.values() for name, item in header.items()}
     if all(shapes.get(name) == info.shape for name, info in wanted.items()):
         return _stream(wanted, headers, progress, device)
     converted = _convert(source, spec, wanted, dtype)
     return {name: tensor.to(device or "cpu") for name, tensor in converted.items()}
-
-
-def check_checkpoint(source: ModelSource) -> dict[Path, list[tuple[str, tuple[int, ...]]]]:
-    """Check that all files are there and whole, from their headers alone.
-
-    Returns:
-        The (name, shape) of every tensor of every file.
-    """
-    return {
-        file: [(name, item.shape) for name, item in _header(file).items()]
-        for file in _files(source)
-    }
-
-
-def _files(source: ModelSource) -> list[Path]:
-    folder = source.path
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is corrupt ({error}): download it again") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ModelError(
-                f"{source.name} lacks {len(missing)} of {len(names)} weight files "
-                f"({', '.join(missing[:3])}): download it again"
-            )
-        return [folder / name for name in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    others = sorted(folder.glob("*.safetensors"))
-    if others:
-        return others
-    if any(folder.glob("*.bin")):
-        raise ModelError(
-            f"{source.name} has only .bin weights: convert them to safetensors "
-            "(they can run code when loaded)"
-        )
-    raise ModelError(
-        f"{source.name} has no *.safetensors weights (--load-format dummy makes random ones)"
-    )
-
-
-def _header(file: Path) -> dict[str, _Stored]:
-    """What the file holds by name, after checking that it is as long as its header says."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise ModelError(f"{file} is not a safetensors file or is cut short: download it again")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            found = {
-                name: _Stored(
-                    tuple(item["shape"]),
-                    str(item["dtype"]),
-                    *(8 + length + offset for offset in item["data_offsets"]),
-                )
-                for name, item in header.items()
-                if name != "__metadata__"
-            }
-            end = max((item.end for item in found.values()), default=8 + length)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{file} has a corrupt header: download it again") from error
-    if size != end:
-        raise ModelError(
-            f"{file} has {size} bytes where its header asks for {end}: "
-            "it is cut short or damaged, download it again"
-        )
-    return found
 
 
 def _bar(names: Iterable[str], progress: bool, what: str) -> tqdm[str]:
@@ -167,7 +82,7 @@ def _bar(names: Iterable[str], progress: bool, what: str) -> tqdm[str]:
 
 def _stream(
     wanted: Mapping[str, WeightInfo],
-    headers: Mapping[Path, dict[str, _Stored]],
+    headers: Mapping[Path, dict[str, StoredTensor]],
     progress: bool,
     device: torch.device | None,
 ) -> dict[str, Tensor]:
@@ -192,7 +107,9 @@ def _stream(
     return weights
 
 
-def _read(stream: BinaryIO, file: Path, name: str, stored: _Stored, dtype: torch.dtype) -> Tensor:
+def _read(
+    stream: BinaryIO, file: Path, name: str, stored: StoredTensor, dtype: torch.dtype
+) -> Tensor:
     source_dtype = _STORED.get(stored.dtype)
     if source_dtype is None:
         raise ModelError(

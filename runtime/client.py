@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
+from halyard import __version__
 from halyard.hal.errors import EngineDeadError, HalyardError, QueueFullError
 from halyard.runtime.answer import Answers, IncrementalDecoder
 from halyard.runtime.outputs import CompletionDelta, RequestDelta
@@ -29,6 +30,7 @@ logger = logging.getLogger("halyard.engine")
 
 MAX_PENDING = 2048  # steps that the reader of a stream may be behind
 READS_TOO_SLOWLY = "the answer was cut off: it was read too slowly"
+UNKNOWN = f"halyard-{__version__}"  # the fingerprint of an engine whose files nobody digested
 SHUTTING_DOWN = "the server is shutting down"
 
 
@@ -113,9 +115,12 @@ class Client:
     All methods but `close` return at once and belong to the event loop's thread.
     """
 
-    def __init__(self, port: EnginePort, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, port: EnginePort, tokenizer: Tokenizer | None, fingerprint: str = UNKNOWN
+    ) -> None:
         self.port = port
         self.tokenizer = tokenizer
+        self.fingerprint = fingerprint  # of all that decides its answers
         self.model_name = port.facts.model_name
         self.backend_name = port.facts.backend_name
         self.max_model_len = port.facts.limits.max_model_len
@@ -235,15 +240,19 @@ class Client:
             )
         )
 
+    def give_up(self, reason: str) -> None:
+        """End all requests with an error."""
+        for stream in list(self._streams.values()):
+            self.port.abort(stream.request_id)
+        self._fail_streams(reason)
+
     async def close(self, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for a while, answer the rest, stop."""
         self._refusing = True
         deadline = time.monotonic() + drain_seconds
         while self._streams and self.alive and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        for stream in list(self._streams.values()):
-            self.port.abort(stream.request_id)
-        self._fail_streams(SHUTTING_DOWN)
+        self.give_up(SHUTTING_DOWN)
         await self.port.close()
 
     def _decoder(self, params: SamplingParams) -> Callable[[], IncrementalDecoder] | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from halyard.hal import fallbacks
+from halyard.hal.errors import DeviceMemoryError, HalyardError
 from halyard.runtime.picture import EnginePicture, take_picture
 from halyard.runtime.plan import StepOutput, StepPlan, TokenEvent
 from halyard.runtime.request import Request
@@ -19,7 +21,12 @@ if TYPE_CHECKING:
     from halyard.runtime.scheduler import Scheduler
     from halyard.runtime.stats import SchedulerStats
 
-__all__ = ["Engine", "EngineStats"]
+__all__ = ["ASLEEP", "OUT_OF_MEMORY", "Engine", "EngineStats"]
+
+ASLEEP = "the engine sleeps"
+OUT_OF_MEMORY = "the device's memory is too small for this request"
+
+logger = logging.getLogger("halyard.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +80,12 @@ class Engine:
         self._generated_tokens = 0
         self._busy_seconds = 0.0
         self._flying: _Flying | None = None
+        self._shortage: DeviceMemoryError | None = None  # of a step that is to be taken back
         self._late: list[TokenEvent] = []  # of a step that was settled between two calls of step
         self._phases = dict.fromkeys(("schedule", "run", "wait", "commit"), 0.0)
         self._started = time.monotonic()
         self._closed = False
+        self._asleep = False
 
     @property
     def num_waiting(self) -> int:
@@ -125,7 +134,7 @@ class Engine:
         try:
             return self._step()
         except BaseException:
-            self._flying = None
+            self._flying = self._shortage = None
             self.scheduler.reset()
             raise
 
@@ -134,11 +143,11 @@ class Engine:
         events, self._late = self._late, []
         flying = self._flying or self._issue(self.scheduler.schedule())
         if flying is None:
-            return events
+            return events + self._retreat()
         self._flying = None
         if self.overlap:
             self._flying = self._issue(self.scheduler.schedule_ahead(), flying.running)
-        events += self._finish(flying)
+        events += self._finish(flying) + self._retreat()
         self._busy_seconds += time.perf_counter() - started
         self.metrics.observe_step(
             len(flying.plan.rows), flying.plan.num_tokens, time.perf_counter() - started
@@ -149,13 +158,22 @@ class Engine:
         self._lap("schedule")
         if plan is None:
             return None
-        flying = _Flying(plan, self.executor.run(plan, before))
+        try:
+            flying = _Flying(plan, self.executor.run(plan, before))
+        except DeviceMemoryError as error:
+            self._run_short(plan, error)
+            return None
         self._lap("run")
         return flying
 
     def _finish(self, flying: _Flying) -> list[TokenEvent]:
         """Wait for a step and take in what it computed."""
-        plan, output = flying.plan, flying.running.wait()
+        plan = flying.plan
+        try:
+            output = flying.running.wait()
+        except DeviceMemoryError as error:
+            self._run_short(plan, error)
+            return []
         self._lap("wait")
         events = self._fail_bad_rows(plan, output)
         events += self.scheduler.commit(plan, output)
@@ -169,7 +187,7 @@ class Engine:
         """Have no step in flight."""
         if self._flying is not None:
             flying, self._flying = self._flying, None
-            self._late += self._finish(flying)
+            self._late += self._finish(flying) + self._retreat()
 
     def _lap(self, phase: str) -> None:
         """The time since the last lap went to a phase."""
@@ -195,6 +213,33 @@ class Engine:
         """Its blocks and sequences. Between two steps, from the thread that runs them."""
         return take_picture(self.scheduler)
 
+    @property
+    def asleep(self) -> bool:
+        return self._asleep
+
+    def sleep(self) -> None:
+        """Free the device's memory: KV blocks go, weights move to the host. Nothing may run.
+
+        Raises:
+            HalyardError: requests are here.
+        """
+        if self.has_work():
+            raise HalyardError("requests run: the engine can't sleep now")
+        if not self._asleep:
+            self._asleep = True
+            self.scheduler.reset()  # cached prefixes go with the blocks
+            self.executor.sleep()
+
+    def wake(self) -> None:
+        """Take the memory again.
+
+        Raises:
+            CapacityError: somebody else has it; the engine sleeps on.
+        """
+        if self._asleep:
+            self.executor.wake()
+            self._asleep = False
+
     def check_integrity(self) -> None:
         """Raise if an invariant of the block accounting is broken."""
         self.scheduler.check_integrity()
@@ -217,3 +262,26 @@ class Engine:
                     for index in range(request.params.n)
                 ]
         return events
+
+    def _run_short(self, plan: StepPlan, error: DeviceMemoryError) -> None:
+        """A step did not fit; `_retreat` takes it back when no other is to be taken in before it."""
+        logger.warning(
+            "out of memory in a step of %d sequences and %d tokens: %s",
+            len(plan.rows), plan.num_tokens, error,
+        )  # fmt: skip
+        moved = error.moved and (self._shortage is None or self._shortage.moved)
+        self._shortage = DeviceMemoryError(str(error), moved)
+
+    def _retreat(self) -> list[TokenEvent]:
+        """If a step did not fit: its rows wait again, steps get smaller; one that fits in none ends."""
+        if self._shortage is None:
+            return []
+        error, self._shortage, self._flying = self._shortage, None, None
+        hopeless = self.scheduler.retreat(error.moved)
+        self.executor.forget()
+        text = f"{OUT_OF_MEMORY}: {error}"
+        return [
+            TokenEvent(sequence.request.request_id, index, finish_reason="error", error=text)
+            for sequence in hopeless
+            for index in range(sequence.index, sequence.index + 1 + sequence.num_forks)
+        ]

@@ -18,9 +18,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 from halyard.hal.errors import EngineDeadError, HalyardError
+from halyard.runtime.engine import ASLEEP
 from halyard.runtime.messages import (
     Abort,
     Add,
@@ -108,17 +110,23 @@ class EngineLoop:
                 raise AssertionError(f"no message for an engine: {message!r}")
 
     def _add(self, request: Request) -> None:
+        if self.engine.asleep:
+            self._refuse(request, ASLEEP)
+            return
         if request.params.guided is not None and request.guidance is None:
             try:
                 guidance = self.engine.intake.guidance(request.params)  # compiled by `prepare`
             except HalyardError as error:
-                self._events += [
-                    TokenEvent(request.request_id, i, finish_reason="error", error=str(error))
-                    for i in range(request.params.n)
-                ]
+                self._refuse(request, str(error))
                 return
             request = replace(request, guidance=guidance)
         self.engine.add(request)
+
+    def _refuse(self, request: Request, error: str) -> None:
+        self._events += [
+            TokenEvent(request.request_id, index, finish_reason="error", error=error)
+            for index in range(request.params.n)
+        ]
 
     def _answer(self, call: Call) -> None:
         match call.name:
@@ -128,6 +136,10 @@ class EngineLoop:
                 self._reply(call.number, self.engine.picture)
             case "check_integrity":
                 self._reply(call.number, self.engine.check_integrity)
+            case "sleep":
+                self._reply(call.number, self.engine.sleep)
+            case "wake":
+                self._reply(call.number, self.engine.wake)
             case name:
                 raise AssertionError(f"no call for an engine: {name}")
 
@@ -184,9 +196,10 @@ def portable(error: Exception) -> Exception:
 def main(arguments: list[str]) -> int:
     """Serve the owner at the other end of a socket that was inherited."""
     # The owner decides when to stop: Ctrl-C reaches the whole group, and so may SIGTERM. It started
-    # this process with both blocked, so that none hits before this line.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # this process with both blocked, so that none hits before this line. Handlers that do nothing,
+    # because what is ignored stays ignored in a compiler that is started from here.
+    signal.signal(signal.SIGINT, _not_mine)
+    signal.signal(signal.SIGTERM, _not_mine)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     _die_with_parent()
     channel = Channel(socket.socket(fileno=int(arguments[0])))
@@ -224,6 +237,10 @@ def _serve(channel: Channel) -> int:
     finally:
         built.engine.close()
     return 0
+
+
+def _not_mine(_signal: int, _frame: FrameType | None) -> None:
+    return None
 
 
 def _die_with_parent() -> None:

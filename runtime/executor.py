@@ -16,6 +16,8 @@ from halyard.compiler.captured import CapturedProgram
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import Program
 from halyard.hal.contract import Device, Fetch, OverlappingDevice, PagedKernels
+from halyard.hal.errors import DeviceMemoryError
+from halyard.hal.memory_errors import is_out_of_memory
 from halyard.hal.types import BlockMove, KVPool
 from halyard.runtime.batcher import Batcher, PackedStep, PooledSpan
 from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenLogprob
@@ -71,6 +73,15 @@ class RunningStep:
         return all(fetch is None or fetch.ready() for fetch in (self.drawn, self.pooled))
 
     def wait(self) -> StepOutput:
+        """Raises DeviceMemoryError if the device finds only now that its memory is too small."""
+        try:
+            return self._wait()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(_one_line(error)) from None
+
+    def _wait(self) -> StepOutput:
         rows = self.plan.rows
         drawn = self.drawn.wait() if self.drawn is not None else None
         codes = drawn.tolist() if drawn is not None else []
@@ -168,6 +179,8 @@ class Executor:
             0.0  # on the caller's clock: what issuing took, where moves are issued
         )
         self.swap_in_seconds = 0.0
+        self._moved = False  # the block moves of the step that is being issued are made
+        self._sizes = (pool.num_blocks, host_pool.num_blocks if host_pool is not None else 0)
         program.set_pool(pool)
 
     def run(self, plan: StepPlan, before: RunningStep | None = None) -> RunningStep:
@@ -175,8 +188,17 @@ class Executor:
 
         Args:
             before: the step in flight, if the plan was made ahead of its tokens.
+
+        Raises:
+            DeviceMemoryError: the device's memory is too small for this step.
         """
-        return self.issue(self.prepare(plan), before)
+        self._moved = False
+        try:
+            return self.issue(self.prepare(plan), before)
+        except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(_one_line(error), self._moved) from None
 
     def prepare(self, plan: StepPlan) -> PreparedStep:
         """All that the host does for a step: pack its inputs, draw its random numbers."""
@@ -188,6 +210,7 @@ class Executor:
         """All that the device does for it. Nothing here waits if the device overlaps."""
         plan, packed = step.plan, step.packed
         self.move(plan.swap_out, plan.swap_in, plan.copies)
+        self._moved = True
         inputs = packed.put(self.device.torch_device)
         if inputs.places is not None and inputs.sources is not None:
             if before is None or before.token_ids is None:
@@ -228,6 +251,34 @@ class Executor:
     def close(self) -> None:
         self.device.close()
 
+    def forget(self) -> None:
+        """Steps came to nothing: what was counted ahead of their tokens is counted anew."""
+        self.sampler.forget()
+
+    def sleep(self) -> None:
+        """Free the pools, and move weights to the host. No step until `wake`."""
+        layout = self.pool.layout
+        empty = self.device.allocate_kv(layout, 0, host=False)
+        self.program.set_pool(empty)
+        self.pool = empty
+        self.host_pool = None
+        self.program.move_weights(torch.device("cpu"))
+
+    def wake(self) -> None:
+        """Take the memory again.
+
+        Raises:
+            CapacityError: it isn't there.
+        """
+        num_blocks, num_host_blocks = self._sizes
+        layout = self.pool.layout
+        pool = self.device.allocate_kv(layout, num_blocks, host=False)
+        if num_host_blocks:
+            self.host_pool = self.device.allocate_kv(layout, num_host_blocks, host=True)
+        self.program.move_weights(self.device.torch_device)
+        self.pool = pool
+        self.program.set_pool(pool)
+
     def move(self, swap_out: Moves = (), swap_in: Moves = (), copies: Moves = ()) -> None:
         """Move blocks, in this order."""
         if swap_out or swap_in:
@@ -259,3 +310,7 @@ class Executor:
                 )
             )
         return scored
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -68,6 +68,15 @@ class FairQueue:
         """Service so far, for comparing tenants that have requests."""
         return self._served.get(tenant, 0.0)
 
+    def victim(self, running: list[Sequence], position: int) -> Sequence:
+        """Who gives way, among those from `position` on: they have no row yet."""
+        last = running[-1]
+        if not self.contended:
+            return last
+        rank = last.request.priority
+        behind = [s for s in running[position:] if s.request.priority == rank]
+        return max(behind, key=lambda s: (self.account(s.request.tenant), s.order), default=last)
+
     def _floor(self) -> float:
         return min((self._served[tenant] for tenant in self._alive), default=0.0)
 

@@ -19,6 +19,7 @@ from hashlib import blake2b
 
 from halyard.hal.types import BlockMove
 from halyard.runtime.block_pool import BlockPool
+from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.sequence import Sequence
 
 __all__ = ["KVCounters", "KVManager", "Moves"]
@@ -47,6 +48,13 @@ class KVCounters:
     evictions_demoted: int = 0  # device blocks whose prefix went to the host tier
     evictions_dropped: int = 0  # device blocks whose prefix was lost
     host_evictions: int = 0  # prefixes lost from the host tier
+    slots_used: int = 0  # in blocks held, summed over steps
+    slots_wasted: int = 0  # of these, without a token
+
+    @property
+    def waste(self) -> float:
+        """Share of slots in used blocks that hold no token, averaged over all steps."""
+        return self.slots_wasted / self.slots_used if self.slots_used else 0.0
 
 
 def _digest(content: bytes, parent: bytes = b"") -> bytes:
@@ -100,6 +108,32 @@ class KVManager:
         end = sequence.num_computed_tokens + num_tokens
         for _ in range(-(-end // self.block_size) - len(sequence.block_ids)):
             sequence.block_ids.append(self._allocate())
+
+    @classmethod
+    def of(cls, config: SchedulerConfig) -> KVManager:
+        """Empty tiers of the sizes that a scheduler is given."""
+        return cls(
+            config.num_blocks, config.num_host_blocks, config.block_size, config.prefix_cache
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """Blocks by tier and use, named as in SchedulerStats."""
+        device, host = self.device, self.host
+        return {
+            "blocks_total": device.num_blocks,
+            "blocks_used": device.num_used,
+            "blocks_cached": device.num_cached,
+            "host_blocks_total": host.num_blocks,
+            "host_blocks_used": host.num_used,
+            "host_blocks_cached": host.num_cached,
+        }
+
+    def count_waste(self, running: list[Sequence]) -> None:
+        """A step was taken in: how full are the blocks that its sequences hold?"""
+        size = self.block_size
+        tails = {s.block_ids[-1]: -s.num_computed_tokens % size for s in running}
+        self.counters.slots_wasted += sum(tails.values())
+        self.counters.slots_used += self.device.num_used * size
 
     def release(self, sequence: Sequence) -> None:
         """Give back all blocks, last first, so that ends are evicted before beginnings."""

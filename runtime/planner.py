@@ -14,9 +14,9 @@ from halyard.hal.errors import CapacityError, ConfigError
 from halyard.hal.matrix import load_matrix
 from halyard.hal.selection import Selection, select_backend
 from halyard.hal.types import ITEM_SIZE, DeviceInfo, DType, KVSpec
+from halyard.models.headers import check_checkpoint
 from halyard.models.source import ModelSource, resolve_source
 from halyard.models.spec import ModelSpec
-from halyard.models.weights import check_checkpoint
 from halyard.runtime.config import EngineConfig
 from halyard.runtime.cost_model import PreemptionCost
 

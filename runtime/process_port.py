@@ -54,7 +54,7 @@ __all__ = ["Launch", "ProcessPort", "end_all", "launch"]
 
 logger = logging.getLogger("halyard.engine")
 
-_STOP_SECONDS = 10.0  # a process that was told to stop gets that long
+_STOP_SECONDS = 3.0  # a process that was told to stop gets that long
 _LOOKS = 4  # silent looks in a row make an engine a hanging one
 _processes: set[subprocess.Popen[bytes]] = set()
 

@@ -80,6 +80,10 @@ class Sampler:
         self._kernels = kernels
         self._counts = TokenCounts(vocab_size)
 
+    def forget(self) -> None:
+        """Count the tokens of penalised rows anew."""
+        self._counts = TokenCounts(self.vocab_size)
+
     def prepare(self, samples: Samples) -> Draw:
         """What doesn't depend on logits; the masks of guided rows begin in their thread."""
         flags = int(np.bitwise_or.reduce(samples.records["flags"])) if len(samples) else 0

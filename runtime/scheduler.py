@@ -23,6 +23,7 @@ from halyard.runtime.request import Request
 from halyard.runtime.scheduler_checks import Books, check_books
 from halyard.runtime.sequence import Sequence, SequenceStatus
 from halyard.runtime.stats import SchedulerStats
+from halyard.runtime.step_limits import StepLimits
 
 __all__ = ["Scheduler"]
 
@@ -40,9 +41,8 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.kv = KVManager(
-            config.num_blocks, config.num_host_blocks, config.block_size, config.prefix_cache
-        )
+        self.limits = StepLimits(config.max_num_sequences, config.max_batched_tokens)
+        self.kv = KVManager.of(config)
         self._waiting = FairQueue()
         self._swapped: list[Sequence] = []  # sorted by order
         self._running: list[Sequence] = []  # sorted by order
@@ -53,9 +53,7 @@ class Scheduler:
         self._plans: deque[StepPlan] = deque()  # scheduled, not committed: at most two
         self._short = False  # the last plan ahead found too few blocks: one must be made behind
         self._num_reserved = 0  # answers of running sequences that will be forked off
-        self._preemptions = {"swap": 0, "recompute": 0}
-        self._slots_used = 0  # summed over steps, for the average waste
-        self._slots_wasted = 0
+        self._preemptions = {"preemptions_swap": 0, "preemptions_recompute": 0}
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -145,14 +143,7 @@ class Scheduler:
 
         What blocks hold then is unknown, and so is how far the books of that step got. Totals stay.
         """
-        counters = self.kv.counters
-        self.kv = KVManager(
-            self.config.num_blocks,
-            self.config.num_host_blocks,
-            self.config.block_size,
-            self.config.prefix_cache,
-        )
-        self.kv.counters = counters
+        self._forget_memory()
         for sequence in itertools.chain(*self._by_request.values()):
             sequence.status = SequenceStatus.FINISHED
         self._waiting = FairQueue()
@@ -162,6 +153,33 @@ class Scheduler:
         self._in_progress.clear()
         self._plans.clear()
         self._num_reserved = 0
+
+    def retreat(self, moved: bool) -> list[Sequence]:
+        """The device's memory was too small for the steps in flight: put their rows back, do less.
+
+        They wait, and compute again what they had. Returns those that do not fit even alone: they
+        are given up, and no event follows. Unless the steps' block moves were made, all blocks are
+        forgotten.
+        """
+        plan = max(self._plans, key=attrgetter("num_tokens"))
+        smaller = self.limits.shrink(len(plan.rows), plan.num_tokens)
+        flying = dict.fromkeys(row.sequence for plan in self._plans for row in plan.rows)
+        self._plans.clear()
+        for sequence in flying:
+            sequence.in_flight = sequence.num_pending_tokens = 0
+            (self.kv.release if sequence.aborted else self._put_back)(sequence)
+        if not moved:
+            for sequence in [*self._running, *self._swapped]:
+                self._put_back(sequence)
+            self._forget_memory()
+        hopeless = [] if smaller else [s for s in flying if not s.aborted]
+        for sequence in hopeless:
+            self._remove(sequence)
+        return hopeless
+
+    def _forget_memory(self) -> None:
+        counters, self.kv = self.kv.counters, KVManager.of(self.config)
+        self.kv.counters = counters
 
     # -- planning -----------------------------------------------------------------------------
 
@@ -231,7 +249,7 @@ class Scheduler:
     def _plan_running(self, rows: list[PlanRow], ahead: bool = False) -> bool:
         """Rows for running sequences. True if one had to give way or, ahead, to wait."""
         preempted = False
-        budget = self.config.max_batched_tokens
+        budget = self.limits.num_tokens
         position = 0
         has_slot = self.kv.has_slot
         while position < len(self._running):
@@ -259,22 +277,13 @@ class Scheduler:
                     self._short = True
                     return True
                 preempted = True
-                victim = self._victim(position)
+                victim = self._waiting.victim(self._running, position)
                 self._preempt(victim)
                 if victim is sequence:
                     return True
             self._plan_row(rows, sequence, remaining)
             budget -= remaining
         return preempted
-
-    def _victim(self, position: int) -> Sequence:
-        """Who gives way, among those from `position` on: they have no row yet."""
-        last, account = self._running[-1], self._waiting.account
-        if not self._waiting.contended:
-            return last
-        rank = last.request.priority
-        behind = [s for s in self._running[position:] if s.request.priority == rank]
-        return max(behind, key=lambda s: (account(s.request.tenant), s.order), default=last)
 
     def _plan_row(self, rows: list[PlanRow], sequence: Sequence, num_tokens: int) -> None:
         start = sequence.num_computed_tokens
@@ -291,7 +300,7 @@ class Scheduler:
     def _has_seat(self, sequence: Sequence) -> bool:
         """May it run beside those that run, its forks included?"""
         seats = len(self._running) + self._num_reserved + 1 + sequence.num_forks
-        return seats <= self.config.max_num_sequences
+        return seats <= self.limits.num_rows or not self._running
 
     def _start(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.RUNNING
@@ -300,7 +309,7 @@ class Scheduler:
         self._num_reserved += sequence.num_forks
 
     def _resume_swapped(self, rows: list[PlanRow]) -> None:
-        budget = self.config.max_batched_tokens - sum(row.num_tokens for row in rows)
+        budget = self.limits.num_tokens - sum(row.num_tokens for row in rows)
         while self._swapped and budget > 0:
             sequence = self._swapped[0]
             num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, budget)
@@ -317,7 +326,7 @@ class Scheduler:
             budget -= num_tokens
 
     def _admit_waiting(self, rows: list[PlanRow]) -> None:
-        budget = self.config.max_batched_tokens - sum(row.num_tokens for row in rows)
+        budget = self.limits.num_tokens - sum(row.num_tokens for row in rows)
         for sequence in self._waiting.in_turn():
             if budget <= 0:
                 return
@@ -349,19 +358,24 @@ class Scheduler:
         """Take a running sequence off the device."""
         if victim.in_flight:
             raise AssertionError("a sequence in flight can't give way")
-        self._running.remove(victim)
-        self._num_reserved -= victim.num_forks
-        self._forget_progress(victim)
         if self._should_swap(victim):
-            self._preemptions["swap"] += 1
+            self._unlist(victim)
+            self._forget_progress(victim)
+            self._preemptions["preemptions_swap"] += 1
             self.kv.swap_out(victim)
             victim.status = SequenceStatus.SWAPPED
             insort(self._swapped, victim, key=_ORDER)
         else:
-            self._preemptions["recompute"] += 1
-            self.kv.release(victim)
-            victim.restart()
-            self._waiting.add(victim)
+            self._put_back(victim)
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """It waits again, and computes again what it had."""
+        self._unlist(sequence)
+        self._forget_progress(sequence)
+        self._preemptions["preemptions_recompute"] += 1
+        self.kv.release(sequence)
+        sequence.restart()
+        self._waiting.add(sequence)
 
     def _should_swap(self, victim: Sequence) -> bool:
         if self.config.preemption == "recompute" or not self.kv.can_swap_out(victim):
@@ -377,6 +391,7 @@ class Scheduler:
         if not self._plans or plan is not self._plans[0]:
             raise AssertionError("commit is for the oldest plan in flight")
         self._plans.popleft()
+        self.limits.grow()
         events: list[TokenEvent] = []
         ended: list[Sequence] = []
         size = self.config.block_size
@@ -413,7 +428,7 @@ class Scheduler:
                 if event.finish_reason is not None:
                     ended.append(answer)
         if plan.step % 8 == 0:  # a sample is enough for an average
-            self._count_waste()
+            self.kv.count_waste(self._running)
         for sequence in ended:
             self._remove(sequence)
         return events
@@ -465,25 +480,13 @@ class Scheduler:
             if self._in_progress.get(digest) is sequence:
                 del self._in_progress[digest]
 
-    def _count_waste(self) -> None:
-        size = self.config.block_size
-        tails = {s.block_ids[-1]: -s.num_computed_tokens % size for s in self._running}
-        self._slots_wasted += sum(tails.values())
-        self._slots_used += self.kv.device.num_used * size
-
     def stats(self) -> SchedulerStats:
-        device, host = self.kv.device, self.kv.host
         return SchedulerStats(
             num_running=len(self._running), num_waiting=len(self._waiting),
-            num_swapped=len(self._swapped),
-            blocks_total=device.num_blocks,
-            blocks_used=device.num_used, blocks_cached=device.num_cached,
-            host_blocks_total=host.num_blocks, host_blocks_used=host.num_used,
-            host_blocks_cached=host.num_cached,
-            kv_waste=self._slots_wasted / self._slots_used if self._slots_used else 0.0,
-            preemptions_swap=self._preemptions["swap"],
-            preemptions_recompute=self._preemptions["recompute"],
+            num_swapped=len(self._swapped), kv_waste=self.kv.counters.waste, **self.kv.sizes(),
+            **self._preemptions,
             counters=replace(self.kv.counters),
+            out_of_memory=self.limits.num_failures, max_rows=self.limits.num_rows,
         )  # fmt: skip
 
     def queues(self) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:

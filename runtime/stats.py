@@ -28,3 +28,5 @@ class SchedulerStats:
     preemptions_swap: int
     preemptions_recompute: int
     counters: KVCounters  # a copy
+    out_of_memory: int = 0  # steps that the device's memory was too small for
+    max_rows: int = 0  # most sequences of a step now: fewer after such a step, for a while

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     check_directory(args.onnx)
     from halyard.compiler.program import HeadShape
     from halyard.models.adapter import build_meta_module
-    from halyard.models.weights import check_checkpoint, load_weights
+    from halyard.models.headers import check_checkpoint
+    from halyard.models.weights import load_weights
     from halyard.runtime.planner import resolve_model
 
     started = time.perf_counter()

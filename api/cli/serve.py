@@ -51,12 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     safety.add_argument("--prompt-log", type=Path, metavar="DIR",
                         help="log prompts and answers there, a file a tenant (default: nowhere)")  # fmt: skip
 
+    group.add_argument("--max-restarts", type=int, default=5, metavar="N",
+                       help="engines that die soon, in a row, before it stays down (%(default)s)")  # fmt: skip
+    group.add_argument("--enable-admin", action="store_true",
+                       help="answer POST /admin/reload, /admin/sleep and /admin/wake")  # fmt: skip
+
     options.add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     # Imported here: a wrong command line should not wait for the web framework.
     from halyard.api.logs import configure
+    from halyard.api.restarts import RestartConfig
     from halyard.api.server import ServerConfig, serve
 
     configure(args.log_format, access_log=args.access_log)
@@ -78,5 +84,7 @@ def run(args: argparse.Namespace) -> int:
         prompt_log=args.prompt_log,
         max_connections=args.max_connections,
         max_body_bytes=int(args.max_body_mib * (1 << 20)),
+        restarts=RestartConfig(max_in_a_row=0 if args.in_process else args.max_restarts),
+        enable_admin=args.enable_admin,
     )
     return serve(options.engine_config(args), server, lambda line: print(line, flush=True))

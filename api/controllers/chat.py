@@ -40,7 +40,7 @@ class ChatController(Controller):
         client = host.client
         model = host.check_model(asked.model)
         plan = await plan_chat(client, asked)
-        generation = start_chat(host, asked, plan)
+        generation = start_chat(asked, plan)
         answers = ChatAnswers(generation, asked, model, TokenWriter(client.tokenizer), plan.rules)
         observe = error_observer(host, request)
         if asked.stream:

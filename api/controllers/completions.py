@@ -49,7 +49,6 @@ class CompletionController(Controller):
             priority=asked.priority,
             cache_salt=asked.cache_salt,
             drop_answer=asked.max_tokens == 0,
-            fingerprint=host.fingerprint,
             timeout=asked.timeout,
         )
         answers = CompletionAnswers(generation, asked, model, client.tokenizer)

@@ -50,7 +50,7 @@ class MessageController(Controller):
         model = host.check_model(asked.model)
         chat = as_chat(asked)
         plan = await plan_chat(client, chat)
-        generation = start_chat(host, chat, plan, new_id("msg").replace("-", "_"))
+        generation = start_chat(chat, plan, new_id("msg").replace("-", "_"))
         answers = MessageAnswers(generation, model, plan.rules)
         observe = error_observer(host, request)
         if asked.stream:

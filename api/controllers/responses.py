@@ -38,8 +38,8 @@ class ResponseController(Controller):
             before = store.get(asked.previous_response_id, "previous_response_id").conversation
         chat = as_chat(asked, before)
         plan = await plan_chat(client, chat)
-        generation = start_chat(host, chat, plan, new_id("resp").replace("-", "_"))
-        answers = ResponseAnswers(generation, asked, model, plan.rules, host.fingerprint)
+        generation = start_chat(chat, plan, new_id("resp").replace("-", "_"))
+        answers = ResponseAnswers(generation, asked, model, plan.rules, generation.fingerprint)
         items = asked.input
         if isinstance(items, str):
             items = [{"type": "message", "role": "user", "content": items}]

@@ -93,6 +93,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("requests_running", "Sequences that run", vllm="num_requests_running"),
     _gauge("requests_waiting", "Requests that wait", vllm="num_requests_waiting"),
     _gauge("requests_swapped", "Sequences in the host tier"),
+    _gauge("sequences_limit", "Most sequences of a step now: fewer after memory ran out, for a while"),
     # -- KV memory
     _gauge("kv_usage_ratio", "Share of the device's KV blocks that sequences hold, 0 to 1",
            vllm="kv_cache_usage_perc"),
@@ -118,6 +119,8 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("prompt_tokens", "Prompt tokens computed", vllm="prompt_tokens"),
     _counter("generation_tokens", "Tokens generated", vllm="generation_tokens"),
     _counter("steps", "Engine steps"),
+    _counter("out_of_memory_steps", "Steps that the device's memory was too small for: their sequences "
+             "were put back and computed again, fewer at once"),
     _counter("step_phase_seconds", "Seconds by what steps did: schedule, run (moves, packing, "
              "program, sampling; on GPUs: issuing it), wait (for the device), commit", "phase"),
     _histogram("step_duration_seconds", "One engine step", SECONDS),

@@ -20,6 +20,8 @@ def engine_samples(stats: EngineStats, bytes_per_block: int) -> dict[str, Sample
         "requests_running": s.num_running,
         "requests_waiting": s.num_waiting,
         "requests_swapped": s.num_swapped,
+        "sequences_limit": s.max_rows,
+        "out_of_memory_steps": s.out_of_memory,
         "kv_usage_ratio": s.blocks_used / s.blocks_total if s.blocks_total else 0.0,
         "kv_blocks_total": s.blocks_total,
         "kv_blocks_used": s.blocks_used,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from halyard.hal.errors import ConfigError, ContextLengthError, HalyardError, RequestError
 from halyard.models.shapes import shape_config
+from halyard.runtime.engine import OUT_OF_MEMORY
+from halyard.runtime.executor import RunningStep
 from halyard.runtime.llm import LLM
 from halyard.runtime.plan import TokenEvent
 from halyard.runtime.request import SamplingParams
@@ -211,6 +217,96 @@ def test_a_row_that_is_not_a_number_fails_alone(make: Make) -> None:
     last = [e for e in ill if e.finish_reason]
     assert [(e.index, e.finish_reason) for e in last] == [(0, "error"), (1, "error")]
     assert all("not finite" in (e.error or "") for e in last)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_device_that_is_too_small_gets_fewer_sequences_and_no_answer_is_lost(
+    make: Make, late: bool, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make(max_num_sequences=16)
+    llm.engine.overlap = overlap
+    program, sizes = llm.engine.executor.program, []
+    healthy = program.run
+
+    def small(input_ids: Tensor, logit_indices: Tensor, batch: Any) -> Tensor:
+        sizes.append(batch.num_rows)
+        if batch.num_rows > 3 or 900 in input_ids.tolist():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return healthy(input_ids, logit_indices, batch)
+
+    if late:  # the device tells when its results are fetched
+        healthy_wait = RunningStep._wait
+
+        def wait(step: RunningStep) -> Any:
+            sizes.append(len(step.plan.rows))
+            if len(step.plan.rows) > 3 or any(
+                900 in row.sequence.token_ids for row in step.plan.rows
+            ):
+                raise RuntimeError("CUDA error: out of memory")
+            return healthy_wait(step)
+
+        monkeypatch.setattr(RunningStep, "_wait", wait)
+    else:
+        program.run = small  # type: ignore[method-assign]
+    intake = llm.engine.intake
+    for number in range(12):
+        llm.engine.add(intake.request([10 * number], greedy(8), request_id=f"r{number}"))
+    llm.engine.add(intake.request([895], greedy(20, n=2), request_id="large"))
+    got: dict[str, list[int]] = {}
+    errors: dict[tuple[str, int], str] = {}
+    while llm.engine.has_work():
+        for event in llm.engine.step():
+            got.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.error is not None:
+                errors[event.request_id, event.index] = event.error
+        llm.engine.check_integrity()
+    for number in range(12):
+        assert got[f"r{number}"] == list(range(10 * number + 1, 10 * number + 9))
+    assert set(errors) == {("large", 0), ("large", 1)}
+    assert all(text.startswith(OUT_OF_MEMORY) for text in errors.values())
+    stats = llm.engine.stats().scheduler
+    assert stats.blocks_used == 0
+    assert stats.out_of_memory >= 3
+    assert max(sizes) > 3
+
+
+def test_an_error_that_is_no_lack_of_memory_is_not_taken_for_one(make: Make) -> None:
+    llm = make()
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    llm.engine.executor.program.run = broken  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match="illegal"):
+        llm.generate([[5]], greedy(2))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_an_engine_sleeps_and_wakes(make: Make) -> None:
+    llm = make(host_kv_blocks=8)
+    first = llm.generate([*PROMPTS], greedy(5))
+    executor = llm.engine.executor
+    large = replace(executor.pool.layout, block_shape=(4 << 20,))  # the null backend's own is tiny
+    executor.pool = executor.device.allocate_kv(large, 8, host=False)
+    executor.pool.data.fill_(1)
+    used, held = resident_bytes(), executor.pool.data.nbytes
+    assert held >= 100 << 20
+    llm.engine.sleep()
+    llm.engine.sleep()
+    assert used - resident_bytes() > 0.9 * held
+    assert executor.pool.data.numel() == 0
+    llm.engine.wake()
+    assert [o.outputs[0].token_ids for o in llm.generate([*PROMPTS], greedy(5))] == [
+        o.outputs[0].token_ids for o in first
+    ]
+    llm.engine.add(llm.engine.intake.request([5], greedy(4)))
+    with pytest.raises(HalyardError, match="requests run"):
+        llm.engine.sleep()
+    run(llm)
 
 
 def test_an_error_in_generate_leaves_an_engine_that_works(make: Make) -> None:

@@ -64,7 +64,11 @@ class SimulatedDevice:
         )
 
     def execute(self, step: IssuedStep) -> StepOutput:
-        plan = step.plan
+        self.move(step.plan)
+        return self._compute(step)
+
+    def move(self, plan: StepPlan) -> None:
+        """The block moves of a step, before its rows."""
         targets = [move.target for move in plan.swap_in] + [move.target for move in plan.copies]
         assert len(set(targets)) == len(targets), "a device block is written twice"
         assert len({m.target for m in plan.swap_out}) == len(plan.swap_out), "host block twice"
@@ -75,6 +79,9 @@ class SimulatedDevice:
             self.device[move.target] = list(self.host[move.source])
         for move in plan.copies:
             self.device[move.target] = list(self.device[move.source])
+
+    def _compute(self, step: IssuedStep) -> StepOutput:
+        plan = step.plan
         written: set[tuple[int, int]] = set()
         for row, blocks, known in zip(plan.rows, step.blocks, step.tokens, strict=True):
             if row.source >= 0:
@@ -195,7 +202,11 @@ def run_all(
 class Fuzzer:
     """Random traffic on one scheduler, every invariant checked after every call."""
 
-    def __init__(self, config: SchedulerConfig, seed: int, ahead: float = 0.0) -> None:
+    def __init__(
+        self, config: SchedulerConfig, seed: int, ahead: float = 0.0, faults: float = 0.0
+    ) -> None:
+        self.faults = faults  # how often the device's memory runs out
+        self.hopeless = 0  # answers given up because of that
         self.ahead = ahead  # how often a step is planned while one is in flight
         self.flying: IssuedStep | None = None
         self.planned_ahead = 0
@@ -304,12 +315,28 @@ class Fuzzer:
             self.flying = self._issue(self.scheduler.schedule_ahead())
             self.planned_ahead += self.flying is not None
         self.abort_one()
+        if self.random.random() < self.faults:
+            self._run_out(step)
+            return True
         output = self.device.execute(step)
         self.abort_one()
         self.dropped += sum(row.sequence.aborted for row in step.plan.rows)
         self.take(self.scheduler.commit(step.plan, output))
         self.scheduler.check_integrity()
         return True
+
+    def _run_out(self, step: IssuedStep) -> None:
+        """The device finds no memory for a step: before its moves, or half-way through its rows."""
+        moved = self.flying is None and self.random.random() < 0.5
+        if moved:
+            self.device.move(step.plan)
+        self.flying = None
+        for sequence in self.scheduler.retreat(moved):
+            name = sequence.request.request_id
+            for index in range(sequence.index, sequence.index + 1 + sequence.num_forks):
+                self._close(name, index, "out of memory")
+            self.hopeless += 1
+        self.scheduler.check_integrity()
 
     def _issue(self, plan: StepPlan | None) -> IssuedStep | None:
         self.scheduler.check_integrity()

@@ -16,10 +16,11 @@ from halyard.compiler.trace import trace
 from halyard.hal.errors import ModelError
 from halyard.hal.types import DType, WeightInfo
 from halyard.models.adapter import build_meta_module
+from halyard.models.headers import check_checkpoint
 from halyard.models.source import ModelSource, resolve_source
 from halyard.models.spec import ModelSpec
 from halyard.models.tokenizer import load_tokenizer
-from halyard.models.weights import check_checkpoint, load_weights
+from halyard.models.weights import load_weights
 
 TINY: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,

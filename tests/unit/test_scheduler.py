@@ -9,6 +9,7 @@ from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.cost_model import PreemptionCost
 from halyard.runtime.plan import PlanRow, TokenEvent
 from halyard.runtime.scheduler import Scheduler
+from halyard.runtime.step_limits import StepLimits
 
 
 def config(**changes: object) -> SchedulerConfig:
@@ -181,6 +182,49 @@ def test_an_answer_that_ends_by_its_length_wastes_no_row() -> None:
     scheduler.add(request("r", [1, 2, 3], max_tokens=1))
     assert scheduler.schedule() is not None
     assert scheduler.schedule_ahead() is None
+
+
+@pytest.mark.parametrize("ahead", [0.0, 0.7])
+@pytest.mark.parametrize("policy", ["swap", "recompute"])
+def test_fuzz_while_memory_runs_out(policy: str, ahead: float) -> None:
+    """Steps fail before their moves or half-way; their rows wait again, and no answer is wrong."""
+    fuzzer = Fuzzer(
+        config(
+            **TINY,
+            max_batched_tokens=9,
+            num_host_blocks=6,
+            preemption=policy,
+            cost=PreemptionCost(1, 1.0, 4.0),
+        ),
+        seed=len(policy),
+        ahead=ahead,
+        faults=0.04,
+    )
+    for _ in range(1500):
+        fuzzer.step()
+    fuzzer.drain()
+    assert fuzzer.scheduler.limits.num_failures > 30
+    assert sum(how == "finished" for how in fuzzer.ended.values()) > 10
+
+
+def test_steps_shrink_when_memory_runs_out_and_slowly_grow_again() -> None:
+    limits = StepLimits(max_rows=64, max_tokens=512)
+    assert limits.shrink(num_rows=40, num_tokens=400)
+    assert (limits.num_rows, limits.num_tokens) == (20, 200)
+    assert limits.shrink(num_rows=1, num_tokens=9)
+    assert (limits.num_rows, limits.num_tokens) == (1, 4)
+    assert not limits.shrink(num_rows=1, num_tokens=1)  # that row alone is to blame
+    assert (limits.num_rows, limits.num_tokens) == (64, 512)
+    limits.shrink(num_rows=64, num_tokens=64)
+    steps = 0
+    while (limits.num_rows, limits.num_tokens) != (64, 512):
+        before = limits.num_rows
+        limits.grow()
+        assert before <= limits.num_rows <= before + before // 8 + 1
+        steps += 1
+        assert limits.num_tokens >= limits.num_rows
+    assert steps > 500
+    assert limits.num_failures == 4
 
 
 def test_fuzz_without_prefix_cache() -> None:

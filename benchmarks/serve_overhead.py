@@ -1,0 +1,124 @@
+"""What the server costs: tokens a second of 256 concurrent streams over HTTP, beside the same requests offline.
+
+    python benchmarks/serve_overhead.py --backend cpu
+    python benchmarks/serve_overhead.py --backend null
+
+The engine gets one core for itself, the server and the client that reads the streams share another
+(two cores at least). Offline is `LLM.generate` on one core. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = """
+import json, sys, time
+from halyard import LLM, SamplingParams
+backend, streams, tokens, runs = sys.argv[1], *map(int, sys.argv[2:])
+llm = LLM("embedded", backend=backend, kv_blocks=8192, host_kv_blocks=0)
+params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+best = 1e9
+for run in range(runs):
+    prompts = [[300 + number + 300 * run, 5, 9, 11] for number in range(streams)]
+    started = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    best = min(best, time.perf_counter() - started)
+print(json.dumps(streams * tokens / best))
+"""
+
+
+def move(pid: int, core: int) -> None:
+    """All threads of a process to one core."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), {core})
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in found for child in file.read_text().split()]
+
+
+async def read(port: int, first: int, tokens: int) -> int:
+    """One stream to its end; the number of its events."""
+    body = json.dumps({"prompt": [first, 5, 9, 11], "max_tokens": tokens, "stream": True,
+                       "temperature": 0, "ignore_eos": True}).encode()  # fmt: skip
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                 b"Content-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
+    events, tail, whole = 0, b"", False
+    while data := await reader.read(1 << 16):
+        events += data.count(b"data: {")
+        tail = (tail + data)[-400:]
+        whole = whole or b"[DONE]" in tail
+    writer.close()
+    if not whole:
+        raise AssertionError(f"a stream broke off: {tail!r}")
+    return events
+
+
+async def served(port: int, args: argparse.Namespace) -> dict[str, float]:
+    best = {"tokens_per_second": 0.0}
+    for run in range(args.runs):
+        started = time.perf_counter()
+        firsts = (300 + number + 300 * run for number in range(args.streams))
+        events = await asyncio.gather(*(read(port, first, args.tokens) for first in firsts))
+        rate = args.streams * args.tokens / (time.perf_counter() - started)
+        if rate > best["tokens_per_second"]:
+            per_event = args.streams * args.tokens / sum(events)
+            best = {"tokens_per_second": rate, "tokens_per_event": per_event}
+    return best
+
+
+def main(args: argparse.Namespace) -> int:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "pkg"), "PYTHONUNBUFFERED": "1"}
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, {cores[0]})
+    numbers = [str(number) for number in (args.streams, args.tokens, args.runs)]
+    done = subprocess.run([sys.executable, "-c", OFFLINE, args.backend, *numbers],
+                          env=environment, stdout=subprocess.PIPE, check=True)  # fmt: skip
+    offline = float(done.stdout)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "halyard.api.cli.main", "serve", "--port", "0", "--backend",
+         args.backend, "--kv-blocks", "8192", "--host-kv-blocks", "0", *args.serve],
+        env=environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        port = 0
+        for line in server.stdout or ():
+            if found := re.search(r"http://\S+:(\d+)", line):
+                port = port or int(found[1])
+            if "Ready" in line:
+                break
+        move(server.pid, cores[-1])
+        os.sched_setaffinity(0, {cores[-1]})
+        best = asyncio.run(served(port, args))
+    finally:
+        server.terminate()
+        server.wait()
+    print(json.dumps({
+        "backend": args.backend, "streams": args.streams, "tokens": args.tokens,
+        "offline_tokens_per_second": round(offline), "cores": len(cores),
+        "served_tokens_per_second": round(best["tokens_per_second"]),
+        "tokens_per_event": round(best["tokens_per_event"], 2),
+        "share": round(best["tokens_per_second"] / offline, 3),
+    }))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("serve", nargs="*", help="more options of halyard serve, after --")
+    sys.exit(main(parser.parse_args()))
