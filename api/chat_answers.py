@@ -71,7 +71,10 @@ class ChatAnswers:
         )
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Role first, then text, then the finish reason, usage if asked for, and [DONE]."""
+        """Role first, then text, then the finish reason, usage if asked for, and [DONE].
+
+        One choice a chunk, as OpenAI's: many clients look at the first alone.
+        """
         generation, request = self._generation, self._request
         options = request.stream_options
         wants_usage = options is not None and bool(options.include_usage)
@@ -91,7 +94,7 @@ class ChatAnswers:
                 choices.append(self._chunk_choice(new, first, piece, reader.has_calls))
             if choices:
                 usage = generation.usage() if always else (None if wants_usage else UNSET)
-                yield event(self._chunk(choices, usage))
+                yield b"".join(event(self._chunk([choice], usage)) for choice in choices)
         if wants_usage:
             yield event(self._chunk([], generation.usage()))
         yield DONE

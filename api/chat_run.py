@@ -10,7 +10,7 @@ from halyard.api.dialect import Dialect, detect
 from halyard.api.generation import Generation
 from halyard.api.prompt_size import check_texts
 from halyard.api.schemas.chat import ChatCompletionRequest
-from halyard.hal.errors import RequestError
+from halyard.hal.errors import ContextLengthError, RequestError
 from halyard.models.tokenizer import Tokenizer
 from halyard.runtime.client import Client
 from halyard.runtime.request import SamplingParams
@@ -75,15 +75,18 @@ def start_chat(
     answer_id: str | None = None,
 ) -> Generation:
     """Submit it."""
-    return Generation(
-        plan.client,
-        answer_id or new_id("chatcmpl"),
-        [plan.prompt],
-        plan.params,
-        priority=request.priority,
-        cache_salt=request.cache_salt,
-        timeout=request.timeout,
-    )
+    try:
+        return Generation(
+            plan.client,
+            answer_id or new_id("chatcmpl"),
+            [plan.prompt],
+            plan.params,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            timeout=request.timeout,
+        )
+    except ContextLengthError as error:
+        raise ContextLengthError(str(error), "messages") from None
 
 
 def _thinking(dialect: Dialect, tokenizer: Tokenizer | None, prompt: list[int]) -> bool | None:

@@ -39,7 +39,7 @@ class CompletionAnswers:
         self._request = request
         self._model = model
         self._tokenizer = tokenizer
-        self._writer = TokenWriter(tokenizer)
+        self._writer = TokenWriter(tokenizer, bool(request.return_tokens_as_token_ids))
         self._created = now()
         self._answers = [
             [self._answer(number, index) for index in range(generation.params.n)]
@@ -63,7 +63,7 @@ class CompletionAnswers:
         )
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Text as it comes, usage if asked for, and [DONE]."""
+        """Text as it comes, one choice a chunk, usage if asked for, and [DONE]."""
         options = self._request.stream_options
         wants_usage = options is not None and bool(options.include_usage)
         always = options is not None and bool(options.continuous_usage_stats)
@@ -78,7 +78,7 @@ class CompletionAnswers:
                     choices.append(answer.take())
             if choices:
                 usage = self._generation.usage() if always else (None if wants_usage else UNSET)
-                yield event(self._chunk(choices, usage))
+                yield b"".join(event(self._chunk([choice], usage)) for choice in choices)
         if wants_usage:
             yield event(self._chunk([], self._generation.usage()))
         yield DONE
@@ -111,7 +111,7 @@ class CompletionAnswers:
         echo = ""
         if request.echo:
             given = request.prompt if isinstance(request.prompt, str) else request.prompt[number]
-            if isinstance(given, str):
+            if isinstance(given, str) and request.truncate_prompt_tokens is None:
                 echo = given
             elif self._tokenizer is not None:
                 echo = self._tokenizer.decode(prompt, skip_special_tokens=False)

@@ -91,7 +91,7 @@ def chat_params(request: ChatCompletionRequest) -> SamplingParams:
     _refuse_unsupported(request)
     if request.modalities is not None and request.modalities != ["text"]:
         raise RequestError('modalities must be ["text"]: this model writes text', "modalities")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
@@ -271,12 +271,13 @@ def _plain_message(message: InputMessage, where: str, knows_developer: bool) -> 
     if isinstance(content, list):
         texts = []
         for index, part in enumerate(content):
-            if part.type != "text" or part.text is None:
+            text = part.refusal if part.type == "refusal" else part.text
+            if part.type not in ("text", "refusal") or text is None:
                 raise RequestError(
                     f"content of type {part.type!r} is not supported: this model reads text",
                     f"{where}.content[{index}]",
                 )
-            texts.append(part.text)
+            texts.append(text)
         content = "\n".join(texts)
     if content is None and message.role != "assistant":
         raise RequestError(f"a {message.role} message needs content", f"{where}.content")

@@ -45,7 +45,7 @@ async def _chat(host: EngineHost, body: bytes) -> dict[str, Any]:
     model = host.check_model(asked.model)
     plan = await plan_chat(host.client, asked)
     generation = start_chat(asked, plan)
-    writer = TokenWriter(plan.client.tokenizer)
+    writer = TokenWriter(plan.client.tokenizer, bool(asked.return_tokens_as_token_ids))
     try:
         return _plain(await ChatAnswers(generation, asked, model, writer, plan.rules).whole())
     finally:

@@ -41,7 +41,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "top_logprobs": ((), "use /v1/chat/completions"),
     "add_special_tokens": ((), "the chat template writes them"),
     "verbosity": (("medium",), "say it in the messages"),
-    "return_tokens_as_token_ids": ((), "use return_token_ids"),
 }
 """Parameters that would change the answer: values that are fine anyway, and what to do instead.
 

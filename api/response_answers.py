@@ -114,7 +114,7 @@ class ResponseAnswers:
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
             "top_p": 1.0 if request.top_p is None else request.top_p,
-            "truncation": "disabled",
+            "truncation": request.truncation or "disabled",
             "user": request.user,
             "usage": None
             if self.status == "in_progress"

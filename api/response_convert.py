@@ -24,8 +24,8 @@ def as_chat(request: ResponseRequest, before: list[InputMessage]) -> ChatComplet
     refuse(request)
     if request.max_output_tokens is not None and request.max_output_tokens < 1:
         raise RequestError("max_output_tokens must be at least 1", "max_output_tokens")
-    if request.truncation not in (None, "disabled"):
-        raise RequestError("truncation must be disabled: shorten the input", "truncation")
+    if request.truncation not in (None, "auto", "disabled"):
+        raise RequestError("truncation must be auto or disabled", "truncation")
     if "message.output_text.logprobs" in (request.include or ()):
         raise RequestError("logprobs are not supported: use /v1/chat/completions", "include")
     if request.background and request.stream:

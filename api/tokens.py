@@ -14,10 +14,15 @@ _LOWEST = -9999.0  # JSON has no minus infinity; OpenAI writes this
 
 
 class TokenWriter:
-    """Token ids as text, also where the checkpoint has no tokenizer."""
+    """Token ids as text, also where the checkpoint has no tokenizer.
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    Args:
+        as_ids: tokens are named `token_id:7`, as vLLM does on demand.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._as_ids = as_ids or tokenizer is None
         self._names: dict[int, str] = {}
 
     def name(self, token_id: int) -> str:
@@ -63,7 +68,7 @@ class TokenWriter:
         return None if self._tokenizer is None else list(self._tokenizer.token_bytes(token_id))
 
     def _name(self, token_id: int) -> str:
-        if self._tokenizer is None:
+        if self._as_ids or self._tokenizer is None:
             return f"token_id:{token_id}"
         raw = self._tokenizer.token_bytes(token_id)
         try:

@@ -95,7 +95,7 @@ class SamplingParams:
         1.0  # > 0; divides (multiplies) positive (negative) logits of seen tokens
     )
     temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # 0 < p <= 1
+    top_p: float = 1.0  # 0..1; 0: the most likely token alone
     top_k: int = 0  # 0 or -1: all
     min_p: float = 0.0  # 0..1, relative to the most likely token
     seed: int | None = None  # same seed, same request -> same tokens, whatever else is in the batch
@@ -123,7 +123,7 @@ class SamplingParams:
         check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
         check(self.repetition_penalty > 0, "repetition_penalty", "greater than 0")
         check(self.temperature >= 0, "temperature", "0 (greedy) or greater")
-        check(0 < self.top_p <= 1, "top_p", "greater than 0 and at most 1")
+        check(0 <= self.top_p <= 1, "top_p", "between 0 and 1")
         check(self.top_k >= -1, "top_k", "-1 or 0 (all) or greater")
         check(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")

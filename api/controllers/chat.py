@@ -41,7 +41,8 @@ class ChatController(Controller):
         model = host.check_model(asked.model)
         plan = await plan_chat(client, asked)
         generation = start_chat(asked, plan)
-        answers = ChatAnswers(generation, asked, model, TokenWriter(client.tokenizer), plan.rules)
+        writer = TokenWriter(client.tokenizer, bool(asked.return_tokens_as_token_ids))
+        answers = ChatAnswers(generation, asked, model, writer, plan.rules)
         observe = error_observer(host, request)
         if asked.stream:
             return EventStream(answers.events(), generation.cancel, observe)

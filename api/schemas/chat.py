@@ -26,10 +26,11 @@ __all__ = [
 
 
 class ContentPart(msgspec.Struct, frozen=True):
-    """A piece of a message. Text is the only kind that is served."""
+    """A piece of a message. Text is the only kind that is served, an assistant's refusal is one too."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class InputMessage(msgspec.Struct, frozen=True):

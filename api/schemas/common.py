@@ -100,6 +100,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         None  # seconds; then the answer ends as it is, with stop_reason "deadline"
     )
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # log-probabilities name tokens `token_id:7`
     truncate_prompt_tokens: int | None = None  # keep that many of the prompt's last tokens
     # The form of the answer: at most one of these.
     response_format: dict[str, Any] | None = None
@@ -113,6 +114,5 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     length_penalty: float | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    return_tokens_as_token_ids: bool | None = None
     logits_processors: Any = None
     prompt_embeds: Any = None

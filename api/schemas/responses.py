@@ -25,7 +25,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     store: bool | None = None  # default true: it can be fetched and continued
     background: bool | None = None  # answered at once; fetch it later
-    truncation: str | None = None
+    truncation: str | None = None  # auto or disabled; too long an input is refused in any case
     metadata: dict[str, Any] | None = None
     # vLLM's
     top_k: int | None = None

@@ -21,7 +21,6 @@ VALUES: dict[str, Any] = {
     "metadata": {"a": "b"},
     "store": True,
     "use_beam_search": True,
-    "return_tokens_as_token_ids": True,
     "spaces_between_special_tokens": False,
     "documents": [{"a": 1}],
     "web_search_options": {"a": 1},

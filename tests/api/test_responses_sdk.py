@@ -124,7 +124,7 @@ def test_one_in_the_background_is_fetched(served: Served) -> None:
     ("options", "param"),
     [
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "middle"}, "truncation"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"conversation": "c"}, "conversation"),
         ({"background": True, "stream": True}, "background"),
