@@ -75,7 +75,7 @@ class EmbeddingRun:
         longest = max(map(len, self._prompts))
         if most is not None and longest > most:
             raise ContextLengthError(
-                f"the input has {longest} tokens, but this key's context holds {most}: "
+                f"this key's maximum context length is {most} tokens, the input has {longest}: "
                 "shorten the input",
                 "input",
             )

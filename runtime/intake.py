@@ -136,10 +136,10 @@ class Intake:
         self._check_tokens((min(prompt), max(prompt)), param)
         most = self.limits.max_model_len
         if len(prompt) + room > most:
-            what = f"{most} for prompt and answer together" if room else str(most)
-            raise ContextLengthError(
-                f"the {param} has {len(prompt)} tokens, but the context holds {what}: "
-                f"shorten the {param}",
+            what = " for prompt and answer together" if room else ""
+            raise ContextLengthError(  # in OpenAI's words: clients look for them
+                f"this model's maximum context length is {most} tokens{what}, but the {param} has "
+                f"{len(prompt)} tokens: shorten the {param}",
                 param,
             )
         return prompt

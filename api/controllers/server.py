@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from litestar import Controller, Request, Response, get
+from litestar import Controller, MediaType, Request, Response, get
+from litestar.openapi import ResponseSpec
 
 from halyard import __version__
 from halyard.api.deps import host_of
@@ -28,10 +29,15 @@ class ServerController(Controller):
         readiness = host_of(request).readiness()
         return Response(readiness, status_code=200 if readiness.ready else 503)
 
-    @get("/metrics")
+    @get("/metrics", responses={200: ResponseSpec(None, media_type=MediaType.TEXT)})
     async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         """Prometheus' text format."""
-        return Response(host_of(request).metrics(), media_type=CONTENT_TYPE)
+        # Not as media_type: a charset would be added to the one that is there.
+        return Response(
+            host_of(request).metrics(),
+            media_type=MediaType.TEXT,
+            headers={"content-type": CONTENT_TYPE},
+        )
 
     @get("/version")
     async def version(self) -> VersionInfo:

@@ -335,7 +335,7 @@ def test_an_error_in_generate_leaves_an_engine_that_works(make: Make) -> None:
         ([-1], greedy(), RequestError, "token id -1"),
         ([2048], greedy(), RequestError, "outside the vocabulary"),
         ([1.5], greedy(), RequestError, "integers"),
-        ([1] * 128, greedy(), ContextLengthError, "128 tokens, but the context holds 128"),
+        ([1] * 128, greedy(), ContextLengthError, "128 tokens for .* has 128 tokens"),
         ([1], greedy(n=9), RequestError, "n must be at most 8"),
         ([1], greedy(stop_token_ids=[99999]), RequestError, "stop_token_ids"),
         ([1], greedy(logit_bias={-4: 1.0}), RequestError, "logit_bias"),

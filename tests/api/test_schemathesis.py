@@ -1,0 +1,51 @@
+"""schemathesis reads our own OpenAPI and asks what it likes: never a 5xx, and bodies as described.
+
+HALYARD_SCHEMA_EXAMPLES=500 makes it a long run.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from conftest import Served
+
+schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
+
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis.errors import Unsatisfiable  # noqa: E402
+from schemathesis.checks import not_a_server_error  # noqa: E402
+from schemathesis.core.failures import FailureGroup  # noqa: E402
+from schemathesis.specs.openapi.checks import (  # noqa: E402
+    content_type_conformance,
+    response_schema_conformance,
+)
+
+EXAMPLES = int(os.environ.get("HALYARD_SCHEMA_EXAMPLES", "8"))
+CHECKS = [not_a_server_error, response_schema_conformance, content_type_conformance]
+
+
+def test_no_request_breaks_the_server(served: Served) -> None:
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{served.port}/schema/openapi.json")
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) > 25
+    failures: list[str] = []
+    for operation in operations:
+
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        def ask(case: Any) -> None:
+            case.validate_response(case.call(), checks=CHECKS)
+
+        try:
+            ask()
+        except FailureGroup as error:  # all operations are looked at before it fails
+            failures += [f"{operation.label}: {one}" for one in error.exceptions]
+        except Unsatisfiable:
+            failures.append(f"{operation.label}: its description can't be satisfied")
+    assert not failures, "\n\n".join(failures)
+    assert served.http.get("/ready").status_code == 200
