@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
+from litestar.openapi.spec import OpenAPIMediaType, Operation, Parameter, RequestBody, Schema
 from litestar.openapi.spec.enums import OpenAPIType
 
-__all__ = ["body_of"]
+__all__ = ["PlainPath", "body_of"]
 
 
 @dataclass
@@ -18,6 +18,16 @@ class _RawSchema(Schema):
 
     def to_schema(self) -> dict[str, Any]:
         return dict(self.raw or {})
+
+
+@dataclass
+class PlainPath(Operation):
+    """An operation whose path parameter is any text, slashes included: no URI, as Litestar says."""
+
+    def __post_init__(self) -> None:
+        for parameter in self.parameters or []:
+            if isinstance(parameter, Parameter) and isinstance(parameter.schema, Schema):
+                parameter.schema.format = None
 
 
 def body_of(kind: type[msgspec.Struct]) -> type[Operation]:

@@ -6,6 +6,7 @@ from litestar import Controller, Request, get
 
 from halyard.api.deps import host_of
 from halyard.api.host import EngineHost
+from halyard.api.openapi import PlainPath
 from halyard.api.schemas.server import ModelCard, ModelList
 from halyard.api.tenants import caller
 
@@ -24,7 +25,7 @@ class ModelController(Controller):
         host = host_of(request)
         return ModelList([_card(host, name) for name in self._names(host)])
 
-    @get("/{model_id:path}")
+    @get("/{model_id:path}", operation_class=PlainPath)
     async def get_model(self, request: Request[Any, Any, Any]) -> ModelCard:
         """One of them; a hub id with its slash is fine."""
         host = host_of(request)
