@@ -148,6 +148,6 @@ def test_the_store_is_bounded() -> None:
 
     cancelled: list[int] = []
     for number in range(4):
-        store.put(str(number), type("S", (), {"answers": Answers()})())
+        store.put(str(number), type("S", (), {"answers": Answers(), "tenant": "default"})())
     assert len(cancelled) == 2
     store.get("3")
