@@ -7,6 +7,7 @@ prefix cache of the engine that takes it over.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -34,6 +35,9 @@ PARAMS = {
     "greedy": SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
     "drawn": SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=24, ignore_eos=True),
 }
+
+
+NUMBERS = itertools.count()
 
 
 def prompt(length: int) -> list[int]:
@@ -98,7 +102,9 @@ def move(engines: dict[str, LLM], way: list[tuple[str, int]], length: int, how: 
     """Send a request along `way`: an engine's name and the steps that it does there."""
     found: list[int] = []
     first = engines[way[0][0]]
-    request = first.engine.intake.request(prompt(length), PARAMS[how])
+    request = first.engine.intake.request(
+        prompt(length), PARAMS[how], request_id=f"moving-{next(NUMBERS)}"
+    )
     first.engine.add(request)
     here = first
     for number, (name, steps) in enumerate(way):
@@ -131,7 +137,7 @@ def test_from_one_to_another(
     assert move(engines, [(source, 9), (target, 0)], 37, how) == undisturbed(37, how)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True,
+@settings(max_examples=15, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(
     way=st.lists(
