@@ -113,6 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--seconds", type=float, default=0.3, help="a cell and competitor")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=int, nargs="+", help="decode only, with so many rows")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096], help="with --rows")
     options = parser.parse_args()
     device = CpuDevice()
     kernels = NativeKernels(device)
@@ -131,6 +133,11 @@ def main() -> None:
         for kv_heads in (2, 8)
         for dim in (64, 128)
     ] + [(rows, n, n, 2, dim) for rows, n in ((1, 1024), (4, 512)) for dim in (64, 128)]
+    if options.rows:
+        cells = [
+            (rows, context, 1, 2, dim)
+            for rows in options.rows for context in options.contexts for dim in (64, 128)
+        ]  # fmt: skip
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             for rows, context, queries, kv_heads, dim in cells:

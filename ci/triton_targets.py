@@ -35,6 +35,38 @@ def told(report: CompileReport) -> str:
     )
 
 
+def table(rows: list[dict[str, Any]], version: str) -> str:
+    """What each target's kernels need at most, kernel by kernel; rows as --json writes them."""
+    lines = [
+        f"Triton {version}: every kernel, dtype and head dim, compiled ahead of time.",
+        "shared: the most that one variant needs, of what the target has; spilled: 4-byte registers of a",
+        "thread, at most, in 16-bit dtypes and in fp32.",
+        "",
+        f"{'target':8} {'kernel':16} {'variants':>8} {'wrong':>6} {'shared':>16} {'registers':>9} "
+        f"{'spilled':>8} {'fp32':>6}  matrix instructions",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["variant"]["target"], row["variant"]["kernel"]), []).append(row)
+    for (target, kernel), own in groups.items():
+        done = [row for row in own if "shared" in row]
+        spills = {
+            wide: max((r["spills"] for r in done if (r["variant"]["dtype"] == "float32") == wide),
+                      default=0)
+            for wide in (False, True)
+        }  # fmt: skip
+        names = sorted({name.split(".")[0] for row in done for name in row["matrix"]})
+        shared = max((row["shared"] for row in done), default=0)
+        limit = max((row["shared_limit"] for row in done), default=0)
+        registers = max((row["registers"] for row in done), default=0)
+        wrong = sum(bool(row["problems"]) for row in own)
+        lines.append(
+            f"{target:8} {kernel:16} {len(own):8} {wrong:6} {shared / 1024:6.1f} of {limit // 1024:3} KiB "
+            f"{registers:9} {spills[False]:8} {spills[True]:6}  {', '.join(names) or '-'}"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--targets", default=",".join(TARGETS))
@@ -42,6 +74,7 @@ def main() -> int:
     parser.add_argument("--dtypes", default="bfloat16,float16,float32")
     parser.add_argument("--dims", default=",".join(map(str, HEAD_DIMS)))
     parser.add_argument("--json", metavar="FILE", help="write all reports there")
+    parser.add_argument("--table", metavar="FILE", help="write a summary there")
     options = parser.parse_args()
     import triton
 
@@ -70,6 +103,9 @@ def main() -> int:
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"triton": triton.__version__, "kernels": rows}, file, indent=1)
+    if options.table:
+        with open(options.table, "w", encoding="utf-8") as file:
+            file.write(table(rows, triton.__version__))
     return 1 if bad else 0
 
 

@@ -84,4 +84,7 @@ def give(scheduler: Scheduler, executor: Executor, moving: MovingSequence) -> bo
         2, spec.num_layers, len(blocks), spec.block_size, spec.num_kv_heads, spec.head_dim
     )  # fmt: skip
     executor.kernels.write_blocks(executor.pool, blocks, padded.view(shape))
+    # Its full blocks hold what the tokens say: the next prompt that begins so finds them.
+    for _ in scheduler.kv.publish(sequence, 0, sequence.num_computed_tokens):
+        pass
     return True

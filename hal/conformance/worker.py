@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -55,7 +57,16 @@ def run_case(case: Case, backend: BackendUnderTest, parts: tuple[Any, Any, Any])
     }
 
 
+def _end_with(parent: int) -> None:
+    """Kill our session, servers that a case has started included, when the runner has died."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> int:
+    if os.getpid() == os.getsid(0):  # as the runner starts it
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     job = json.load(sys.stdin)
     out = os.fdopen(int(sys.argv[1]), "w", buffering=1)
     matrix = Path(job["matrix"]) if job["matrix"] else None

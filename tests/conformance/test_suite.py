@@ -185,6 +185,32 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_running(
     assert "only a part of the suite was run" in unproven(report, backend.row)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_workers_end_with_a_runner_that_was_killed() -> None:
+    runner_process = subprocess.Popen(
+        [sys.executable, "-m", "halyard.api.cli.main", "conformance", "run", "--backend",
+         "reference", "--level", "L3"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "pkg")},
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    children = Path(f"/proc/{runner_process.pid}/task/{runner_process.pid}/children")
+    tasks = children.parents[1]
+
+    def workers() -> list[int]:
+        return [int(pid) for task in tasks.glob("*/children") for pid in task.read_text().split()]
+
+    deadline = time.monotonic() + 100
+    while not workers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (worker,) = workers()
+    time.sleep(1.0)  # so that it has begun
+    runner_process.kill()
+    runner_process.wait()
+    while _is_there(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_there(worker)
+
+
 def test_a_report_that_cannot_be_written_is_told_before_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
