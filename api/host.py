@@ -252,7 +252,12 @@ class EngineHost:
             return "failed"
         if self._loaded is None:
             return "loading"
-        return "ready" if self._loaded.client.alive else "failed"
+        readiness = self.readiness()
+        if readiness.ready:
+            return "ready"
+        if readiness.reason == (self._loaded.client.error or "the engine stopped"):
+            return "failed"
+        return "asleep" if "asleep" in readiness.reason else "restarting"  # or changed for another
 
     def status(self) -> Status:
         """A picture for the page."""

@@ -64,7 +64,8 @@ are not listed are ignored. `null` is the default everywhere.
 | `GET /v1/models`, `GET /v1/models/{id}` | what is served |
 | `POST /tokenize`, `POST /detokenize` | text to ids and back |
 | `GET /v1/provenance/{fingerprint}` | what made the answers with that `system_fingerprint` |
-| `GET /health`, `/ready`, `/version`, `/metrics`, `/status`, `/schema` | for operators |
+| `GET /health`, `/ready`, `/version`, `/metrics`, `/schema` | for operators: [observability.md](observability.md) |
+| `GET /status`, `/status/live`, `/history`, `/plan`, `/conformance` | what the page draws: requests, KV blocks, curves, the plan, reports |
 
 **Structured output.** `response_format`, `structured_outputs` or one of the `guided_*` fields, at most
 one. Needs `llguidance`. Schemas are always held to (`strict` changes nothing); what can't be held to,

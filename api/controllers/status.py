@@ -43,7 +43,7 @@ class StatusController(Controller):
         if client is None:
             return Plan(None)
         facts = client.port.facts
-        return Plan(facts.plan or None, facts.start_seconds)
+        return Plan(facts.plan or None, facts.start_seconds, client.stats().fallbacks)
 
     @get("/conformance", sync_to_thread=True)
     def conformance(self, request: Request[Any, Any, Any]) -> ConformanceMatrix:

@@ -18,7 +18,7 @@ const WORDS = {
 };
 const TITLES = {
   loading: "The engine is loading.",
-  restarting: "The engine is being restarted.",
+  restarting: "The engine is being replaced.",
   asleep: "The engine sleeps.",
   stopping: "The server is shutting down.",
   failed: "The engine has failed.",

@@ -38,11 +38,11 @@ async function load(where, path, draw) {
 export function loadPlan() {
   return load($("plan-body"), "/status/plan", (told) => {
     if (!told.plan) return [element("p", "empty", "The plan is known once the engine is loaded.")];
-    return drawPlan(told.plan, told.start_seconds);
+    return drawPlan(told.plan, told.start_seconds, told.fallbacks);
   });
 }
 
-function drawPlan(plan, phases) {
+function drawPlan(plan, phases, fallbacks) {
   const { model, memory, device } = plan;
   const heading = element("p", "lead");
   heading.append(
@@ -70,7 +70,15 @@ function drawPlan(plan, phases) {
       ["tokens a step", plan.max_batched_tokens.toLocaleString("en")],
     ])),
   );
-  return [heading, card("Memory", ...drawMemory(plan)), grid, ...drawStart(phases), drawRejected(plan)];
+  const fell = Object.entries(fallbacks);
+  return [
+    heading,
+    ...(fell.length ? [card("Slower ways taken", facts(fell.map(([part, n]) => [part, `${n} times: see the log`])))] : []),
+    card("Memory", ...drawMemory(plan)),
+    grid,
+    ...drawStart(phases),
+    drawRejected(plan),
+  ];
 }
 
 function drawMemory({ memory, block_size: size }) {

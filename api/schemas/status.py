@@ -83,6 +83,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     plan: dict[str, Any] | None  # as `halyard plan --json`; null until an engine is there
     start_seconds: dict[str, float] = {}  # of the engine's start, by phase
+    fallbacks: dict[str, int] = {}  # slower ways taken, by part; the log says why
 
 
 class ConformanceCell(msgspec.Struct, frozen=True):

@@ -63,8 +63,9 @@ METRICS: tuple[MetricSpec, ...] = (
     # -- requests, seen where they are answered
     _counter("requests", "Answers by how they ended: stop, length, abort (the client left), error",
              "finish_reason", "tenant", vllm="request_success"),
-    _counter("request_errors", "Requests refused or failed, by the error's code (out_of_memory, "
-             "context_length_exceeded, queue_full, ...)", "type", "tenant"),
+    _counter("request_errors", "Requests refused, failed or given up, by the error's code "
+             "(out_of_memory, context_length_exceeded, queue_full, rate_limit_exceeded, cancelled, "
+             "...)", "type", "tenant"),
     _histogram("time_to_first_token_seconds", "From arrival to the first token", SECONDS, "tenant",
                vllm="time_to_first_token_seconds"),
     _histogram("inter_token_latency_seconds", "Between two tokens of an answer", SECONDS,

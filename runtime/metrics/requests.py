@@ -95,6 +95,7 @@ class RequestMetrics:
         if times is not None:
             self._store.add("tenant_generation_tokens", times.tokens, label)
         self._store.add("requests", 1, "abort", label)
+        self._store.add("request_errors", 1, "cancelled", label)
         if self.on_end is not None:
             self.on_end(request, times, ("abort",))
 

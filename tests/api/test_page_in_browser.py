@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Served
+from keyed_server import keyed_server
 from scripted_engine import ScriptedEngine
 
 from halyard.runtime.request import Request
@@ -289,6 +290,21 @@ def test_a_key_is_asked_for_kept_and_sent(page: Any, served: Served) -> None:
     assert {"Bearer wrong", "Bearer right"} <= set(keys)
     page.reload()
     page.wait_for_selector("#state[data-state=ready]")  # asked once a tab
+
+
+def test_a_browser_that_was_told_a_key_may_do_everything(
+    browser: Any, serve_engine: Callable[..., Served], tmp_path: Path
+) -> None:
+    keyed = keyed_server(serve_engine, tmp_path)
+    name_and_key = {"username": "anybody", "password": keyed.keys["acme"]}
+    context = browser.new_context(http_credentials=name_and_key)
+    page = context.new_page()
+    ask(page, keyed.served, "hi")
+    page.wait_for_selector(".note")
+    page.click("nav a[data-view=live]")
+    page.wait_for_selector("#memory:visible")
+    assert page.locator("#key-dialog[open]").count() == 0
+    context.close()
 
 
 def test_the_policy_is_strict_and_files_come_from_a_list(served: Served) -> None:

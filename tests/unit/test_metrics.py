@@ -119,6 +119,7 @@ def test_nothing_is_kept_of_requests_that_end_or_leave() -> None:
     found = values(metrics)
     assert found[("halyard_requests_total", "stop", "default")] == 1
     assert found[("halyard_requests_total", "abort", "default")] == 1
+    assert found[("halyard_request_errors_total", "default", "cancelled")] == 1
 
 
 def test_tenants_and_error_types_stay_few() -> None:
