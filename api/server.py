@@ -114,7 +114,7 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
         process.should_exit = True
 
     def on_ready(loaded: Loaded) -> None:
-        for line in _welcome(url, host, loaded):
+        for line in _welcome(url, host, loaded, keys is not None):
             say(line)
 
     def load(tell: Callable[[str], None]) -> Loaded:
@@ -220,7 +220,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _welcome(url: str, host: EngineHost, loaded: Loaded) -> list[str]:
+def _welcome(url: str, host: EngineHost, loaded: Loaded, keys: bool) -> list[str]:
     client = loaded.client
     name = host.served_names[0]
     chat = client.tokenizer is not None and client.tokenizer.has_chat_template
@@ -235,7 +235,8 @@ def _welcome(url: str, host: EngineHost, loaded: Loaded) -> list[str]:
         f"  chat in a browser   {url}/",
         f"  OpenAI base URL     {url}/v1",
         f"  try                 curl {url}/v1/{path} -H 'content-type: application/json' "
-        f'-d \'{{"model": "{name}", {body}}}\'',
+        + ('-H "authorization: Bearer $KEY" ' if keys else "")
+        + f'-d \'{{"model": "{name}", {body}}}\'',
         "  Ctrl-C stops; log lines go to standard error",
     ]
 
