@@ -75,11 +75,10 @@ def measure(url: str, keys: dict[str, str], trials: int) -> dict[str, list[float
             started = time.perf_counter()
             with http.stream("POST", "/v1/completions", json=body, headers=bring) as answer:
                 answer.raise_for_status()
+                seconds = 0.0
                 for line in answer.iter_lines():
-                    if line:
-                        break
-                seconds = time.perf_counter() - started
-                answer.read()
+                    if line and not seconds:
+                        seconds = time.perf_counter() - started
             return seconds
 
         def prompt() -> str:
