@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -56,6 +57,15 @@ class ServerConfig:
     prompt_log: Path | None = None  # folder for prompts and answers; None: they are not logged
     max_connections: int = 4096  # open at once; more are refused
     max_body_bytes: int = 32 << 20  # larger request bodies are refused
+
+    def __post_init__(self) -> None:
+        if self.request_timeout is not None and not 0 < self.request_timeout < math.inf:
+            raise ConfigError(
+                f"--request-timeout must be greater than 0, got {self.request_timeout:g}"
+            )
+        for name in ("max_connections", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def bind(host: str, port: int) -> socket.socket:
