@@ -190,7 +190,7 @@ class KeyRing:
         except ConfigError as error:
             logger.error("the API keys stay as they were: %s", error)
         else:
-            logger.warning("read %d API keys again", len(self._keys))
+            logger.warning("the API keys were read again: there are %d now", len(self._keys))
 
     def _take(self, content: KeyFile) -> None:
         self.tenants = content.tenants

@@ -145,6 +145,9 @@ class Admission:
         self._meter = meter
         self._open = True
 
+    def __del__(self) -> None:
+        self.end()  # whoever began it is gone without a word: its place is free
+
     def spend(self, completion_tokens: int) -> None:
         """Count tokens as they come."""
         self._meter.spend(completion_tokens)

@@ -20,6 +20,7 @@ __all__ = ["JsonFormatter", "LogFormat", "access_line", "configure"]
 LogFormat = Literal["text", "json"]
 
 access = logging.getLogger("halyard.access")
+_ESCAPED = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
 _TEXT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 
 
@@ -40,7 +41,8 @@ class TextFormatter(logging.Formatter):
         super().__init__(_TEXT)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        line = super().formatMessage(record)
+        # A path or a message may hold what a caller sent: it makes no line of its own.
+        line = super().formatMessage(record).translate(_ESCAPED)
         context = getattr(record, "request", None)
         return f"{line} [{context.request_id}]" if context is not None else line
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -60,6 +61,15 @@ class ServerConfig:
     prompt_log: Path | None = None  # folder for prompts and answers; None: they are not logged
     max_connections: int = 4096  # open at once; more are refused
     max_body_bytes: int = 32 << 20  # larger request bodies are refused
+
+    def __post_init__(self) -> None:
+        if self.request_timeout is not None and not 0 < self.request_timeout < math.inf:
+            raise ConfigError(
+                f"--request-timeout must be greater than 0, got {self.request_timeout:g}"
+            )
+        for name in ("max_connections", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -124,7 +134,7 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
         process.should_exit = True
 
     def on_ready(loaded: Loaded) -> None:
-        for line in _welcome(url, host, loaded):
+        for line in _welcome(url, host, loaded, keys is not None):
             say(line)
 
     host = EngineHost(model, server.served_model_names, on_failure, on_ready, server.restarts)
@@ -223,7 +233,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _welcome(url: str, host: EngineHost, loaded: Loaded) -> list[str]:
+def _welcome(url: str, host: EngineHost, loaded: Loaded, keys: bool) -> list[str]:
     client = loaded.client
     name = host.served_names[0]
     chat = client.tokenizer is not None and client.tokenizer.has_chat_template
@@ -238,7 +248,8 @@ def _welcome(url: str, host: EngineHost, loaded: Loaded) -> list[str]:
         f"  chat in a browser   {url}/",
         f"  OpenAI base URL     {url}/v1",
         f"  try                 curl {url}/v1/{path} -H 'content-type: application/json' "
-        f'-d \'{{"model": "{name}", {body}}}\'',
+        + ('-H "authorization: Bearer $KEY" ' if keys else "")
+        + f'-d \'{{"model": "{name}", {body}}}\'',
         "  Ctrl-C stops; log lines go to standard error",
     ]
 

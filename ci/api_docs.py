@@ -63,6 +63,7 @@ are not listed are ignored. `null` is the default everywhere.
 | `POST /v1/batches`, `GET /v1/batches[/{id}]`, `POST .../cancel` | many requests in a file; `halyard batch` is the same without a server |
 | `GET /v1/models`, `GET /v1/models/{id}` | what is served |
 | `POST /tokenize`, `POST /detokenize` | text to ids and back |
+| `GET /v1/usage` | what the caller's tenant has used, and what that costs |
 | `GET /v1/provenance/{fingerprint}` | what made the answers with that `system_fingerprint` |
 | `GET /health`, `/ready`, `/version`, `/metrics`, `/schema` | for operators: [observability.md](observability.md) |
 | `GET /status`, `/status/live`, `/history`, `/plan`, `/conformance` | what the page draws: requests, KV blocks, curves, the plan, reports |
@@ -77,8 +78,9 @@ whose template knows none refuses `tools`. `tool_choice` required or by name is 
 grammar; auto is read off the answer. Thoughts (`<think>`) come back as `reasoning_content`.
 
 **Errors** are `{"error": {"message", "type", "param", "code"}}`, for `/v1/messages` Anthropic's
-envelope. 400 names the field, 404 an unknown model, 429 a full queue (with Retry-After), 503 a
-server that loads, stops or has failed.
+envelope. 400 names the field, 401 asks for an API key, 403 is not for this key, 404 an unknown model,
+429 a limit or a full queue (with Retry-After), 503 a server that loads, stops or has failed, 504 a
+deadline. [production.md](production.md) is about keys and limits.
 """
 
 

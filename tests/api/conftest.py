@@ -67,6 +67,7 @@ def serve_engine() -> Iterator[Callable[..., Served]]:
                 log_config=None,
                 lifespan="on",
                 timeout_graceful_shutdown=1,
+                timeout_keep_alive=30,
             )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -9,6 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,24 @@ def test_usage_is_ones_own_and_all_for_an_admin(keyed: Keyed) -> None:
     assert row["running"] == 0
     everybody = keyed.call("boss", "GET", "/v1/usage").json()["data"]
     assert [row["tenant"] for row in everybody] == ["acme", "boss", "rival"]
+
+
+def test_usage_tells_what_it_costs(keyed: Keyed, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = keyed.served.host.client
+    stats = replace(
+        client.stats(), prompt_tokens=700_000, generated_tokens=300_000, busy_seconds=1800.0
+    )
+    monkeypatch.setattr(client, "stats", lambda: stats)
+    assert keyed.call("boss", "GET", "/v1/usage").json()["cost_per_million_tokens"] is None
+    client.port.facts = replace(client.port.facts, cost_per_hour=2.5)
+    assert keyed.ask("acme", "abcd", max_tokens=3).status_code == 200
+    told = keyed.call("acme", "GET", "/v1/usage").json()
+    assert told["cost_per_hour"] == 2.5
+    assert told["cost_per_million_tokens"] == pytest.approx(1.25)  # half an hour for a million
+    (row,) = told["data"]
+    computed = row["prompt_tokens"] - row["cached_tokens"] + row["completion_tokens"]
+    assert row["cost"] == pytest.approx(1.25 * computed / 1e6, abs=1e-6)
+    assert computed > 0
 
 
 def test_prompts_go_to_their_tenants_log_and_nowhere_else(

@@ -175,6 +175,34 @@ def test_a_full_queue_refuses_and_recovers() -> None:
     play(scene)
 
 
+def test_a_full_queue_locks_no_other_tenant_out() -> None:
+    async def scene() -> None:
+        async with running(max_num_sequences=1, max_queue_len=4) as client:
+            opened = gate(client)
+            streams = [client.submit([5], greedy(3), tenant="a")]
+            await until(lambda: engine_of(client).scheduler.stats().num_running == 1)
+            admitted = {"a": 0, "b": 0, "c": 0}
+            waits = {}
+            for tenant in admitted:
+                try:
+                    while True:
+                        streams.append(client.submit([5], greedy(3), tenant=tenant))
+                        admitted[tenant] += 1
+                except QueueFullError as refused:
+                    waits[tenant] = refused.retry_after
+            assert admitted["a"] == 4
+            assert 1 <= admitted["b"] <= 2
+            assert 1 <= admitted["c"] <= 2
+            with pytest.raises(QueueFullError):
+                client.submit([5], greedy(3), tenant="a")
+            assert all(wait >= 1 for wait in waits.values())
+            opened.set()
+            for stream in streams:
+                assert (await collect(stream))[0] == [6, 7, 8]
+
+    play(scene)
+
+
 def test_invalid_requests_are_refused_at_once() -> None:
     async def scene() -> None:
         async with running() as client:

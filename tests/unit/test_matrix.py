@@ -55,6 +55,12 @@ def test_defaults_of_a_row(tmp_path):
     assert (row.vendors, row.archs, row.quantisation, row.evidence) == ((), (), (), None)
 
 
+def test_a_row_says_what_its_machine_costs(tmp_path: Path):
+    assert load(tmp_path, ROW + "    cost_per_hour: 2.49\n").row("one").cost_per_hour == 2.49
+    assert load(tmp_path, ROW + "    cost_per_hour: 3\n").row("one").cost_per_hour == 3.0
+    assert load(tmp_path, ROW).row("one").cost_per_hour is None
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
@@ -75,6 +81,10 @@ def test_defaults_of_a_row(tmp_path):
         (ROW + "    match: intel\n", 8, "match must be a mapping"),
         (ROW + "select:\n  - one\n  - two\n", 10, "select names 'two'"),
         (ROW + "select: [one, one]\n", 8, "select names 'one' twice"),
+        (ROW + "    cost_per_hour: free\n", 8, "a number greater than 0"),
+        (ROW + "    cost_per_hour: -2.5\n", 8, "a number greater than 0"),
+        (ROW + "    cost_per_hour: .nan\n", 8, "a number greater than 0"),
+        (ROW + "    cost_per_hour: yes\n", 8, "a number greater than 0"),
         (ROW + "pools: 3\n", 8, "pools must be a list"),
         (ROW + "pools: [!odd 3]\n", 8, "could not determine a constructor"),
         ("backends: 3\n", 1, "backends must be a list"),
