@@ -1,21 +1,29 @@
-"""What the scheduler costs a step: schedule() and commit(), without running the plan.
+"""What the host costs a step, without running the plan: the scheduler, then all of the host's work.
 
-PYTHONPATH=pkg python benchmarks/scheduler.py [--rows 1 64 256] [--context 1024] [--steps 200]
+PYTHONPATH=pkg python benchmarks/scheduler.py [--rows 1 16 64 256] [--context 1024] [--steps 200]
 
-The bar: schedule + commit under 1.0 ms a step at 256 sequences that decode.
+The bar: schedule, pack, prepare (the sampler's part before there are logits), output (tokens brought
+into a plan's rows) and commit under 1.0 ms a step in all, at 256 sequences that decode.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
+import torch
+
+from halyard.runtime.batcher import Batcher
 from halyard.runtime.config import SchedulerConfig
+from halyard.runtime.executor import RunningStep
 from halyard.runtime.plan import StepOutput, StepPlan
 from halyard.runtime.request import Request, SamplingParams
+from halyard.runtime.sampler import Sampler
 from halyard.runtime.scheduler import Scheduler
 
 BLOCK_SIZE = 16
@@ -23,13 +31,18 @@ BLOCK_SIZE = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of each sequence")
     parser.add_argument("--steps", type=int, default=200, help="decode steps that are timed")
     args = parser.parse_args()
     print(f"{'case':<34} {'schedule':>9} {'commit':>8} {'step':>8} {'p99':>8}  (ms; median)")
     for rows in args.rows:
         _report(f"decode, {rows} rows", decode(rows, args.context, args.steps))
+    print(f"{'all of it':<26} {'schedule':>9} {'pack':>7} {'prepare':>8} {'output':>7} {'commit':>7}"
+          f" {'sum':>7} {'p99':>7}  (ms; median)")  # fmt: skip
+    for rows in args.rows:
+        for name, params in KINDS.items():
+            host_work(f"{name}, {rows} rows", rows, args.context, args.steps, params)
     _report("prefix, 256 at once, 2048 shared", shared_prefix(256, 2048))
     for policy in ("swap", "recompute"):
         _report(f"pressure by {policy}, 64 wanted", pressure(policy))
@@ -37,11 +50,77 @@ def main() -> None:
     print(f"fuzz on a tiny pool: {steps / seconds:,.0f} steps a second")
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "random": {"temperature": 0.8, "top_p": 0.9},
+    "penalties": {"temperature": 0.8, "presence_penalty": 0.5, "repetition_penalty": 1.1},
+}
+
+
+def host_work(
+    name: str, rows: int, context: int, steps: int, params: dict[str, Any], vocab: int = 32000
+) -> None:
+    """Everything that the host does for decode steps, timed part by part."""
+    scheduler = _decoding(rows, context, steps, params)
+    batcher = Batcher(BLOCK_SIZE, -(-(context + steps + BLOCK_SIZE) // BLOCK_SIZE))
+    sampler = Sampler(vocab)
+    times: list[list[float]] = []
+    gc.collect()
+    while scheduler.has_work() and len(times) < steps:
+        marks = [time.perf_counter()]
+        plan = scheduler.schedule()
+        if plan is None:
+            break
+        marks.append(time.perf_counter())
+        packed = batcher.pack(plan)
+        marks.append(time.perf_counter())
+        sampler.prepare(packed.samples)
+        marks.append(time.perf_counter())
+        codes = _Codes(torch.full((len(packed.samples),), 14))
+        running = RunningStep(plan, None, codes, [], [], {}, {}, (), None)
+        marks.append(time.perf_counter())
+        output = running.wait()
+        marks.append(time.perf_counter())
+        scheduler.commit(plan, output)
+        marks.append(time.perf_counter())
+        if plan.num_tokens == rows == len(plan.rows):
+            parts = [b - a for a, b in itertools.pairwise(marks)]
+            times.append([*parts[:3], *parts[4:]])
+    columns = [sorted(column)[len(times) // 2] * 1e3 for column in zip(*times, strict=True)]
+    sums = sorted(map(sum, times))
+    print(
+        f"{name:<26} {columns[0]:>9.3f} {columns[1]:>7.3f} {columns[2]:>8.3f} {columns[3]:>7.3f} "
+        f"{columns[4]:>7.3f} {sums[len(sums) // 2] * 1e3:>7.3f} "
+        f"{sums[int(len(sums) * 0.99)] * 1e3:>7.3f}",
+        flush=True,
+    )
+
+
+class _Codes:
+    """What a device would have drawn."""
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        self._codes = codes
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> torch.Tensor:
+        return self._codes
+
+
 Times = list[tuple[float, float]]  # seconds of schedule and of commit, a step each
 
 
 def decode(rows: int, context: int, steps: int) -> Times:
     """`rows` sequences with unrelated prompts that all decode; one token each a step."""
+    scheduler = _decoding(rows, context, steps, {})
+    times = _run(scheduler, until=lambda plan: plan.num_tokens == rows == len(plan.rows))
+    del times[:]  # reading the prompts
+    return _run(scheduler, until=lambda plan: plan.step > 0, at_least=steps)
+
+
+def _decoding(rows: int, context: int, steps: int, params: dict[str, Any]) -> Scheduler:
     length = context + steps + BLOCK_SIZE
     scheduler = Scheduler(
         SchedulerConfig(
@@ -55,10 +134,8 @@ def decode(rows: int, context: int, steps: int) -> Times:
     rng = random.Random(0)
     for number in range(rows):
         prompt = tuple(rng.randrange(1, 32000) for _ in range(context))
-        scheduler.add(_request(number, prompt, steps + BLOCK_SIZE))
-    times = _run(scheduler, until=lambda plan: plan.num_tokens == rows == len(plan.rows))
-    del times[:]  # reading the prompts
-    return _run(scheduler, until=lambda plan: plan.step > 0, at_least=steps)
+        scheduler.add(_request(number, prompt, steps + BLOCK_SIZE, params))
+    return scheduler
 
 
 def shared_prefix(requests: int, shared: int) -> Times:
@@ -127,8 +204,10 @@ def fuzz(steps: int) -> tuple[int, float]:
     return steps, time.perf_counter() - started
 
 
-def _request(number: int, prompt: tuple[int, ...], max_tokens: int) -> Request:
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+def _request(
+    number: int, prompt: tuple[int, ...], max_tokens: int, options: dict[str, Any] | None = None
+) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **(options or {}))
     return Request(str(number), prompt, params, max_tokens, arrival_time=float(number))
 
 

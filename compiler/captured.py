@@ -42,10 +42,10 @@ class CapturedProgram:
         self._block_size = block_size
         self._max_keys = max_blocks * block_size
         self._buckets = row_buckets(max_rows)
-        self._replays: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        self._replays: dict[tuple[int, int, bool], tuple[Callable[[], None], Tensor]] = {}
         self._enabled = True
-        # Of a row: 4 tokens' int64, 2 int32, a table; beside what else a step is given, aligned.
-        size = max_rows * (64 + 4 * max_blocks) + (1 << 12)
+        # Of a row: int64 and int32 columns, what it shares, a table; and what alignment takes.
+        size = max_rows * (80 + 4 * max_blocks) + (1 << 13)
         self.buffer = torch.zeros(size, dtype=torch.uint8, device=device.torch_device)
 
     @property
@@ -80,7 +80,7 @@ class CapturedProgram:
         """
         if batch.positions.data_ptr() != self.buffer.data_ptr() or not self._enabled:
             return self._program.run(input_ids, logit_indices, batch)
-        key = (batch.num_rows, batch.max_seq_len)
+        key = (batch.num_rows, batch.max_seq_len, batch.shared is not None)
         recorded = self._replays.get(key)
         if recorded is None:
             recorded = self._record(input_ids, logit_indices, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ __all__ = [
     "MemoryInfo",
     "Probe",
     "Requirements",
+    "SharedRows",
     "StepBatch",
     "WeightInfo",
 ]
@@ -134,6 +135,22 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedRows:
+    """Rows of a decode step whose first keys lie in the same blocks, in tiles of SharedRows.WIDTH.
+
+    A tile's rows have the same first `tile_keys` keys, in whole blocks, and each has more of its own.
+    Kernels may read these once a tile, or take no notice.
+    """
+
+    WIDTH: ClassVar[int] = 16
+    tile_rows: (
+        Tensor  # [tiles, WIDTH] int32 rows of the batch, -1 padded; used tiles need not be first
+    )
+    tile_keys: Tensor  # [tiles] int32, 0: the tile is not used
+    row_keys: Tensor  # [num_rows] int32, keys that a tile reads for the row; 0: it is in none
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """One step's packed tokens: prefill, chunked prefill and decode rows side by side, unpadded.
 
@@ -152,6 +169,7 @@ class StepBatch:
     block_tables: Tensor  # [num_rows, max_blocks] int32 physical block ids, -1 padded
     seq_lens: Tensor  # [num_rows] int32, tokens with KV once this step has run
     query_start: Tensor  # [num_rows + 1] int32, cumulative
+    shared: SharedRows | None = None  # of decode steps, where it pays; None: not looked for
 
 
 @dataclass(frozen=True, slots=True)

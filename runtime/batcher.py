@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halyard.hal.types import StepBatch
+from halyard.hal.types import SharedRows, StepBatch
 from halyard.runtime.plan import PlanRow, StepPlan
 from halyard.runtime.row_table import RowTable
 from halyard.runtime.samples import Samples
 from halyard.runtime.sequence import Sequence
+from halyard.runtime.shared_rows import find_shared_rows
 
 __all__ = ["Batcher", "PackedStep", "PooledSpan", "PromptSpan", "StepInputs", "stage"]
 
@@ -68,11 +69,14 @@ class PackedStep:
     samples: Samples
     prompt_spans: tuple[PromptSpan, ...]
     pooled_spans: tuple[PooledSpan, ...]
+    shares: bool = False  # arrays hold SharedRows behind the tables
 
     def put(self, device: torch.device) -> StepInputs:
         """One copy for all of them, where the device has memory of its own."""
         on = stage(self.arrays, device, self.buffer)
         positions, slot_mapping, input_ids, indices, lengths, query_start, tables = on[:7]
+        more = list(on[7:])
+        shared = SharedRows(*(more.pop(0) for _ in range(3))) if self.shares else None
         batch = StepBatch(
             num_tokens=len(positions),
             num_rows=len(lengths),
@@ -83,8 +87,9 @@ class PackedStep:
             block_tables=tables,
             seq_lens=lengths,
             query_start=query_start,
+            shared=shared,
         )
-        places, sources = on[7:] if len(on) > 7 else (None, None)
+        places, sources = more or (None, None)
         return StepInputs(input_ids, indices, batch, places, sources)
 
 
@@ -96,6 +101,7 @@ class Batcher:
         recorded: (rows, most keys of a row) of a decode step -> the same, rounded up to a step that
             the device has recorded or would record; None: it records none.
         buffer: where recorded steps read their inputs, uint8 on the device.
+        share: look for rows that have blocks in common, for kernels that make use of it.
     """
 
     def __init__(
@@ -104,7 +110,11 @@ class Batcher:
         max_blocks: int,
         recorded: Callable[[int, int], tuple[int, int] | None] | None = None,
         buffer: Tensor | None = None,
+        share: bool = False,
     ) -> None:
+        self._share = share
+        self._shared: tuple[NDArray[np.int32], ...] = ()
+        self._shared_version = -1  # of the table that it was found in
         self._size = block_size
         self._recorded = recorded
         self._buffer = buffer
@@ -166,6 +176,7 @@ class Batcher:
         tables = self._table.tables[slots, : -(-keys // size)]
         index = np.arange(rows + 1)
         written = tables[index[:num], starts // size] * np.int64(size) + starts % size
+        shared = self._shared_rows(tables[:num], starts, rows) if self._share else ()
         input_ids = np.array([sequence.token_ids[-1] for sequence in sequences], np.int64)
         lengths = ends.astype(np.int32)
         if rows > num:  # rows that only fill up: no slot, one key
@@ -184,6 +195,7 @@ class Batcher:
                 lengths,
                 index.astype(np.int32),
                 tables,
+                *shared,
                 *_pending(pending, index),
             ),
             1,
@@ -193,7 +205,17 @@ class Batcher:
             Samples(sequences, ends, records["index"], index[:num], True, records, pending),
             (),
             (),
+            bool(shared),
         )
+
+    def _shared_rows(
+        self, tables: NDArray[np.int32], starts: NDArray[np.int64], rows: int
+    ) -> tuple[NDArray[np.int32], ...]:
+        """As long as the same rows decode, what they share stays the same."""
+        if self._shared_version != self._table.version:
+            self._shared = find_shared_rows(tables, starts, self._size, rows) or ()
+            self._shared_version = self._table.version
+        return self._shared
 
     def _wanted_logits(
         self, rows: tuple[PlanRow, ...], query_start: NDArray[np.int64], slots: NDArray[np.int64]

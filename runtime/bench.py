@@ -11,11 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from halyard.hal.errors import ConfigError, HalyardError
+from halyard.runtime.limits import DeviceLimits, Work
 from halyard.runtime.request import SamplingParams
 
 if TYPE_CHECKING:
     from halyard.runtime.engine import EngineStats
+    from halyard.runtime.executor import PreparedStep
     from halyard.runtime.llm import LLM
+    from halyard.runtime.plan import StepPlan
     from halyard.runtime.workloads import Workload
 
 __all__ = ["Measurement", "measure_throughput", "peak_rss_bytes", "report"]
@@ -33,6 +36,7 @@ class Measurement:
     preemptions: int
     prefix_hit_rate: float  # prompt tokens found in the prefix cache, as a share of those looked up
     kv_waste_fraction: float  # average since the engine started, warm-up included
+    least_seconds: float | None = None  # of the same steps at the device's limits; None: not asked
 
     @property
     def best_seconds(self) -> float:
@@ -40,12 +44,18 @@ class Measurement:
 
 
 def measure_throughput(
-    llm: LLM, workload: Workload, repeat: int = 1, warmup: int = 0
+    llm: LLM,
+    workload: Workload,
+    repeat: int = 1,
+    warmup: int = 0,
+    limits: DeviceLimits | None = None,
 ) -> Measurement:
     """Run the workload `warmup` times unmeasured, then `repeat` times.
 
     Prefixes cached by one run must not help the next: each run has prompts of its own, made by
     adding a constant to every token, so lengths and what is shared within a run stay the same.
+
+    With `limits` every step's bytes and arithmetic are counted, by what the scheduler planned.
 
     Raises:
         ConfigError: a request doesn't fit in the engine's context.
@@ -53,17 +63,17 @@ def measure_throughput(
     """
     if repeat < 1 or warmup < 0:
         raise ConfigError(f"repeat must be at least 1 and warmup 0, got {repeat} and {warmup}")
-    limits = llm.engine.intake.limits
-    if workload.longest > limits.max_model_len:
+    context = llm.engine.intake.limits.max_model_len
+    if workload.longest > context:
         raise ConfigError(
             f"workload {workload.name} has a request of {workload.longest} tokens, but the context "
-            f"holds {limits.max_model_len}: raise --max-model-len or --kv-blocks"
+            f"holds {context}: raise --max-model-len or --kv-blocks"
         )
     for run in range(warmup):
         _run(llm, workload, run)
-    runs = [_measured(llm, workload, warmup + run) for run in range(repeat)]
-    seconds = tuple(elapsed for elapsed, _ in runs)
-    _, gained = min(runs, key=lambda one: one[0])
+    runs = [_measured(llm, workload, warmup + run, limits) for run in range(repeat)]
+    seconds = tuple(elapsed for elapsed, _, _ in runs)
+    _, gained, least = min(runs, key=lambda one: one[0])
     queries = gained["prefix_queries"]
     return Measurement(
         workload=workload,
@@ -74,15 +84,36 @@ def measure_throughput(
         preemptions=gained["preemptions"],
         prefix_hit_rate=gained["prefix_hits"] / queries if queries else 0.0,
         kv_waste_fraction=llm.engine.stats().scheduler.kv_waste,
+        least_seconds=least if limits is not None else None,
     )
 
 
-def _measured(llm: LLM, workload: Workload, run: int) -> tuple[float, dict[str, int]]:
-    """Seconds of one run and by how much it raised the engine's totals."""
+def _measured(
+    llm: LLM, workload: Workload, run: int, limits: DeviceLimits | None
+) -> tuple[float, dict[str, int], float]:
+    """Seconds of one run, by how much it raised the engine's totals, seconds at the limits."""
     before = _totals(llm.engine.stats())
-    elapsed = _run(llm, workload, run)
+    executor = llm.engine.executor
+    kv_bytes = executor.pool.layout.spec.bytes_per_token
+    least = 0.0
+    prepare = executor.prepare
+
+    def counted(plan: StepPlan) -> PreparedStep:
+        nonlocal least
+        if limits is not None:
+            work = Work.of(plan, llm.plan.spec, executor.program.weight_bytes, kv_bytes)
+            least += limits.least_seconds(work)
+        return prepare(plan)
+
+    if limits is not None:
+        executor.prepare = counted  # type: ignore[method-assign]
+    try:
+        elapsed = _run(llm, workload, run)
+    finally:
+        if limits is not None:
+            executor.prepare = prepare  # type: ignore[method-assign]
     after = _totals(llm.engine.stats())
-    return elapsed, {name: after[name] - before[name] for name in after}
+    return elapsed, {name: after[name] - before[name] for name in after}, least
 
 
 def _run(llm: LLM, workload: Workload, run: int) -> float:
@@ -124,7 +155,13 @@ def _totals(stats: EngineStats) -> dict[str, int]:
 def report(llm: LLM, measured: Measurement) -> dict[str, Any]:
     """The measurement as plain data; rates are those of the fastest run."""
     workload, best, plan = measured.workload, measured.best_seconds, llm.plan
-    return {
+    bound: dict[str, Any] = {}
+    if measured.least_seconds is not None:
+        bound = {
+            "limit_seconds": measured.least_seconds,
+            "fraction_of_limit": measured.least_seconds / best,
+        }
+    return bound | {
         "engine": "halyard",
         "backend": plan.selection.row.name,
         "requests": len(workload.requests),

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.captured import CapturedProgram
@@ -220,7 +220,8 @@ def _build_executor(
     host_pool = None
     if memory.num_host_blocks:
         host_pool = device.allocate_kv(layout, memory.num_host_blocks, host=True)
-    drawing = kernels if isinstance(kernels, DrawingKernels) else None
+    draws = config.device_sampling and isinstance(kernels, DrawingKernels)
+    drawing = cast(DrawingKernels, kernels) if draws else None
     return Executor(
         device,
         kernels,
@@ -229,6 +230,7 @@ def _build_executor(
         host_pool,
         Sampler(spec.vocab_size, drawing),
         -(-memory.max_model_len // config.block_size),
+        config.shared_attention,
     )
 
 

@@ -151,6 +151,7 @@ class Executor:
 
     Args:
         max_blocks: most blocks of a sequence.
+        share: let rows that have blocks in common read them together, where the kernels can.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class Executor:
         host_pool: KVPool | None,
         sampler: Sampler,
         max_blocks: int,
+        share: bool = False,
     ) -> None:
         self.device = device
         self.kernels = kernels
@@ -171,10 +173,11 @@ class Executor:
         self.sampler = sampler
         self.overlaps = isinstance(device, OverlappingDevice)  # a step may be issued behind another
         size = pool.layout.spec.block_size
+        share = share and getattr(kernels, "reads_shared_rows", False)
         if isinstance(program, CapturedProgram):
-            self.batcher = Batcher(size, max_blocks, program.decode_shape, program.buffer)
+            self.batcher = Batcher(size, max_blocks, program.decode_shape, program.buffer, share)
         else:
-            self.batcher = Batcher(size, max_blocks)
+            self.batcher = Batcher(size, max_blocks, share=share)
         self.swap_out_seconds = (
             0.0  # on the caller's clock: what issuing took, where moves are issued
         )

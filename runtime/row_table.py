@@ -34,6 +34,7 @@ class RowTable:
         self._owners: list[Sequence | None] = [None] * _LEAST_SLOTS
         self._sources: list[array[int] | None] = [None] * _LEAST_SLOTS  # what was copied
         self._free = list(range(_LEAST_SLOTS))
+        self.version = 0  # changes when the rows asked for are not those of the last call
         # Most steps have the rows of the step before. Blocks equal those lists only by identity:
         # what they hold is compared too, but an equal table is as good as the same one.
         self._last_sequences: Rows[Sequence] = ()
@@ -50,6 +51,7 @@ class RowTable:
                     self._refresh(s)
             self._last_slots = np.array([s.slot for s in sequences], np.int64)
             self._last_sequences, self._last_blocks = sequences, blocks
+            self.version += 1
         slots = self._last_slots
         filled = self._filled[slots]
         for number in np.flatnonzero(filled < num_blocks).tolist():

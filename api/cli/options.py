@@ -42,6 +42,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="how a sequence gives way when blocks run out")  # fmt: skip
     add("--no-overlap", action="store_true",
         help="issue a step only when the one before is back, on devices too that work on alone")  # fmt: skip
+    add("--shared-attention", action="store_true",
+        help="decode steps read KV blocks that sequences share once, where the kernels can")  # fmt: skip
+    add("--no-device-sampling", action="store_true",
+        help="draw tokens with torch, not with the device's own kernels")  # fmt: skip
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     add("--mirror", type=Path, metavar="DIR", default=os.environ.get("HALYARD_MIRROR"),
         help="find the model there, as `halyard models mirror` put it")  # fmt: skip
@@ -83,6 +87,8 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
         "max_queue_len": args.max_queue_len,
         "preemption": args.preemption,
         "overlap": not args.no_overlap,
+        "shared_attention": args.shared_attention,
+        "device_sampling": not args.no_device_sampling,
         "revision": args.revision,
         "mirror": args.mirror,
         "require_verified": args.require_verified or args.manifest_digest is not None,

@@ -95,6 +95,18 @@ def test_canonical_form() -> None:
 
 
 @inside
+@pytest.mark.parametrize("shape", ["gqa", "gqa_3", "softcap", "sinks"])
+def test_rows_that_share_blocks_read_them_together(shape: str) -> None:
+    checks.shared_rows(checks.context(CpuDevice(), "float32"), **checks.SHAPES[shape])
+
+
+@inside
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_draws(dtype: str) -> None:
+    checks.draws(checks.context(CpuDevice(), dtype))  # type: ignore[arg-type]
+
+
+@inside
 def test_a_token_without_slot_is_not_written() -> None:
     checks.no_slot(made())
 

@@ -5,15 +5,20 @@ Not collected by itself: test_triton_interpreter.py and tests/device/test_cuda_k
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from halyard.hal.conformance.case import CaseContext
 from halyard.hal.conformance.sequences import Sequences
+from halyard.hal.dtypes import torch_dtype
 from halyard.hal.kernels.triton.kernels import TritonKernels
-from halyard.hal.types import BlockMove, DType, KVSpec
+from halyard.hal.types import BlockMove, DType, KVSpec, SharedRows, StepBatch
+from halyard.runtime.shared_rows import find_shared_rows
 
 LENGTHS = [1, 15, 16, 17, 97]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -104,3 +109,88 @@ def no_slot(made: Any) -> None:
     before = sequences.pool.data.isnan().cpu()
     sequences.step([4], check=False, write=False)
     assert torch.equal(sequences.pool.data.isnan().cpu(), before)
+
+
+def draws(made: Any, vocab: int = 300) -> None:
+    """The drawing kernel against its definition, in every filter, gathered rows and bad rows."""
+    where = made.device.torch_device
+    logits = (torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)) * 2).to(where)
+    logits = logits.to(torch_dtype(made.dtype))
+    tokens, bad = made.kernels.draw(logits, None, None)
+    assert tokens.tolist() == logits.float().argmax(-1).tolist()
+    assert not bad.any()
+    broken = logits.clone()
+    broken[1, 7], broken[3] = float("nan"), float("-inf")
+    tokens, bad = made.kernels.draw(broken, None, None)
+    assert bad.tolist() == [False, True, False, True, False]
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < vocab
+
+    filters = [(1.0, 1.0, 0.0, 0), (0.5, 0.8, 0.0, 0), (1.0, 1.0, 0.1, 0), (1.5, 1.0, 0.0, 9),
+               (1.0, 0.9, 0.02, 40), (0.0, 1.0, 0.0, 0), (2.0, 1e-6, 0.0, 0)]  # fmt: skip
+    rows = torch.arange(len(filters)) % 5
+    weights, wanted, numbers = [], [], []
+    for row, (temperature, top_p, min_p, top_k) in zip(rows.tolist(), filters, strict=True):
+        own = logits[row].cpu().double()
+        weight = ((own - own.max()) / (temperature or 1.0)).exp()
+        kept = weight >= min_p
+        if top_k:
+            kept &= weight >= weight.topk(top_k).values[-1]
+        if top_p < 1:
+            within = weight * (weight >= (weight.topk(top_k).values[-1] if top_k else 0.0))
+            order = within.argsort(descending=True)
+            before = within[order].cumsum(0) - within[order]
+            kept &= weight >= within[order[int((before < top_p * within.sum()).sum()) - 1]]
+        if not temperature:
+            kept = torch.arange(vocab) == own.argmax()
+        weights.append(torch.where(kept, weight, 0.0))
+        share = weights[-1] / weights[-1].sum()
+        wanted.append(int((share * (share < share.max())).argmax()) if temperature
+                      and int(kept.sum()) > 1 else int(share.argmax()))  # fmt: skip
+        middle = share.cumsum(0)[wanted[-1]] - share[wanted[-1]] / 2
+        numbers.append(float(middle))
+    columns = torch.tensor([[*own, number] for own, number in zip(filters, numbers, strict=True)])
+    columns = columns.float().T.contiguous().to(where)
+    tokens, bad = made.kernels.draw(logits, rows.to(where), columns)
+    assert tokens.tolist() == wanted
+    assert not bad.any()
+    for number in (0.0, 1.0 - 2.0**-24):  # the first and the last of what is kept
+        columns[4] = number
+        tokens, _ = made.kernels.draw(logits, rows.to(where), columns)
+        for token, weight in zip(tokens.tolist(), weights, strict=True):
+            kept = weight.nonzero()[:, 0].tolist()
+            assert token in kept
+            assert number > 0 or token == kept[0]
+
+
+def shared_rows(made: Any, **shape: Any) -> None:
+    """Rows that share blocks, read through the first one's table: the others' entries are poison."""
+    lengths, prefix = [300, 283, 290, 297, 275, 40], 272
+    sequences = Sequences(made, lengths, **shape)
+    shared = prefix // sequences.block
+    for row in range(5):
+        sequences.k[row][:prefix] = sequences.k[0][:prefix]
+        sequences.v[row][:prefix] = sequences.v[0][:prefix]
+        sequences.tables[row][:shared] = sequences.tables[0][:shared]
+    for row, length in enumerate(lengths):
+        sequences.fill(row, length - 2)
+    plain = sequences.batch
+    where = made.device.torch_device
+    unowned = (
+        set(range(sequences.pool.num_blocks)) - set(itertools.chain(*sequences.tables))
+    ).pop()
+
+    def batch(*arguments: Any) -> StepBatch:
+        found = plain(*arguments)
+        starts = found.seq_lens.cpu().numpy().astype(np.int64) - 1
+        tables = found.block_tables.cpu().numpy()
+        arrays = find_shared_rows(tables, starts, sequences.block, found.num_rows)
+        assert arrays is not None
+        assert arrays[2].tolist() == [prefix] * 5 + [0]
+        poisoned = found.block_tables.clone()
+        poisoned[1:5, :shared] = unowned  # NaN: whoever reads it shows it
+        on = [torch.from_numpy(array).to(where) for array in arrays]
+        return replace(found, shared=SharedRows(*on), block_tables=poisoned)
+
+    sequences.batch = batch  # type: ignore[method-assign]
+    sequences.step([1] * 6)
+    sequences.step([1] * 6)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.errors import ConfigError
 from halyard.models.shapes import shape_config
 from halyard.runtime.bench import measure_throughput, report
+from halyard.runtime.latency import measure_steps, percentiles
+from halyard.runtime.limits import DeviceLimits, device_limits
 from halyard.runtime.llm import LLM
+from halyard.runtime.profile import profiled
 from halyard.runtime.workloads import Workload, WorkloadRequest, load_workload
 
 
@@ -54,3 +59,72 @@ def test_a_request_that_does_not_fit_is_an_error(llm: LLM) -> None:
 def test_repeat_must_be_positive(llm: LLM) -> None:
     with pytest.raises(ConfigError, match="repeat"):
         measure_throughput(llm, load_workload("single", 32000, "cpu"), repeat=0)
+
+
+LIMITS = DeviceLimits(1e9, 1e12, None, "float32")
+
+
+def test_the_least_time_of_a_run_is_counted_from_its_plans(llm: LLM) -> None:
+    workload = load_workload("decode", 32000, "cpu")
+    measured = measure_throughput(llm, workload, limits=LIMITS)
+    assert measured.least_seconds is not None
+    found = report(llm, measured)
+    assert found["fraction_of_limit"] == pytest.approx(
+        measured.least_seconds / measured.best_seconds
+    )
+    spec = llm.plan.spec
+    # Null programs have no weights: what is left are keys, values and the attention over them.
+    kv = llm.engine.executor.pool.layout.spec.bytes_per_token
+    keys = 16 * sum(range(128, 128 + 64)) + 16 * (128 + 63)  # read by each step, and written
+    assert measured.least_seconds >= keys * kv / 1e9
+    assert spec.num_layers == 12
+
+
+def test_steps_of_one_shape(llm: LLM) -> None:
+    times = measure_steps(llm, 8, 100, 12, LIMITS)
+    assert len(times.seconds) == 12
+    assert times.least_seconds is not None
+    assert times.least_seconds > 0
+    assert not llm.engine.has_work()
+    with pytest.raises(ConfigError, match="max-num-sequences"):
+        measure_steps(llm, 1000, 100, 12)
+    with pytest.raises(ConfigError, match="lower --context"):
+        measure_steps(llm, 200, 1000, 12)
+
+
+def test_percentiles() -> None:
+    found = percentiles([float(i) for i in range(101)])
+    assert (found["mean"], found["p50"], found["p90"], found["p99"]) == (50, 50, 90, 99)
+    assert percentiles([]) == {}
+
+
+def test_a_profile_accounts_for_the_time(llm: LLM) -> None:
+    with profiled(llm.engine) as profile:
+        measure_steps(llm, 8, 50, 10)
+    assert profile.steps >= 10
+    assert {"plan", "prepare", "sampling", "commit"} <= set(profile.host)
+    assert sum(profile.host.values()) == pytest.approx(profile.seconds, rel=0.1)
+    assert "plan" in profile.table()
+    page = profile.page("a <title>")
+    assert "a &lt;title&gt;" in page
+    assert "<script" not in page
+    assert "schedule" not in vars(llm.engine.scheduler)  # unwrapped again
+    assert measure_steps(llm, 2, 5, 3).seconds
+
+
+def test_limits_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def measure(device: object, dtype: str) -> DeviceLimits:
+        calls.append(dtype)
+        return LIMITS
+
+    monkeypatch.setattr("halyard.runtime.limits.measure_limits", measure)
+    device = CpuDevice()
+    assert device_limits(device, "float32", tmp_path) == LIMITS
+    assert device_limits(device, "float32", tmp_path) == LIMITS
+    assert calls == ["float32"]
+    (file,) = (tmp_path / "limits").iterdir()
+    file.write_text("{")
+    assert device_limits(device, "float32", tmp_path) == LIMITS
+    assert calls == ["float32"] * 2

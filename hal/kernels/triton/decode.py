@@ -44,20 +44,24 @@ def choose_splits(
     return best
 
 
-@triton.jit(do_not_specialize=["window", "table_row"])
+@triton.jit(do_not_specialize=["window", "table_row", "all_splits"])
 def paged_decode_kernel(
     q: tl.tensor, pool: tl.tensor, out: tl.tensor, partial: tl.tensor, partial_lse: tl.tensor,
     block_tables: tl.tensor, seq_lens: tl.tensor, query_start: tl.tensor, sinks: tl.tensor,
     qk_scale: tl.tensor, cap_scale: tl.tensor, window: tl.tensor, q_token: tl.tensor, q_head: tl.tensor, table_row: tl.tensor,
+    row_keys: tl.tensor, all_splits: tl.tensor,
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
+    SHARED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Rows with exactly one query; the others are left alone.
 
     q [tokens, heads, dim]; pool: one layer, [blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM]; out
-    [tokens, heads, dim] if not SPLIT; else partial [rows, heads, splits, DIM_PAD] and partial_lse
-    [rows, heads, splits] fp32. Grid: rows, KV_HEADS * tiles of the group, splits.
+    [tokens, heads, dim] if not SPLIT; else partial [rows, heads, all_splits, DIM_PAD] and
+    partial_lse [rows, heads, all_splits] fp32. If SHARED, a row's first row_keys are left to
+    shared.py, whose splits follow those of the grid; a row without any marks these as empty.
+    Grid: rows, KV_HEADS * tiles of the group, splits.
     """
     GROUP_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
     row = tl.program_id(0)
@@ -76,12 +80,13 @@ def paged_decode_kernel(
     q_row = q + token.to(tl.int64) * q_token
     query = tl.load(q_row + heads[:, None] * q_head + dim[None, :], mask=inside, other=0.0)
 
-    first_tile = 0
+    first = 0
     if HAS_WINDOW:
-        first_tile = tl.maximum(length - window, 0) // BLOCK_N
-    tiles = tl.cdiv(length, BLOCK_N) - first_tile
-    share = tl.cdiv(tiles, num_splits)
-    begin = (first_tile + split * share) * BLOCK_N
+        first = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+    if SHARED:
+        first = tl.load(row_keys + row)
+    share = tl.cdiv(tl.cdiv(length - first, BLOCK_N), num_splits)
+    begin = first + split * share * BLOCK_N
     end = tl.minimum(begin + share * BLOCK_N, length)
 
     HEAD_STRIDE: tl.constexpr = BLOCK_SIZE * HEAD_DIM
@@ -97,7 +102,12 @@ def paged_decode_kernel(
         True, HAS_WINDOW, SOFTCAP,
     )  # fmt: skip
     if SPLIT:
-        where = (row * (KV_HEADS * GROUP) + heads).to(tl.int64) * num_splits + split
+        where = (row * (KV_HEADS * GROUP) + heads).to(tl.int64) * all_splits + split
+        if SHARED:
+            if (split == 0) & (first == 0):
+                for other in range(num_splits, all_splits):
+                    empty = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                    tl.store(partial_lse + where + other, empty, mask=valid)
         total = tl.where(total == 0.0, 1.0, total)  # no keys: peak is -inf, and so is the sum
         tl.store(partial_lse + where, peak + tl.log2(total), mask=valid)
         tl.store(partial + where[:, None] * DIM_PAD + dim[None, :], acc / total[:, None], inside)

@@ -56,6 +56,7 @@ class TritonKernels:
 
     contract_version = CONTRACT_VERSION
     name = "triton"
+    reads_shared_rows = True  # attend makes use of StepBatch.shared
     capabilities = Capabilities(
         dtypes=("float32", "float16", "bfloat16"),
         kv_dtypes=("float32", "float16", "bfloat16"),
@@ -74,6 +75,7 @@ class TritonKernels:
         self.swap = swap
         self.launcher = AttentionLauncher(device, num_splits)
         self._moves = importlib.import_module("halyard.hal.kernels.triton.moves")
+        self._draw = importlib.import_module("halyard.hal.kernels.triton.draw")
 
     @classmethod
     def probe(cls, device: DeviceInfo) -> Probe:
@@ -113,6 +115,31 @@ class TritonKernels:
         data = pool.data[layer.index]
         self.launcher.write(k, v, data, batch.slot_mapping)
         return self.launcher.attend(q, data, layer, batch)
+
+    def draw(
+        self, logits: Tensor, rows: Tensor | None, columns: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        num = len(rows) if rows is not None else len(logits)
+        if rows is None and columns is not None:
+            num = columns.shape[1]
+        tokens = torch.empty(num, dtype=torch.int64, device=logits.device)
+        bad = torch.empty(num, dtype=torch.int8, device=logits.device)
+        if num:
+            self._draw.draw_kernel[(num,)](
+                logits,
+                tokens if rows is None else rows,
+                logits if columns is None else columns,
+                tokens,
+                bad,
+                logits.shape[-1],
+                logits.stride(0),
+                num,
+                GATHER=rows is not None,
+                RANDOM=columns is not None,
+                SIZE=self._draw.CHUNK,
+                num_warps=8,
+            )
+        return tokens, bad.bool()
 
     def copy_blocks(self, pool: KVPool, moves: Sequence[BlockMove]) -> None:
         self._moves.gather_moves(pool, pool, moves, pool.data.device)

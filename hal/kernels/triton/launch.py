@@ -11,7 +11,7 @@ from torch import Tensor
 
 from halyard.hal.contract import Device
 from halyard.hal.kernels.triton.tiles import Tile, decode_tile, prefill_tile
-from halyard.hal.types import AttentionLayer, StepBatch
+from halyard.hal.types import AttentionLayer, SharedRows, StepBatch
 
 __all__ = ["AttentionLauncher", "Shape", "pad"]
 
@@ -19,6 +19,7 @@ LOG2E = 1.4426950408889634
 
 # Mixed batches: below this length a decode row is done sooner than a second launch pays.
 _SEPARATE_DECODE_KEYS = 1024
+_SHARED_SUMS = 16384  # fp32 sums that a program for shared keys may hold: 128 x 128
 
 
 def pad(number: int, least: int = 16) -> int:
@@ -71,6 +72,20 @@ class Shape:
             "SINKS": self.sinks,
         }
 
+    def shared_constants(self, tile: Tile) -> dict[str, Any]:
+        """The constants of the kernel for shared keys."""
+        return {
+            "GROUP": self.group,
+            "GROUP_PAD": pad(self.group, 1),
+            "ROWS": SharedRows.WIDTH,
+            "KV_HEADS": self.num_kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "DIM_PAD": self.dim_pad,
+            "BLOCK_SIZE": self.block_size,
+            "BLOCK_N": tile.block_n,
+            "SOFTCAP": self.softcap,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
@@ -95,6 +110,7 @@ class AttentionLauncher:
         self._outgrown: list[Tensor] = []  # captured steps still write to them
         self._decode = importlib.import_module("halyard.hal.kernels.triton.decode")
         self._prefill = importlib.import_module("halyard.hal.kernels.triton.prefill")
+        self._shared = importlib.import_module("halyard.hal.kernels.triton.shared")
         self._write = importlib.import_module("halyard.hal.kernels.triton.write")
         # Tiles to try instead of the tables' (benchmarks).
         self.decode_override: Tile | None = None
@@ -165,16 +181,27 @@ class AttentionLauncher:
     ) -> None:  # fmt: skip
         shape, tile = variant.shape, variant.decode
         splits = self.splits(layer, batch, variant)
+        shared = batch.shared if _can_share(layer, shape, batch) else None
+        more = 0
+        if shared is not None:  # as many splits as fill the chip, if all keys were shared
+            more = self._decode.choose_splits(
+                len(shared.tile_keys), shape.num_kv_heads, batch.max_seq_len, tile.block_n,
+                self._cores,
+            )  # fmt: skip
+        own, splits = splits, splits + more
         sinks = out if layer.sinks is None else layer.sinks
         partial, lse = out, out
         if splits > 1:
             partial, lse = self._take_workspace(batch.num_rows, splits, shape, q.device)
-        grid = (batch.num_rows, shape.heads_per_row(tile), splits)
+        if shared is not None:
+            self._run_shared(q, data, partial, lse, layer, batch, shared, variant, own, splits)
+        grid = (batch.num_rows, shape.heads_per_row(tile), own)
         tables = batch.block_tables
         self._decode.paged_decode_kernel[grid](
             q, data, out, partial, lse, tables, batch.seq_lens, batch.query_start, sinks,
             *_scales(layer), layer.window, q.stride(0), q.stride(1), tables.stride(0),
-            **variant.decode_constants, SPLIT=splits > 1,
+            batch.seq_lens if shared is None else shared.row_keys, splits,
+            **variant.decode_constants, SPLIT=splits > 1, SHARED=shared is not None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if splits > 1:
@@ -183,6 +210,19 @@ class AttentionLauncher:
                 HEADS=shape.num_heads, HEAD_DIM=shape.head_dim, DIM_PAD=shape.dim_pad,
                 SPLITS_PAD=pad(splits, 2), SINKS=shape.sinks, num_warps=4,
             )  # fmt: skip
+
+    def _run_shared(
+        self, q: Tensor, data: Tensor, partial: Tensor, lse: Tensor, layer: AttentionLayer,
+        batch: StepBatch, shared: SharedRows, variant: _Variant, own: int, splits: int,
+    ) -> None:  # fmt: skip
+        """The keys that tiles of rows have in common, to the splits after `own`."""
+        shape, tile = variant.shape, variant.decode
+        tables = batch.block_tables
+        self._shared.shared_decode_kernel[(len(shared.tile_keys), shape.num_kv_heads, splits - own)](
+            q, data, partial, lse, tables, batch.query_start, shared.tile_rows, shared.tile_keys,
+            *_scales(layer), q.stride(0), q.stride(1), tables.stride(0), splits, own,
+            **shape.shared_constants(tile), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
 
     def _run_prefill(
         self, q: Tensor, data: Tensor, out: Tensor, layer: AttentionLayer, batch: StepBatch,
@@ -213,6 +253,12 @@ class AttentionLauncher:
             self._workspace = torch.empty(pad(need), dtype=torch.float32, device=device)
         parts = count * shape.dim_pad
         return self._workspace[:parts], self._workspace[parts:need]
+
+
+def _can_share(layer: AttentionLayer, shape: Shape, batch: StepBatch) -> bool:
+    """Whether tiles of rows may read shared keys together: no window, and the tile has room."""
+    room = SharedRows.WIDTH * pad(shape.group, 1) * shape.dim_pad
+    return batch.max_query_len == 1 and not layer.window and room <= _SHARED_SUMS
 
 
 def _scales(layer: AttentionLayer) -> tuple[float, float]:

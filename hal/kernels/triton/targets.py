@@ -23,10 +23,11 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
            "variants"]  # fmt: skip
 
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
-                     "prefill_features", "write", "move"]  # fmt: skip
+                     "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
+                     "shared"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
-    "move",
+    "move", "draw", "draw_greedy", "decode_shared", "shared",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -85,7 +86,7 @@ class CompileReport:
         allowed = _SPILLS_ALLOWED.get((self.variant.target, self.variant.head_dim), 0)
         if self.variant.dtype != "float32" and self.spills > allowed:
             found.append(f"{self.spills} registers spilled")
-        dots = self.variant.kernel.startswith(("decode", "prefill"))
+        dots = self.variant.kernel.startswith(("decode", "prefill", "shared"))
         if dots and self.variant.dtype != "float32" and not self.matrix:
             found.append("no matrix instructions")
         return found
@@ -97,14 +98,14 @@ def variants(
     dtypes: tuple[DType, ...] = ("bfloat16", "float16", "float32"),
     head_dims: tuple[int, ...] = HEAD_DIMS,
 ) -> Iterator[Variant]:
-    """Every combination; moves copy words and have one dtype and dim."""
+    """Every combination; moves copy words and have one dtype and dim, draws one dim."""
     for target in targets:
         for kernel in kernels:
             if kernel == "move":
                 yield Variant(kernel, target, dtypes[0], head_dims[0])
                 continue
             for dtype in dtypes:
-                for dim in head_dims:
+                for dim in head_dims[:1] if kernel.startswith("draw") else head_dims:
                     yield Variant(kernel, target, dtype, dim)
 
 
@@ -157,7 +158,7 @@ def _source(
     """The function, its constants, the compiler's options, and the tile in words."""
     from dataclasses import replace
 
-    from halyard.hal.kernels.triton import decode, moves, prefill, write
+    from halyard.hal.kernels.triton import decode, draw, moves, prefill, shared, write
 
     features = variant.kernel.endswith("features")
     item_size = ITEM_SIZE[variant.dtype]
@@ -177,10 +178,21 @@ def _source(
     if variant.kernel == "move":
         constants = {"WORDS": 8192, "CHUNK": moves.CHUNK_WORDS}
         return moves.move_blocks_kernel, constants, {"num_warps": 4}, f"{moves.CHUNK_WORDS} words"
+    if variant.kernel.startswith("draw"):
+        random = variant.kernel == "draw"
+        constants = {"GATHER": random, "RANDOM": random, "SIZE": draw.CHUNK}
+        return draw.draw_kernel, constants, {"num_warps": 8}, f"{draw.CHUNK} tokens"
+    if variant.kernel == "shared":
+        tile = decode_tile(variant.target, shape.dim_pad, item_size, shape.group)
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        return shared.shared_decode_kernel, shape.shared_constants(tile), options, "shared keys"
     if variant.kernel.startswith("decode"):
         function: Any = decode.paged_decode_kernel
         tile = decode_tile(variant.target, shape.dim_pad, item_size, shape.group)
-        extra = {"SPLIT": variant.kernel == "decode_split"}
+        extra = {
+            "SPLIT": variant.kernel in ("decode_split", "decode_shared"),
+            "SHARED": variant.kernel == "decode_shared",
+        }
     else:
         function = prefill.paged_prefill_kernel
         tile = prefill_tile(variant.target, shape.dim_pad, item_size)
@@ -196,11 +208,19 @@ def _type(name: str, variant: Variant) -> str:
     if name in ("q", "k", "v", "pool", "out"):
         return f"*{_SHORT[variant.dtype]}"
     if name in ("partial", "partial_lse"):  # without splits the output stands in for them
-        split = variant.kernel in ("decode_split", "merge")
+        split = variant.kernel in ("decode_split", "decode_shared", "shared", "merge")
         return "*fp32" if split else f"*{_SHORT[variant.dtype]}"
+    if name == "logits":
+        return f"*{_SHORT[variant.dtype]}"
+    if name == "columns":  # where all rows are greedy the logits stand in for them
+        return "*fp32" if variant.kernel == "draw" else f"*{_SHORT[variant.dtype]}"
+    if name in ("rows", "tokens"):
+        return "*i64"
+    if name == "bad":
+        return "*i8"
     if name == "sinks":
         return "*fp32"
-    if name in ("block_tables", "seq_lens", "query_start"):
+    if name in ("block_tables", "seq_lens", "query_start", "row_keys", "tile_rows", "tile_keys"):
         return "*i32"
     if name in ("slot_mapping", "source", "target", "pairs"):
         return "*i64"

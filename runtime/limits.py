@@ -1,0 +1,136 @@
+"""What a device can do at most: measured once a machine, kept on disk; and what a step asks of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halyard.compiler.cache import default_directory
+from halyard.hal.contract import Device
+from halyard.hal.dtypes import torch_dtype
+from halyard.hal.types import ITEM_SIZE, DType
+
+if TYPE_CHECKING:
+    from halyard.models.spec import ModelSpec
+    from halyard.runtime.plan import StepPlan
+
+__all__ = ["DeviceLimits", "Work", "device_limits", "measure_limits"]
+
+_VERSION = 1  # of the file's content and of how it is measured
+_SECONDS = 0.4  # for each rate
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """Rates measured with plain torch."""
+
+    bytes_per_second: float  # memory: read alone on a CPU; a copy's reads and writes elsewhere
+    flops_per_second: float  # of a square matrix product in `dtype`
+    link_bytes_per_second: float | None  # host to device, pinned; None: they share memory
+    dtype: DType
+
+    def least_seconds(self, work: Work) -> float:
+        """What the work must take if memory and arithmetic are each at their limit, overlapping."""
+        return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
+
+
+@dataclass(slots=True)
+class Work:
+    """Bytes and arithmetic of steps: weights read once a step, each row's keys and values."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+
+    @classmethod
+    def of(cls, plan: StepPlan, spec: ModelSpec, weight_bytes: int, kv_bytes: int) -> Work:
+        """What a step must read, write and compute.
+
+        Weights count once a step, but an input embedding that isn't tied counts by the rows that are
+        looked up; every row's keys and values are read once and the new ones written. Experts that
+        no token chooses aren't known, so all of them count as read.
+
+        Args:
+            weight_bytes: of the whole program; kv_bytes: of one token in all layers.
+        """
+        keys = sum(row.end for row in plan.rows)
+        width = spec.num_heads * spec.head_dim
+        # A token at position p meets p + 1 keys, in scores and in the weighted sum.
+        met = sum(row.num_tokens * (row.start + row.end + 1) / 2 for row in plan.rows)
+        embedding = spec.vocab_size * spec.hidden_size
+        item = ITEM_SIZE.get(spec.dtype, 2)
+        read = weight_bytes if spec.tied else weight_bytes - embedding * item
+        matrices = max(0.0, weight_bytes / item - embedding * (1 if spec.tied else 2))
+        return cls(
+            bytes=float(max(read, 0) + kv_bytes * (keys + plan.num_tokens)),
+            flops=2.0 * matrices * plan.num_tokens
+            + 2.0 * embedding * plan.num_samples
+            + 4.0 * width * spec.num_layers * met,
+        )
+
+
+def device_limits(device: Device, dtype: DType, cache_dir: Path | None = None) -> DeviceLimits:
+    """From the file of this machine, or measured now and written there."""
+    facts = {
+        "version": _VERSION,
+        "device": [device.info.kind, device.info.name, device.info.arch, device.info.num_cores],
+        "torch": torch.__version__,
+        "dtype": dtype,
+    }
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    file = (cache_dir or default_directory()) / "limits" / f"{name}.json"
+    try:
+        found = json.loads(file.read_text())
+        if found["facts"] == facts:
+            return DeviceLimits(**found["limits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or not ours: measured anew
+    limits = measure_limits(device, dtype)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps({"facts": facts, "limits": asdict(limits)}, indent=1))
+    written.replace(file)
+    return limits
+
+
+def measure_limits(device: Device, dtype: DType) -> DeviceLimits:
+    """Measure a device that nothing else uses meanwhile; takes about a second."""
+    where, kind = device.torch_device, torch_dtype(dtype)
+    on_cpu = where.type == "cpu"
+
+    def rate(amount: float, work: Callable[[], Any]) -> float:
+        """Most of `amount` a second."""
+        work()
+        device.synchronize()
+        best, until = 0.0, time.perf_counter() + _SECONDS
+        while time.perf_counter() < until:
+            began = time.perf_counter()
+            work()
+            device.synchronize()
+            best = max(best, amount / (time.perf_counter() - began))
+        return best
+
+    with torch.inference_mode():
+        size = (1 << 28) if on_cpu else min(1 << 30, device.memory().free // 4)
+        data = torch.ones(size // 4, device=where)
+        if on_cpu:
+            bandwidth = rate(size, data.sum)
+        else:
+            other = torch.empty_like(data)
+            bandwidth = rate(2 * size, lambda: other.copy_(data))
+        link = None
+        if not on_cpu:
+            host = torch.empty(1 << 26, dtype=torch.float32, pin_memory=True)
+            target = data[: len(host)]
+            link = rate(4 * len(host), lambda: target.copy_(host[: len(target)], non_blocking=True))
+        side = 1024 if on_cpu else 8192
+        left = torch.ones(side, side, dtype=kind, device=where)
+        flops = rate(2.0 * side**3, lambda: left @ left)
+    return DeviceLimits(bandwidth, flops, link, dtype)

@@ -1,0 +1,227 @@
+"""Where a step's time goes, on the host and on the device: a table and a page with two bars.
+
+The host's time is taken by wrapping the parts of an engine; each moment belongs to the innermost
+one. The device's comes from torch's profiler, by the names of kernels. On a device without kernels
+of its own (a CPU) the host's time is all there is, and the profiler tells matrix products from the
+rest between two attentions.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from halyard.runtime.engine import Engine
+
+__all__ = ["HOST_PARTS", "StepProfile", "profiled"]
+
+HOST_PARTS = ("plan", "prepare", "copies", "attention", "GEMMs", "norms and the rest", "sampling",
+              "wait", "commit", "other")  # fmt: skip
+_COLOURS = ("#4878a8", "#7aa6c2", "#b8a04c", "#c0573e", "#3f7f5f", "#8fb996", "#8b5e9e", "#c9c9c9",
+            "#2f4858", "#e6e6e6")  # fmt: skip
+# What a kernel (or, on a CPU, an operator) does, by its name; the first that fits counts.
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("copies", r"memcpy|memset|move_blocks|kv_write"),
+    ("attention", r"paged_|merge_kernel|attention|flash|fmha"),
+    ("sampling", r"draw_kernel|argmax|argmin|reduce_kernel|topk|sort|scan|searchsorted|softmax"),
+    ("GEMMs", r"gemm|nvjet|cutlass|xmma|cublas|splitk|linear|::mm\b|::addmm\b|::bmm\b|matmul"),
+)
+
+
+def _kind(name: str) -> str:
+    lower = name.lower()
+    return next((kind for kind, words in _KINDS if re.search(words, lower)), "norms and the rest")
+
+
+@dataclass(slots=True)
+class StepProfile:
+    """Seconds by part, of all steps together."""
+
+    steps: int = 0
+    seconds: float = 0.0  # on the wall
+    host: dict[str, float] = field(default_factory=dict)
+    device: dict[str, float] = field(default_factory=dict)  # empty: the host's time is all
+    kernels: list[tuple[str, float, int]] = field(default_factory=list)  # name, seconds, calls
+
+    @property
+    def idle(self) -> float:
+        """Seconds in which the device had no kernel to run."""
+        return max(0.0, self.seconds - sum(self.device.values())) if self.device else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Milliseconds a step, as plain data."""
+        scale = 1e3 / max(1, self.steps)
+        found: dict[str, Any] = {
+            "steps": self.steps,
+            "milliseconds": self.seconds * scale,
+            "host": {name: seconds * scale for name, seconds in self.host.items()},
+        }
+        if self.device:
+            found["device"] = {n: s * scale for n, s in self.device.items()} | {
+                "idle": self.idle * scale
+            }
+        return found
+
+    def table(self) -> str:
+        """One line a part: milliseconds a step and the share of the whole."""
+        rows = self.to_dict()
+        lines = [f"{self.steps} steps, {rows['milliseconds']:.3f} ms each"]
+        for where in ("host", "device"):
+            for name, ms in rows.get(where, {}).items():
+                share = ms / rows["milliseconds"] if rows["milliseconds"] else 0.0
+                lines.append(f"  {where:<7}{name:<20}{ms:>9.3f} ms {share:>7.1%}")
+        return "\n".join(lines)
+
+    def page(self, title: str) -> str:
+        """A page of its own, without scripts or anything from elsewhere."""
+        rows = self.to_dict()
+        whole = max(rows["milliseconds"], 1e-9)
+        bars = []
+        for where in ("host", "device"):
+            if where not in rows:
+                continue
+            pieces = "".join(
+                f'<i style="width:{100 * ms / whole:.3f}%;background:{_colour(name)}" '
+                f'title="{escape(name)} {ms:.3f} ms"></i>'
+                for name, ms in rows[where].items()
+            )
+            names = "".join(
+                f'<tr><td><b style="background:{_colour(name)}"></b>{escape(name)}</td>'
+                f"<td>{ms:.3f}</td><td>{ms / whole:.1%}</td></tr>"
+                for name, ms in rows[where].items()
+            )
+            bars.append(
+                f"<h2>{where}</h2><div>{pieces}</div><table><tr><th>part</th><th>ms a step</th>"
+                f"<th>share</th></tr>{names}</table>"
+            )
+        kernels = "".join(
+            f"<tr><td>{escape(name[:110])}</td><td>{1e3 * seconds / max(1, self.steps):.3f}</td>"
+            f"<td>{calls / max(1, self.steps):.1f}</td></tr>"
+            for name, seconds, calls in self.kernels[:30]
+        )
+        return (
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+            "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;"
+            "padding:0 1rem;color:#222}div{display:flex;height:2.2rem;background:#f2f2f2}"
+            "i{display:block;height:100%}table{border-collapse:collapse;margin:.8rem 0}"
+            "td,th{padding:.15rem .8rem .15rem 0;text-align:left}td+td{text-align:right;"
+            "font-variant-numeric:tabular-nums}b{display:inline-block;width:.8rem;height:.8rem;"
+            "margin-right:.5rem}</style>"
+            f"<h1>{escape(title)}</h1><p>{self.steps} steps, {whole:.3f} ms each.</p>"
+            + "".join(bars)
+            + (
+                "<h2>by kernel</h2><table><tr><th>name</th><th>ms a step</th><th>calls</th></tr>"
+                f"{kernels}</table>"
+                if kernels
+                else ""
+            )
+            + "</html>\n"
+        )
+
+
+def _colour(name: str) -> str:
+    return _COLOURS[HOST_PARTS.index(name)] if name in HOST_PARTS else "#e6e6e6"
+
+
+class _Clock:
+    """Gives every moment to the innermost part under way."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(HOST_PARTS, 0.0)
+        self._under_way = ["other"]
+        self._since = time.perf_counter()
+
+    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            self._lap()
+            self._under_way.append(part)
+            try:
+                return function(*arguments, **named)
+            finally:
+                self._lap()
+                self._under_way.pop()
+
+        return timed
+
+    def _lap(self) -> None:
+        now = time.perf_counter()
+        self.totals[self._under_way[-1]] += now - self._since
+        self._since = now
+
+
+@contextmanager
+def profiled(engine: Engine) -> Iterator[StepProfile]:
+    """Profile the steps that run inside; the profile is filled in at the end.
+
+    Steps are slower meanwhile, and more so the shorter they are: shares count, not rates.
+    """
+    executor, scheduler = engine.executor, engine.scheduler
+    on_gpu = executor.device.torch_device.type == "cuda"
+    clock = _Clock()
+    wrapped: list[tuple[Any, str, Any]] = []
+
+    def wrap(owner: Any, name: str, part: str) -> None:
+        own = vars(owner).get(name) if hasattr(owner, "__dict__") else None
+        wrapped.append((owner, name, own))
+        setattr(owner, name, clock.wrap(part, getattr(owner, name)))
+
+    wrap(scheduler, "schedule", "plan")
+    wrap(scheduler, "schedule_ahead", "plan")
+    wrap(scheduler, "commit", "commit")
+    wrap(executor, "prepare", "prepare")
+    wrap(executor, "issue", "copies")
+    wrap(executor.program, "run", "norms and the rest")
+    wrap(executor.kernels, "attend", "attention")
+    wrap(executor.sampler, "draw", "sampling")
+    profile = StepProfile()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    before = engine.stats()
+    executor.device.synchronize()
+    began = time.perf_counter()
+    try:
+        with torch.profiler.profile(activities=activities) as trace:
+            clock._lap()
+            clock.totals = dict.fromkeys(HOST_PARTS, 0.0)
+            began = time.perf_counter()
+            yield profile
+            executor.device.synchronize()
+            clock._lap()
+            profile.seconds = time.perf_counter() - began
+    finally:
+        for owner, name, own in reversed(wrapped):
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+    after = engine.stats()
+    profile.steps = after.steps - before.steps
+    # Nothing of ours runs while the engine waits: its own clock knows, and ours counted it as other.
+    waited = after.phase_seconds.get("wait", 0.0) - before.phase_seconds.get("wait", 0.0)
+    clock.totals["wait"] = min(waited, clock.totals["other"])
+    clock.totals["other"] -= clock.totals["wait"]
+    profile.host = {name: seconds for name, seconds in clock.totals.items() if seconds}
+    for event in trace.key_averages():
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) * 1e-6
+        if seconds <= 0 or (on_gpu and event.device_type == torch._C._autograd.DeviceType.CPU):
+            continue
+        profile.kernels.append((event.key, seconds, event.count))
+        if on_gpu:
+            kind = _kind(event.key)
+            profile.device[kind] = profile.device.get(kind, 0.0) + seconds
+    profile.kernels.sort(key=lambda kernel: -kernel[1])
+    if not on_gpu:
+        rest = profile.host.get("norms and the rest", 0.0)
+        products = sum(s for name, s, _ in profile.kernels if _kind(name) == "GEMMs")
+        profile.host["GEMMs"] = min(products, rest)
+        profile.host["norms and the rest"] = rest - profile.host["GEMMs"]
+        profile.host = {n: profile.host[n] for n in HOST_PARTS if n in profile.host}
