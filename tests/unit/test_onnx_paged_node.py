@@ -140,10 +140,10 @@ def test_it_follows_the_schema_and_its_wiring_is_right(exported: tuple[Any, Path
             expected = model(torch.tensor([sequence[: done[row]]])).logits[0]
             found = torch.cat(got[row]).float()
             errors = (found - expected).abs().amax(1) / expected.abs().max()
-            # Of fp16: a wrong wire gives about 1. Experts' choice may turn over a rounding.
-            right = (errors < 0.02).float().mean()
-            needed = 0.6 if model.config.model_type == "gpt_oss" else 1.0
-            assert right >= needed, f"row {row}: {errors.tolist()}"
+            # Of fp16: a wrong wire gives about 1, from the first token on. Where experts' choice turns
+            # over a rounding, that token and those after it are another text.
+            first = 4 if model.config.model_type == "gpt_oss" else len(errors)
+            assert (errors[:first] < 0.02).all(), f"row {row}: {errors.tolist()}"
 
 
 def test_other_dtypes_are_refused_in_one_line(tmp_path: Path) -> None:
