@@ -33,6 +33,7 @@ def build_program(
     vocab_size: int,
     dtype: str,
     torch_device: torch.device,
+    quantization: str = "none",
     dump_dir: Path | None = None,
     progress: bool = False,
 ) -> UnboundProgram:
@@ -41,7 +42,8 @@ def build_program(
     recipes = {key: WeightRecipe((key,)) for key in (*traced.weights, *traced.constants)}
     graph = ModelGraph(traced.module, recipes)
     graph.clean()
-    run_passes(graph, compiler.passes(device, dtype), dump_dir)
+    extra = () if quantization == "none" else (f"quantize_linears_{quantization}",)
+    run_passes(graph, (*compiler.passes(device, dtype), *extra), dump_dir)
     segmented = split(graph)
     examples = [
         (

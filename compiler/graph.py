@@ -16,10 +16,15 @@ class WeightRecipe:
 
     sources: tuple[str, ...]  # joined along dim 0, in this order
     packed: bool = False  # then rearranged by pack_linear
+    bits: int = 0  # 8 or 4: quantised by quantize_linear instead
 
     def make(self, tensors: list[Tensor]) -> Tensor:
         """Apply the recipe to the tensors of `sources`."""
         whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if self.bits:
+            from halyard.hal.kernels.native.quantized_linear import quantize_linear
+
+            return quantize_linear(whole, self.bits)
         if not self.packed:
             return whole
         from halyard.hal.kernels.native.linear import pack_linear  # needs the C++ library

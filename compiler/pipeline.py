@@ -10,6 +10,10 @@ from halyard.compiler.passes.drop_no_ops import drop_no_ops
 from halyard.compiler.passes.fuse_linears_of_one_input import fuse_linears_of_one_input
 from halyard.compiler.passes.merge_equal_nodes import merge_equal_nodes
 from halyard.compiler.passes.prepack_linears import prepack_linears
+from halyard.compiler.passes.quantize_linears import (
+    quantize_linears_int4,
+    quantize_linears_int8,
+)
 from halyard.hal.errors import ConfigError
 
 __all__ = ["PASSES", "run_passes"]
@@ -18,6 +22,8 @@ PASSES: dict[str, Callable[[ModelGraph], None]] = {
     "drop_no_ops": drop_no_ops,  # what tracing leaves behind
     "merge_equal_nodes": merge_equal_nodes,  # every layer's views of the rotary tables
     "fuse_linears_of_one_input": fuse_linears_of_one_input,  # q, k, v and gate, up: one product each
+    "quantize_linears_int8": quantize_linears_int8,  # where asked for: EngineConfig.quantization
+    "quantize_linears_int4": quantize_linears_int4,
     "prepack_linears": prepack_linears,  # weights in the order the CPU's linear kernel reads them
 }
 

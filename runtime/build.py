@@ -260,11 +260,12 @@ def _compile(
             vocab_size=spec.vocab_size,
             dtype=plan.dtype,
             torch_device=torch_device,
+            quantization=config.quantization,
             dump_dir=config.dump_dir,
             progress=config.progress,
         )
 
     # Dumping graphs means going through the passes, so a cached program is of no use then.
     cache = ArtefactCache(config.cache_dir) if config.dump_dir is None else None
-    facts = {"model": spec.digest(), "dtype": plan.dtype}
+    facts = {"model": spec.digest(), "dtype": plan.dtype, "quantization": config.quantization}
     return load_or_build(cache, facts, build, graph, device.info)

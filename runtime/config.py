@@ -27,6 +27,7 @@ class EngineConfig:
     model: Any  # folder, hub id, "embedded", or a transformers config object
     backend: str | None = None  # a row of hw_matrix.yaml; None: the best that can run here
     dtype: str = "auto"  # "auto" (the checkpoint's, where the device computes in it), or a DType
+    quantization: str = "none"  # of the linears' weights: "none", "int8" or "int4" (backend cpu)
     max_model_len: int | None = (
         None  # tokens of prompt and answer; None: the model's, fitted to memory
     )
@@ -58,6 +59,8 @@ class EngineConfig:
                "greater than 0 and at most 1")  # fmt: skip
         _check(self.dtype in ("auto", "float32", "float16", "bfloat16"), "dtype", self.dtype,
                "auto, float32, float16 or bfloat16")  # fmt: skip
+        _check(self.quantization in ("none", "int8", "int4"), "quantization", self.quantization,
+               "none, int8 or int4")  # fmt: skip
         _check(self.load_format in ("auto", "dummy"), "load_format", self.load_format,
                "auto or dummy")  # fmt: skip
         _check(self.preemption in get_args(PreemptionPolicy), "preemption", self.preemption,

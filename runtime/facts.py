@@ -57,7 +57,7 @@ def engine_facts(
             },
             "plan": {
                 "dtype": plan.dtype,
-                "quantization": None,
+                "quantization": None if config.quantization == "none" else config.quantization,
                 "block_size": config.block_size,
                 "max_model_len": plan.memory.max_model_len,
                 "max_batched_tokens": plan.max_batched_tokens,

@@ -143,6 +143,12 @@ def make_plan(config: EngineConfig) -> ExecutionPlan:
         dtype=config.dtype,
     )
     dtype = selection.dtype
+    on_inductor = selection.row.graph == "inductor" and selection.device.kind == "cpu"
+    if config.quantization != "none" and not on_inductor:
+        raise ConfigError(
+            f"backend {selection.row.name} has no {config.quantization} weights: use "
+            "backend cpu, or quantization none"
+        )
     parameters = _count_parameters(source, spec, config.load_format)
     computes = selection.row.kernels != "null"
     on_cpu = selection.device.kind == "cpu"
@@ -155,7 +161,7 @@ def make_plan(config: EngineConfig) -> ExecutionPlan:
         spec,
         kv,
         selection.device,
-        weight_bytes=parameters * ITEM_SIZE[dtype] if computes else 0,
+        weight_bytes=_weight_bytes(config, spec, parameters, dtype) if computes else 0,
         max_batched_tokens=batched,
         bytes_per_block=kv.bytes_per_block if computes else kv.num_layers * ITEM_SIZE[dtype],
     )
@@ -241,6 +247,19 @@ def fit_memory(
         concurrency=blocks / max(1, math.ceil(max_len / size)),
         limited_by=limited,
     )
+
+
+def _weight_bytes(config: EngineConfig, spec: ModelSpec, parameters: int, dtype: DType) -> int:
+    """The embedding and what no group divides keep their dtype; a group has an fp32 scale."""
+    whole = parameters * ITEM_SIZE[dtype]
+    if config.quantization == "none":
+        return whole
+    bits, group = (8, 128) if config.quantization == "int8" else (4, 64)
+    if spec.hidden_size % group or spec.intermediate_size % group:
+        return whole
+    embedding = spec.vocab_size * spec.hidden_size
+    linears = parameters - embedding
+    return embedding * ITEM_SIZE[dtype] + linears * bits // 8 + linears // group * 4
 
 
 def _count_parameters(source: ModelSource | None, spec: ModelSpec, load_format: str) -> int:

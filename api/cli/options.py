@@ -24,6 +24,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"],
         help="auto: the checkpoint's, where the device computes in it")  # fmt: skip
+    add("--quantization", default="none", choices=["none", "int8", "int4"],
+        help="bits of the linears' weights (backend cpu)")  # fmt: skip
     add("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together")
     add("--block-size", type=int, default=16, metavar="N", help="tokens a KV block (default 16)")
     add("--memory-utilization", type=float, default=0.9, metavar="SHARE",
@@ -74,6 +76,7 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
         "model": args.model,
         "backend": args.backend,
         "dtype": args.dtype,
+        "quantization": args.quantization,
         "max_model_len": args.max_model_len,
         "block_size": args.block_size,
         "memory_utilization": args.memory_utilization,

@@ -8,9 +8,11 @@ from torch import fx, nn
 
 from halyard.compiler.graph import ModelGraph, WeightRecipe
 from halyard.compiler.passes.prepack_linears import prepack_linears
+from halyard.compiler.passes.quantize_linears import quantize_linears_int4, quantize_linears_int8
 from halyard.hal.kernels.native.embedding import packed_embedding
 from halyard.hal.kernels.native.library import find_compiler
 from halyard.hal.kernels.native.linear import pack_linear, packed_linear
+from halyard.hal.kernels.native.quantized_linear import quantized_linear
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
 
@@ -90,3 +92,27 @@ def test_packed_embedding_gathers_rows(dtype: torch.dtype, rows: int) -> None:
     matrix = torch.randn(rows, 24).to(dtype)
     ids = torch.randint(0, rows, (2, 5))
     assert torch.equal(packed_embedding(ids, pack_linear(matrix), 24), matrix[ids])
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(100, 128)
+        self.middle = nn.Linear(128, 96)
+        self.odd = nn.Linear(96, 128)  # no group divides its inputs
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.odd(self.middle(self.embedding(ids)))
+        return nn.functional.linear(hidden, self.embedding.weight)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_only_what_can_be_quantised(bits: int) -> None:
+    graph = graph_of(Mixed())
+    (quantize_linears_int8 if bits == 8 else quantize_linears_int4)(graph)
+    prepack_linears(graph)
+    targets = [node.target for node in graph.module.graph.nodes]
+    assert targets.count(quantized_linear) == 1
+    assert targets.count(packed_linear) == 2  # the odd one and the tied one
+    assert graph.recipes["middle.weight"].bits == bits
+    assert graph.recipes["odd.weight"].bits == 0

@@ -102,6 +102,25 @@ int32_t aoti_torch_cpu_packed_linear(Handle x, Handle packed, Handle* bias, int6
     return 0;
 }
 
+// y [..., out] = x [..., in] times weights of 8 or 4 bits, plus bias [out] or null.
+int32_t aoti_torch_cpu_quantized_linear(Handle x, Handle packed, Handle* bias, int64_t out, int64_t bits,
+                                        Handle* result) {
+    const View in(x), weights(packed);
+    int64_t rows, stride;
+    if (!weights.ok || !in.rows(&rows, &stride)) return FAILURE;
+    if (in.dtype != FLOAT32 && in.dtype != BFLOAT16) return FAILURE;
+    int64_t sizes[MAX_DIM];
+    std::memcpy(sizes, in.sizes, in.dim * sizeof(int64_t));
+    sizes[in.dim - 1] = out;
+    if (empty(in.dim, sizes, in.dtype, result)) return FAILURE;
+    const void* addend = bias && *bias ? data_of(*bias) : nullptr;
+    const int64_t width = in.sizes[in.dim - 1];
+    const LinearArgs args = {in.data, weights.data, addend, data_of(*result), rows, width, out, stride,
+                             rows * width * out >= min_work ? threads : 1};
+    (in.dtype == FLOAT32 ? halyard_quantized_float32 : halyard_quantized_bfloat16)(&args, bits);
+    return 0;
+}
+
 // Rows `ids` of the matrix that was packed: [...] int64 -> [..., in].
 int32_t aoti_torch_cpu_packed_embedding(Handle ids, Handle packed, int64_t in, Handle* result) {
     const View indices(ids), weights(packed);

@@ -22,6 +22,7 @@ from halyard.hal.kernels.native.library import (
     take_threads,
 )
 from halyard.hal.kernels.native.linear import packed_linear
+from halyard.hal.kernels.native.quantized_linear import quantized_linear
 
 __all__ = ["C_FUNCTIONS", "offer_operators"]
 
@@ -30,6 +31,11 @@ C_FUNCTIONS = {
     packed_linear: [
         "AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x, AtenTensorHandle packed, "
         "AtenTensorHandle* bias, int64_t out_features, AtenTensorHandle* result)"
+    ],
+    quantized_linear: [
+        "AOTITorchError aoti_torch_cpu_quantized_linear(AtenTensorHandle x, "
+        "AtenTensorHandle packed, AtenTensorHandle* bias, int64_t out_features, int64_t bits, "
+        "AtenTensorHandle* result)"
     ],
     packed_embedding: [
         "AOTITorchError aoti_torch_cpu_packed_embedding(AtenTensorHandle ids, "

@@ -135,6 +135,7 @@ def load_library(isa: str) -> ctypes.CDLL:
     for name in ("halyard_args_size", "halyard_linear_args_size"):
         getattr(library, name).restype = ctypes.c_int
     for name in ("attend_float32", "attend_bfloat16", "linear_float32", "linear_bfloat16",
+                 "quantized_float32", "quantized_bfloat16",
                  "move_blocks", "bind_torch", "set_threads"):  # fmt: skip
         getattr(library, f"halyard_{name}").restype = None
     return library

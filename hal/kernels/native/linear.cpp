@@ -275,6 +275,156 @@ void linear(const LinearArgs& a) {
     });
 }
 
+// Weight-only int8 or int4: a panel is groups of inputs, each
+//   codes  int8 [GROUP][64], or two nibbles of 8 + code [GROUP / 2][64]     then     scales fp32 [64]
+// Codes are exact in bf16, so only a group's sum is scaled: one row widens codes in registers, many
+// rows widen a group once into a scratch that their tiles then pass over; the sums are the same.
+template <int BITS>
+struct Codes {
+    static constexpr int GROUP = BITS == 8 ? 128 : 64;
+    static constexpr int64_t BYTES = GROUP * PANEL * BITS / 8;  // scales lie behind
+    static constexpr int64_t SIZE = BYTES + PANEL * 4;
+};
+
+typedef int8_t vb __attribute__((vector_size(W), aligned(1)));
+typedef uint8_t vub __attribute__((vector_size(W), aligned(1)));
+
+// Codes of inputs k and k + 1 (k even) for W outputs from the `first`-th on, as T's weights.
+template <int BITS>
+inline void two_codes(const char* group, int64_t k, int first, vi* even, vi* odd) {
+    if constexpr (BITS == 8) {
+        const char* line = group + k * PANEL + first;
+        *even = __builtin_convertvector(*reinterpret_cast<const vb*>(line), vi);
+        *odd = __builtin_convertvector(*reinterpret_cast<const vb*>(line + PANEL), vi);
+    } else {
+        const char* line = group + k / 2 * PANEL + first;
+        const vi both = __builtin_convertvector(*reinterpret_cast<const vub*>(line), vi);
+        *even = (both & 15) - 8;
+        *odd = (both >> 4) - 8;
+    }
+}
+
+template <int BITS>
+inline void widen(const char* group, int64_t k, int first, float* target) {
+    vi even, odd;
+    two_codes<BITS>(group, k, first, &even, &odd);
+    store(target, __builtin_convertvector(even, vf));
+    store(target + PANEL, __builtin_convertvector(odd, vf));
+}
+
+template <int BITS>
+inline vu widen_pair(const char* group, int64_t k, int first) {
+#if defined(__AVX512BF16__)
+    if constexpr (BITS == 4) {  // nibbles look their bf16 up
+        const __m512i both = _mm512_cvtepu8_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(group + k / 2 * PANEL + first)));
+        const __m512i index = _mm512_or_si512(both, _mm512_slli_epi32(_mm512_srli_epi32(both, 4), 16));
+        const __m512i values = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+            short(0xc100), short(0xc0e0), short(0xc0c0), short(0xc0a0), short(0xc080), short(0xc040),
+            short(0xc000), short(0xbf80), 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+        return (vu)_mm512_permutexvar_epi16(index, values);
+    }
+#endif
+    vi even, odd;
+    two_codes<BITS>(group, k, first, &even, &odd);
+    const vf low = __builtin_convertvector(even, vf), high = __builtin_convertvector(odd, vf);
+    return ((vu)low >> 16) | (vu)high;  // a code's lower half is zero
+}
+
+template <int BITS>
+inline void widen(const char* group, int64_t k, int first, uint16_t* target) {
+    const vu pair = widen_pair<BITS>(group, k, first);
+    std::memcpy(target, &pair, sizeof(pair));
+}
+
+template <typename T, int BITS>
+void quantized_panel(const LinearArgs& a, const typename Weights<T>::X* x, int64_t panel, float* c) {
+    typedef Codes<BITS> C;
+    constexpr int V = PANEL / W;
+    alignas(64) T scratch[C::GROUP * PANEL];
+    const int64_t groups = a.in / C::GROUP;
+    const char* codes = static_cast<const char*>(a.packed) + panel * groups * C::SIZE;
+    std::fill(c, c + a.rows * PANEL, 0.0f);
+    for (int64_t g = 0; g < groups; g++, codes += C::SIZE) {
+        const float* scales = reinterpret_cast<const float*>(codes + C::BYTES);
+        for (int64_t k = 0; k < C::GROUP; k += 2) {
+            __builtin_prefetch(codes + C::SIZE + k * PANEL * BITS / 8, 0, 2);
+            __builtin_prefetch(codes + C::SIZE + (k + 1) * PANEL * BITS / 8, 0, 2);
+            for (int j = 0; j < V; j++) widen<BITS>(codes, k, j * W, scratch + k * PANEL + j * W * Weights<T>::STEP);
+        }
+        for (int64_t m = 0; m < a.rows; m += TILE) {
+            const int size = int(std::min<int64_t>(TILE, a.rows - m));
+            alignas(64) float sums[TILE * PANEL] = {};
+            any_tile<T, 0>(size, x + m * a.in + g * C::GROUP * size, scratch, C::GROUP, sums, codes);
+            for (int i = 0; i < size; i++)
+                for (int j = 0; j < V; j++) {
+                    float* target = c + (m + i) * PANEL + j * W;
+                    store(target, load(target) + load(sums + i * PANEL + j * W) * load(scales + j * W));
+                }
+        }
+    }
+}
+
+#if defined(__AVX512BF16__)
+// One row: codes go from memory to registers.
+template <int BITS>
+void quantized_row(const LinearArgs& a, const uint16_t* x, int64_t panel, float* c) {
+    typedef Codes<BITS> C;
+    constexpr int V = PANEL / W;
+    const int64_t groups = a.in / C::GROUP;
+    const char* codes = static_cast<const char*>(a.packed) + panel * groups * C::SIZE;
+    vf total[V] = {};
+    for (int64_t g = 0; g < groups; g++, codes += C::SIZE, x += C::GROUP) {
+        vf sums[V] = {};
+        for (int64_t k = 0; k < C::GROUP; k += 2) {
+            const char* line = codes + k * PANEL * BITS / 8;
+            __builtin_prefetch(line + DISTANCE, 0, 3);
+            if (BITS == 8) __builtin_prefetch(line + DISTANCE + LINE, 0, 3);
+            int both;
+            std::memcpy(&both, x + k, 4);
+#pragma GCC unroll 4
+            for (int j = 0; j < V; j++)
+                sums[j] = (vf)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)widen_pair<BITS>(codes, k, j * W),
+                                               (__m512bh)_mm512_set1_epi32(both));
+        }
+        for (int j = 0; j < V; j++)
+            total[j] += sums[j] * load(reinterpret_cast<const float*>(codes + C::BYTES) + j * W);
+    }
+    for (int j = 0; j < V; j++) store(c + j * W, total[j]);
+}
+#endif
+
+template <typename T, int BITS>
+void quantized(const LinearArgs& a) {
+    typedef typename Weights<T>::X X;
+    const T* raw = static_cast<const T*>(a.x);
+    const T* bias = static_cast<const T*>(a.bias);
+    std::vector<X> x(a.rows * a.in);
+    halyard::parallel((a.rows + TILE - 1) / TILE, a.rows * a.in <= 1 << 16 ? 1 : a.threads, [&](int64_t i) {
+        const int64_t m = i * TILE;
+        copy_tile(raw + m * a.stride, a.stride, std::min<int64_t>(TILE, a.rows - m), a.in,
+                  x.data() + m * a.in);
+    });
+    const int64_t panels = (a.out + PANEL - 1) / PANEL;
+    const int64_t size = std::max<int64_t>(1, panels / (8 * a.threads));
+    halyard::parallel((panels + size - 1) / size, a.threads, [&](int64_t group) {
+        std::vector<float> c(a.rows * PANEL);
+        for (int64_t panel = group * size; panel < std::min(panels, (group + 1) * size); panel++) {
+#if defined(__AVX512BF16__)
+            if constexpr (sizeof(T) == 2) {
+                if (a.rows == 1) quantized_row<BITS>(a, x.data(), panel, c.data());
+                else quantized_panel<T, BITS>(a, x.data(), panel, c.data());
+            } else
+#endif
+                quantized_panel<T, BITS>(a, x.data(), panel, c.data());
+            const int64_t width = std::min<int64_t>(PANEL, a.out - panel * PANEL);
+            for (int64_t m = 0; m < a.rows; m++)
+                write_row(static_cast<T*>(a.y) + m * a.out + panel * PANEL, c.data() + m * PANEL,
+                          bias ? bias + panel * PANEL : nullptr, width);
+        }
+    });
+}
+
 template <typename T>
 void rows_of(const int64_t* ids, int64_t count, const T* packed, int64_t in, T* y) {
     constexpr int STEP = Weights<T>::STEP;
@@ -291,6 +441,12 @@ extern "C" {
 
 void halyard_linear_float32(const LinearArgs* args) { linear<float>(*args); }
 void halyard_linear_bfloat16(const LinearArgs* args) { linear<uint16_t>(*args); }
+void halyard_quantized_float32(const LinearArgs* args, int64_t bits) {
+    bits == 8 ? quantized<float, 8>(*args) : quantized<float, 4>(*args);
+}
+void halyard_quantized_bfloat16(const LinearArgs* args, int64_t bits) {
+    bits == 8 ? quantized<uint16_t, 8>(*args) : quantized<uint16_t, 4>(*args);
+}
 
 void halyard_rows_float32(const int64_t* ids, int64_t count, const void* packed, int64_t in, void* y) {
     rows_of<float>(ids, count, static_cast<const float*>(packed), in, static_cast<float*>(y));

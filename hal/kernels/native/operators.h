@@ -15,6 +15,9 @@ extern "C" {
 
 void halyard_linear_float32(const LinearArgs* args);
 void halyard_linear_bfloat16(const LinearArgs* args);
+// The same over weights of 8 or 4 bits.
+void halyard_quantized_float32(const LinearArgs* args, int64_t bits);
+void halyard_quantized_bfloat16(const LinearArgs* args, int64_t bits);
 
 // Rows `ids` [count] of the matrix that was packed, [count][in].
 void halyard_rows_float32(const int64_t* ids, int64_t count, const void* packed, int64_t in, void* y);

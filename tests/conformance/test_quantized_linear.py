@@ -1,0 +1,37 @@
+"""The linear over weights of 8 or 4 bits against fp64 of what its codes stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from halyard.hal.kernels.native.library import find_compiler
+from halyard.hal.kernels.native.quantized_linear import (
+    dequantize_linear,
+    quantize_linear,
+    quantized_linear,
+)
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(128, 1), (384, 203), (1024, 640)])
+def test_equals_dequantised(bits: int, dtype: torch.dtype, inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
+    bias = torch.randn(outputs).to(dtype)
+    packed = quantize_linear(weight, bits)
+    codes = dequantize_linear(packed, outputs, bits)
+    loss = (codes - weight.float()).norm() / weight.float().norm()
+    assert loss < (0.01 if bits == 8 else 0.12)
+    x = torch.randn(13, inputs).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for addend in (None, bias):
+        y = quantized_linear(x, packed, addend, outputs, bits)
+        wanted = x.double() @ codes.double().T + (0 if addend is None else addend.double())
+        torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance)
+        for count in (1, 2, 7):  # a row's result depends on no other row
+            alone = quantized_linear(x[:count], packed, addend, outputs, bits)
+            assert torch.equal(alone, y[:count])

@@ -1,0 +1,19 @@
+"""Quantised weights: where they are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from halyard.hal.errors import ConfigError
+from halyard.runtime.config import EngineConfig
+from halyard.runtime.planner import make_plan
+
+
+def test_other_backends_refuse() -> None:
+    with pytest.raises(ConfigError, match="cpu-eager has no int8 weights"):
+        make_plan(EngineConfig(model="embedded", backend="cpu-eager", quantization="int8"))
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ConfigError, match="none, int8 or int4"):
+        EngineConfig(model="embedded", quantization="int3")
