@@ -22,11 +22,12 @@ from halyard.api.cli.main import main
 from halyard.hal.errors import ModelError
 from halyard.hal.types import WeightInfo
 from halyard.models import manifest as manifests
+from halyard.models.headers import check_checkpoint
 from halyard.models.manifest import MANIFEST, problems, read_manifest, verify
 from halyard.models.provenance import file_digests
 from halyard.models.source import resolve_source
 from halyard.models.spec import ModelSpec
-from halyard.models.weights import check_checkpoint, load_weights
+from halyard.models.weights import load_weights
 
 EMBEDDED = ROOT / "models" / "embedded"
 WEIGHTS = "model.safetensors"
