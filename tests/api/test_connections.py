@@ -278,8 +278,8 @@ def test_a_body_too_large_is_refused_on_every_post(
     posts = [path for path, item in paths.items() if "post" in item and "{" not in path]
     assert len(posts) >= 7
     for path in posts:
-        if path == "/v1/files":
-            continue  # a form: below
+        if path == "/v1/files" or path.startswith("/admin"):
+            continue  # a form: below; and what is off says so without reading
         answer = served.http.post(path, content=b'{"prompt": "' + b"a" * 20_000 + b'"}')
         assert answer.status_code == 413, path
         chunks = (b"a" * 1000 for _ in range(30))  # the same without saying how long it is
