@@ -262,6 +262,7 @@ def test_limits(serve_engine: Callable[..., Served], tmp_path: Path) -> None:
     assert keyed.ask("rival", "x" * 25, max_tokens=5).status_code == 200  # not its limit
     # As many at once as allowed; the place is free again when an answer ends or its reader leaves.
     keyed.limit("rival", concurrent_requests=1)
+    keyed.served.engine.pause = 0.1  # a stream of ten seconds, however loaded the machine is
     body = {"model": "letters", "prompt": "x", "max_tokens": 100, "stream": True}
     bring = {"authorization": f"Bearer {keyed.keys['rival']}"}
     with keyed.served.http.stream("POST", "/v1/completions", json=body, headers=bring) as stream:
