@@ -289,16 +289,32 @@ struct Codes {
 typedef int8_t vb __attribute__((vector_size(W), aligned(1)));
 typedef uint8_t vub __attribute__((vector_size(W), aligned(1)));
 
+inline vi signed_bytes(const char* p) {  // GCC converts a vector of bytes one by one
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const vb*>(p), vi);
+#endif
+}
+
+inline vi unsigned_bytes(const char* p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const vub*>(p), vi);
+#endif
+}
+
 // Codes of inputs k and k + 1 (k even) for W outputs from the `first`-th on, as T's weights.
 template <int BITS>
 inline void two_codes(const char* group, int64_t k, int first, vi* even, vi* odd) {
     if constexpr (BITS == 8) {
         const char* line = group + k * PANEL + first;
-        *even = __builtin_convertvector(*reinterpret_cast<const vb*>(line), vi);
-        *odd = __builtin_convertvector(*reinterpret_cast<const vb*>(line + PANEL), vi);
+        *even = signed_bytes(line);
+        *odd = signed_bytes(line + PANEL);
     } else {
         const char* line = group + k / 2 * PANEL + first;
-        const vi both = __builtin_convertvector(*reinterpret_cast<const vub*>(line), vi);
+        const vi both = unsigned_bytes(line);
         *even = (both & 15) - 8;
         *odd = (both >> 4) - 8;
     }
