@@ -161,6 +161,8 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_running(
 ) -> None:
     child = tmp_path / "child"
     monkeypatch.setenv("MOODS_CHILD", str(child))
+    # A shell starts what it puts in the background deaf to Ctrl-C, and tests may run there.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         while not child.exists():
@@ -170,8 +172,11 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_running(
     with moody(tmp_path) as (backend, cases):
         cases = [replace(c, seconds=100.0) if c.id == "L3.stuck" else c for c in cases]
         threading.Thread(target=interrupt, daemon=True).start()
-        with pytest.raises(runner.Interrupted) as stopped:
-            runner.run_cases(backend, cases)
+        try:
+            with pytest.raises(runner.Interrupted) as stopped:
+                runner.run_cases(backend, cases)
+        finally:
+            signal.signal(signal.SIGINT, before)
     ids = [result["id"] for result in stopped.value.results]
     assert "L3.right[float32]" in ids
     assert "L3.dead" in ids

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halyard.hal.contract import Device
-from halyard.hal.kernels.triton.tiles import Tile, decode_tile, prefill_tile
+from halyard.hal.kernels.triton.tiles import Tile, decode_tile, prefill_tile, shared_tile
 from halyard.hal.types import AttentionLayer, SharedRows, StepBatch
 
 __all__ = ["AttentionLauncher", "Shape", "pad"]
@@ -216,8 +216,10 @@ class AttentionLauncher:
         batch: StepBatch, shared: SharedRows, variant: _Variant, own: int, splits: int,
     ) -> None:  # fmt: skip
         """The keys that tiles of rows have in common, to the splits after `own`."""
-        shape, tile = variant.shape, variant.decode
-        tables = batch.block_tables
+        shape, tables = variant.shape, batch.block_tables
+        tile = self.decode_override or shared_tile(
+            self._arch, shape.dim_pad, shape.item_size, shape.group
+        )
         self._shared.shared_decode_kernel[(len(shared.tile_keys), shape.num_kv_heads, splits - own)](
             q, data, partial, lse, tables, batch.query_start, shared.tile_rows, shared.tile_keys,
             *_scales(layer), q.stride(0), q.stride(1), tables.stride(0), splits, own,

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halyard.hal.kernels.triton.launch import Shape
-from halyard.hal.kernels.triton.tiles import SHARED_LIMITS, decode_tile, family, prefill_tile
+from halyard.hal.kernels.triton.tiles import (
+    SHARED_LIMITS,
+    decode_tile,
+    family,
+    prefill_tile,
+    shared_tile,
+)
 from halyard.hal.types import ITEM_SIZE, DType
 
 __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compile_variant",
@@ -183,7 +189,7 @@ def _source(
         constants = {"GATHER": random, "RANDOM": random, "SIZE": draw.CHUNK}
         return draw.draw_kernel, constants, {"num_warps": 8}, f"{draw.CHUNK} tokens"
     if variant.kernel == "shared":
-        tile = decode_tile(variant.target, shape.dim_pad, item_size, shape.group)
+        tile = shared_tile(variant.target, shape.dim_pad, item_size, shape.group)
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         return shared.shared_decode_kernel, shape.shared_constants(tile), options, "shared keys"
     if variant.kernel.startswith("decode"):

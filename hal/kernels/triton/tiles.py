@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halyard.hal.errors import BackendUnavailableError
 
-__all__ = ["SHARED_LIMITS", "Tile", "decode_tile", "family", "prefill_tile"]
+__all__ = ["SHARED_LIMITS", "Tile", "decode_tile", "family", "prefill_tile", "shared_tile"]
 
 _KIB = 1024
 
@@ -175,6 +175,14 @@ def decode_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
     tile = _row(_DECODE[family(arch)], dim_pad * item_size)
     rows = min(max(16, 1 << (group - 1).bit_length()), 64 if dim_pad <= 128 else 32)
     return Tile(rows, tile.block_n, tile.num_warps, tile.num_stages)
+
+
+def shared_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
+    """For the kernel of shared keys: a decode tile, but many more query rows to hold."""
+    tile = decode_tile(arch, dim_pad, item_size, group)
+    if family(arch).startswith("gfx1"):  # 256 registers a thread
+        return replace(tile, block_n=16, num_warps=8)
+    return tile
 
 
 def prefill_tile(arch: str, dim_pad: int, item_size: int) -> Tile:
