@@ -138,12 +138,10 @@ class EmbeddingRun:
     async def _one(self, number: int, gate: asyncio.Semaphore) -> list[float] | str:
         request = self._request
         async with gate:
-            stream = self._client.embed(
-                self._prompts[number],
-                request.pooling or "last",
-                request_id=f"{self._id}-{number}",
-                **self._who.submit_options(request.priority, request.cache_salt),
+            options = self._who.submit_options(
+                f"{self._id}-{number}", request.priority, request.cache_salt
             )
+            stream = self._client.embed(self._prompts[number], request.pooling or "last", **options)
             self._streams.add(stream)
             pooled = b""
             async for delta in stream:

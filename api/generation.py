@@ -61,14 +61,9 @@ class Generation:
         self._admission = who.admit(sum(map(len, prompts)))
         try:
             deadline = who.until(timeout)
-            options = who.submit_options(priority, cache_salt)
             for number, prompt in enumerate(prompts):
-                stream = client.submit(
-                    prompt,
-                    params,
-                    request_id=f"{answer_id}-{number}",
-                    **options,
-                )
+                options = who.submit_options(f"{answer_id}-{number}", priority, cache_salt)
+                stream = client.submit(prompt, params, **options)
                 self._streams.append(stream)
             if deadline is not None:
                 self._alarm = asyncio.get_running_loop().call_at(deadline, self._expire)

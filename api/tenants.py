@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
 
 import msgspec
 
@@ -13,7 +12,7 @@ from halyard.api.errors import ForbiddenError
 from halyard.api.limits import Admission, Meter, check_seconds
 from halyard.api.prompt_log import PromptLog
 from halyard.hal.errors import ConfigError, ContextLengthError
-from halyard.runtime.request import SamplingParams
+from halyard.runtime.request import RequestOptions, SamplingParams
 
 __all__ = ["ANYBODY", "Caller", "Tenant", "act_as", "caller"]
 
@@ -113,9 +112,12 @@ class Caller:
         tenant = self.tenant
         return self.meter.begin(prompt_tokens, tenant.concurrent_requests, tenant.tokens_per_minute)
 
-    def submit_options(self, priority: int | None, cache_salt: str | None) -> dict[str, Any]:
+    def submit_options(
+        self, request_id: str, priority: int | None, cache_salt: str | None
+    ) -> RequestOptions:
         """What `Client.submit` is told about the caller."""
         return {
+            "request_id": request_id,
             "priority": self.priority(priority),
             "cache_salt": self.salt(cache_salt),
             "tenant": self.tenant.name,

@@ -13,10 +13,10 @@ that over what a plain sum of a large tensor reaches in the same run.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from timing import best_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -26,20 +26,6 @@ from halyard.hal.kernels.tvm.kernels import TvmKernels
 from halyard.hal.types import AttentionLayer, KVSpec, StepBatch
 
 BLOCK = 16
-
-
-def best_of(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The fastest of many runs of each call in seconds, all calls taking turns."""
-    best = dict.fromkeys(calls, float("inf"))
-    for call in calls.values():
-        call()
-    stop = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < stop:
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best
 
 
 def make_calls(

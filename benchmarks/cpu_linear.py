@@ -8,10 +8,10 @@ several weights, more than fit any cache, as the layers of a model do; --hot use
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from timing import best_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,20 +20,6 @@ from halyard.hal.kernels.native.linear import pack_linear, packed_linear
 SHAPES = [(2304, 768), (4096, 768), (768, 2048), (8192, 2048)]
 ROWS = [1, 4, 16, 64, 512]
 COLD_BYTES = 160 << 20  # of weights, beyond the last cache
-
-
-def best_of(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The fastest of many runs of each call in seconds, all calls taking turns."""
-    best = dict.fromkeys(calls, float("inf"))
-    for call in calls.values():
-        call()
-    stop = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < stop:
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best
 
 
 def onednn(weight: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import functools
 import random
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import best_of
 
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.moves import move_blocks
@@ -32,18 +31,6 @@ CELLS: tuple[tuple[DType, int, int, int, int], ...] = (
     ("bfloat16", 16, 8, 128, 64),
     ("float32", 16, 8, 128, 64),
 )
-
-
-def best_of(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The fastest of many runs of each call in seconds, all calls taking turns."""
-    best = dict.fromkeys(calls, float("inf"))
-    stop = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < stop:
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best
 
 
 def main() -> None:

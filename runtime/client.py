@@ -7,14 +7,14 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from halyard import __version__
 from halyard.hal.errors import EngineDeadError, HalyardError, QueueFullError
 from halyard.runtime.answer import Answers, IncrementalDecoder
 from halyard.runtime.outputs import CompletionDelta, RequestDelta
 from halyard.runtime.plan import TokenEvent
-from halyard.runtime.request import Pooling, Request, SamplingParams
+from halyard.runtime.request import Pooling, Request, RequestOptions, SamplingParams
 
 if TYPE_CHECKING:
     from halyard.models.tokenizer import Tokenizer
@@ -185,12 +185,7 @@ class Client:
         self,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: str = "default",
-        share: float = 1.0,
+        **options: Unpack[RequestOptions],
     ) -> RequestStream:
         """Queue a request.
 
@@ -200,16 +195,7 @@ class Client:
             EngineDeadError: the engine has failed or is shutting down.
         """
         self._check_alive()
-        request = self.port.intake.request(
-            prompt_token_ids,
-            params,
-            request_id=request_id,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            share=share,
-        )
-        return self._queue(request)
+        return self._queue(self.port.intake.request(prompt_token_ids, params, **options))
 
     def check_input(self, prompt_token_ids: Sequence[int]) -> None:
         """Raise RequestError or ContextLengthError if `embed` would refuse it."""
@@ -219,26 +205,11 @@ class Client:
         self,
         prompt_token_ids: Sequence[int],
         pooling: Pooling,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: str = "default",
-        share: float = 1.0,
+        **options: Unpack[RequestOptions],
     ) -> RequestStream:
         """Queue a request for an embedding: its stream holds one delta. Errors as `submit`'s."""
         self._check_alive()
-        return self._queue(
-            self.port.intake.pooled_request(
-                prompt_token_ids,
-                pooling,
-                request_id=request_id,
-                priority=priority,
-                cache_salt=cache_salt,
-                tenant=tenant,
-                share=share,
-            )
-        )
+        return self._queue(self.port.intake.pooled_request(prompt_token_ids, pooling, **options))
 
     def give_up(self, reason: str) -> None:
         """End all requests with an error."""

@@ -7,11 +7,18 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Unpack
 
 from halyard.hal.errors import ContextLengthError, RequestError
 from halyard.runtime.guided import Guidance
-from halyard.runtime.request import POOLINGS, Constraint, Pooling, Request, SamplingParams
+from halyard.runtime.request import (
+    POOLINGS,
+    Constraint,
+    Pooling,
+    Request,
+    RequestOptions,
+    SamplingParams,
+)
 
 __all__ = ["Grammars", "Intake", "Limits"]
 
@@ -49,12 +56,7 @@ class Intake:
         self,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: str = "default",
-        share: float = 1.0,
+        **options: Unpack[RequestOptions],
     ) -> Request:
         """Build a request; the answer is cut to what the context leaves.
 
@@ -71,18 +73,13 @@ class Intake:
                 f"n must be at most {limits.max_num_sequences} here, got {params.n}", "n"
             )
         room = limits.max_model_len - len(prompt)
-        number = next(self._numbers)
         return Request(
-            request_id=request_id if request_id is not None else f"request-{number}",
+            **self._numbered(options),
             prompt_token_ids=prompt,
             params=params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             eos_token_ids=limits.eos_token_ids,
-            priority=priority,
             arrival_time=time.monotonic(),
-            cache_salt=cache_salt,
-            tenant=tenant,
-            share=share,
             seed=(params.seed if params.seed is not None else self._seeds.getrandbits(64)) % 2**64,
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             guidance=self.guidance(params),
@@ -92,12 +89,7 @@ class Intake:
         self,
         prompt_token_ids: Sequence[int],
         pooling: Pooling,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: str = "default",
-        share: float = 1.0,
+        **options: Unpack[RequestOptions],
     ) -> Request:
         """Build a request for an embedding: the prompt may fill the context.
 
@@ -112,19 +104,19 @@ class Intake:
                 f"pooling must be {' or '.join(POOLINGS)}, got {pooling!r}", "pooling"
             )
         prompt = self.checked_prompt(prompt_token_ids, 0, "input")
-        number = next(self._numbers)
         return Request(
-            request_id=request_id if request_id is not None else f"request-{number}",
+            **self._numbered(options),
             prompt_token_ids=prompt,
             params=_NOTHING_SAMPLED,
             max_tokens=0,
-            priority=priority,
             arrival_time=time.monotonic(),
-            cache_salt=cache_salt,
-            tenant=tenant,
-            share=share,
             pooling=pooling,
         )
+
+    def _numbered(self, options: RequestOptions) -> RequestOptions:
+        """With an id, if they have none."""
+        number = next(self._numbers)
+        return {"request_id": f"request-{number}", **options}
 
     def checked_prompt(self, token_ids: Sequence[int], room: int, param: str) -> tuple[int, ...]:
         """The prompt, if it leaves `room` tokens of the context."""

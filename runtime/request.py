@@ -6,14 +6,22 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from halyard.hal.errors import RequestError
 
 if TYPE_CHECKING:
     from halyard.runtime.guided import Guidance
 
-__all__ = ["MAX_LOGPROBS", "POOLINGS", "Constraint", "Pooling", "Request", "SamplingParams"]
+__all__ = [
+    "MAX_LOGPROBS",
+    "POOLINGS",
+    "Constraint",
+    "Pooling",
+    "Request",
+    "RequestOptions",
+    "SamplingParams",
+]
 
 Pooling = Literal["last", "mean"]
 """What becomes of a prompt's final hidden states: that of the last token, or the mean of all."""
@@ -154,6 +162,16 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class RequestOptions(TypedDict, total=False):
+    """What may be said of a request beside prompt and parameters: see the fields of Request."""
+
+    request_id: str  # default: a number of the engine's
+    priority: int
+    cache_salt: str
+    tenant: str
+    share: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,8 @@ def config(**changes: object) -> SchedulerConfig:
 TINY = {"num_blocks": 12, "max_model_len": 40, "block_size": 4, "max_num_sequences": 5}
 
 
-@pytest.mark.parametrize("host_blocks", [0, 6, 30])
-@pytest.mark.parametrize("policy", ["auto", "swap", "recompute"])
-def test_fuzz(policy: str, host_blocks: int) -> None:
-    """10,000 steps in all of random arrivals, aborts, forks and preemptions on tiny pools."""
-    fuzzer = Fuzzer(
+def tiny_fuzzer(policy: str, host_blocks: int, ahead: float = 0.0) -> Fuzzer:
+    return Fuzzer(
         config(
             **TINY,
             max_batched_tokens=9,
@@ -39,7 +36,15 @@ def test_fuzz(policy: str, host_blocks: int) -> None:
             cost=PreemptionCost(1, 1.0, 4.0),
         ),
         seed=len(policy) * 100 + host_blocks,
+        ahead=ahead,
     )
+
+
+@pytest.mark.parametrize("host_blocks", [0, 6, 30])
+@pytest.mark.parametrize("policy", ["auto", "swap", "recompute"])
+def test_fuzz(policy: str, host_blocks: int) -> None:
+    """10,000 steps in all of random arrivals, aborts, forks and preemptions on tiny pools."""
+    fuzzer = tiny_fuzzer(policy, host_blocks)
     for _ in range(1200):
         fuzzer.step()
     fuzzer.drain()
@@ -83,17 +88,7 @@ def test_fuzz_over_random_configurations(seed: int) -> None:
 @pytest.mark.parametrize("policy", ["swap", "recompute"])
 def test_fuzz_with_late_commits(policy: str, host_blocks: int) -> None:
     """The next step is planned, most of the time, before the last one has run."""
-    fuzzer = Fuzzer(
-        config(
-            **TINY,
-            max_batched_tokens=9,
-            num_host_blocks=host_blocks,
-            preemption=policy,
-            cost=PreemptionCost(1, 1.0, 4.0),
-        ),
-        seed=len(policy) * 100 + host_blocks,
-        ahead=0.9,
-    )
+    fuzzer = tiny_fuzzer(policy, host_blocks, ahead=0.9)
     for _ in range(1500):
         fuzzer.step()
     fuzzer.drain()

@@ -20,7 +20,7 @@ struct Torch {  // torch/csrc/inductor/aoti_torch/c/shim.h
     int32_t (*empty_strided)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
 };
 
-constexpr int32_t FAILURE = 1;
+constexpr int32_t SUCCESS = 0, FAILURE = 1;
 constexpr int32_t FLOAT32 = 6, BFLOAT16 = 15, INT64 = 4;  // c10::ScalarType
 constexpr int MAX_DIM = 8;
 
@@ -72,6 +72,24 @@ void* data_of(Handle tensor) {
     return torch.get_data_ptr(tensor, &pointer) ? nullptr : pointer;
 }
 
+// Makes y [..., out] for x [..., in] and has `run` fill it.
+template <typename F>
+int32_t multiply(Handle x, Handle packed, Handle* bias, int64_t out, Handle* result, const F& run) {
+    const View in(x), weights(packed);
+    int64_t rows, stride;
+    if (!weights.ok || !in.rows(&rows, &stride)) return FAILURE;
+    if (in.dtype != FLOAT32 && in.dtype != BFLOAT16) return FAILURE;
+    int64_t sizes[MAX_DIM];
+    std::memcpy(sizes, in.sizes, in.dim * sizeof(int64_t));
+    sizes[in.dim - 1] = out;
+    if (empty(in.dim, sizes, in.dtype, result)) return FAILURE;
+    const void* addend = bias && *bias ? data_of(*bias) : nullptr;
+    const int64_t width = in.sizes[in.dim - 1];
+    const LinearArgs args = {in.data, weights.data, addend, data_of(*result), rows, width, out, stride,
+                             rows * width * out >= min_work ? threads : 1};
+    return run(&args, in, weights);
+}
+
 }  // namespace
 
 extern "C" {
@@ -86,39 +104,20 @@ void halyard_set_threads(int64_t count, int64_t work) {
 
 // y [..., out] = x [..., in] times packed weights, plus bias [out] or null.
 int32_t aoti_torch_cpu_packed_linear(Handle x, Handle packed, Handle* bias, int64_t out, Handle* result) {
-    const View in(x), weights(packed);
-    int64_t rows, stride;
-    if (!weights.ok || !in.rows(&rows, &stride) || weights.dtype != in.dtype) return FAILURE;
-    if (in.dtype != FLOAT32 && in.dtype != BFLOAT16) return FAILURE;
-    int64_t sizes[MAX_DIM];
-    std::memcpy(sizes, in.sizes, in.dim * sizeof(int64_t));
-    sizes[in.dim - 1] = out;
-    if (empty(in.dim, sizes, in.dtype, result)) return FAILURE;
-    const void* addend = bias && *bias ? data_of(*bias) : nullptr;
-    const int64_t width = in.sizes[in.dim - 1];
-    const LinearArgs args = {in.data, weights.data, addend, data_of(*result), rows, width, out, stride,
-                             rows * width * out >= min_work ? threads : 1};
-    (in.dtype == FLOAT32 ? halyard_linear_float32 : halyard_linear_bfloat16)(&args);
-    return 0;
+    return multiply(x, packed, bias, out, result, [](const LinearArgs* args, const View& in, const View& weights) {
+        if (weights.dtype != in.dtype) return FAILURE;
+        (in.dtype == FLOAT32 ? halyard_linear_float32 : halyard_linear_bfloat16)(args);
+        return SUCCESS;
+    });
 }
 
 // y [..., out] = x [..., in] times weights of 8 or 4 bits, plus bias [out] or null.
 int32_t aoti_torch_cpu_quantized_linear(Handle x, Handle packed, Handle* bias, int64_t out, int64_t bits,
                                         Handle* result) {
-    const View in(x), weights(packed);
-    int64_t rows, stride;
-    if (!weights.ok || !in.rows(&rows, &stride)) return FAILURE;
-    if (in.dtype != FLOAT32 && in.dtype != BFLOAT16) return FAILURE;
-    int64_t sizes[MAX_DIM];
-    std::memcpy(sizes, in.sizes, in.dim * sizeof(int64_t));
-    sizes[in.dim - 1] = out;
-    if (empty(in.dim, sizes, in.dtype, result)) return FAILURE;
-    const void* addend = bias && *bias ? data_of(*bias) : nullptr;
-    const int64_t width = in.sizes[in.dim - 1];
-    const LinearArgs args = {in.data, weights.data, addend, data_of(*result), rows, width, out, stride,
-                             rows * width * out >= min_work ? threads : 1};
-    (in.dtype == FLOAT32 ? halyard_quantized_float32 : halyard_quantized_bfloat16)(&args, bits);
-    return 0;
+    return multiply(x, packed, bias, out, result, [bits](const LinearArgs* args, const View& in, const View&) {
+        (in.dtype == FLOAT32 ? halyard_quantized_float32 : halyard_quantized_bfloat16)(args, bits);
+        return SUCCESS;
+    });
 }
 
 // Rows `ids` of the matrix that was packed: [...] int64 -> [..., in].
@@ -138,6 +137,6 @@ int32_t aoti_torch_cpu_packed_embedding(Handle ids, Handle packed, int64_t in, H
     void* target = data_of(*result);
     if (weights.dtype == FLOAT32) halyard_rows_float32(wanted, count * last, weights.data, in, target);
     else halyard_rows_bfloat16(wanted, count * last, weights.data, in, target);
-    return 0;
+    return SUCCESS;
 }
 }

@@ -143,8 +143,8 @@ const char* any_tile(int rows, const typename Weights<T>::X* x, const T* w, int6
     return ahead;
 }
 
-// `rows` rows against `count` inputs of a panel from the k-th on, tile by tile. With `fetch`, the inputs behind them
-// (the next slice, or the next panel's first) are fetched on the way.
+// `rows` rows against `count` inputs of a panel from the k-th on, tile by tile. With `fetch`, the
+// inputs behind them (the next slice, or the next panel's first) are fetched on the way.
 template <typename T>
 void tiles(const typename Weights<T>::X* x, int64_t in, int64_t rows, int64_t k, const T* w,
            int64_t count, float* c, bool fetch) {
@@ -162,7 +162,7 @@ void tiles(const typename Weights<T>::X* x, int64_t in, int64_t rows, int64_t k,
     }
 }
 
-// The same for one row and several panels at once: as many streams from memory.
+// One row against several panels at once: as many streams from memory.
 template <typename T, int N>
 void stream(const typename Weights<T>::X* x, const T* w, int64_t stride, int64_t count, float* c) {
     constexpr int V = PANEL / W, STEP = Weights<T>::STEP;
@@ -206,7 +206,7 @@ inline void write_row(T* y, const float* sums, const T* bias, int64_t width) {
     for (; n < width; n++) from_float(y + n, sums[n] + (bias ? to_float(bias[n]) : 0.0f));
 }
 
-// One row: several panels at once, as many streams from memory.
+// One row against all panels.
 template <typename T>
 void one_row(const LinearArgs& a, const typename Weights<T>::X* x) {
     const T* packed = static_cast<const T*>(a.packed);

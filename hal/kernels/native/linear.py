@@ -17,7 +17,7 @@ from halyard.hal.kernels.native.library import (
     num_threads,
 )
 
-__all__ = ["PANEL", "pack_linear", "packed_linear", "unpack_linear"]
+__all__ = ["PANEL", "multiply", "pack_linear", "packed_linear", "unpack_linear"]
 
 PANEL = 64  # outputs a panel; mirrors linear.cpp
 
@@ -61,7 +61,8 @@ def unpack_linear(packed: Tensor, out_features: int) -> Tensor:
 
 
 @cache
-def _functions() -> dict[torch.dtype, Any]:
+def _functions() -> dict[tuple[str, torch.dtype], Any]:
+    """The library's products by kind of weight and dtype of input."""
     from halyard.hal.devices.cpu import CpuDevice
 
     info = CpuDevice.probe().info
@@ -71,14 +72,21 @@ def _functions() -> dict[torch.dtype, Any]:
     if library.halyard_linear_args_size() != ctypes.sizeof(_Args):
         raise AssertionError("the native library was built from another source")
     return {
-        torch.float32: library.halyard_linear_float32,
-        torch.bfloat16: library.halyard_linear_bfloat16,
+        (kind, dtype): getattr(library, f"halyard_{kind}_{str(dtype).removeprefix('torch.')}")
+        for kind in ("linear", "quantized")
+        for dtype in (torch.float32, torch.bfloat16)
     }
 
 
-@torch.library.impl(_library, "packed_linear", "CPU")
-def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    x = x.contiguous()  # of one row's tokens or many: a slice of a wider tensor is copied
+def multiply(
+    kind: str, x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *more: Any
+) -> Tensor:
+    """x [..., in] times packed weights, plus bias [out] or None -> [..., out] in x's dtype.
+
+    Args:
+        kind: "linear" or "quantized"; more: what the C function of that kind wants besides.
+    """
+    x = x.contiguous()
     num_inputs = x.shape[-1]
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = math.prod(x.shape[:-1])
@@ -87,8 +95,13 @@ def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features:
         x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
         rows, num_inputs, out_features, num_inputs, num_threads() if large else 1,
     )  # fmt: skip
-    _functions()[x.dtype](ctypes.byref(args))
+    _functions()[kind, x.dtype](ctypes.byref(args), *more)
     return y
+
+
+@torch.library.impl(_library, "packed_linear", "CPU")
+def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return multiply("linear", x, packed, bias, out_features)
 
 
 @torch.library.register_fake("halyard::packed_linear", lib=_library)

@@ -8,14 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from halyard.hal.devices.cpu import CpuDevice
-from halyard.hal.kernels.native.library import (
-    MIN_PARALLEL_WORK,
-    best_isa,
-    load_library,
-    num_threads,
-)
-from halyard.hal.kernels.native.linear import PANEL, _Args
+from halyard.hal.kernels.native.linear import PANEL, multiply
 
 __all__ = ["GROUPS", "dequantize_linear", "quantize_linear", "quantized_linear"]
 
@@ -94,23 +87,7 @@ def dequantize_linear(packed: Tensor, out_features: int, bits: int) -> Tensor:
 def _quantized_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, bits: int
 ) -> Tensor:
-    x = x.contiguous()
-    num_inputs = x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], out_features))
-    rows = math.prod(x.shape[:-1])
-    large = rows * num_inputs * out_features >= MIN_PARALLEL_WORK
-    args = _Args(
-        x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-        rows, num_inputs, out_features, num_inputs, num_threads() if large else 1,
-    )  # fmt: skip
-    info = CpuDevice.probe().info
-    if info is None:
-        raise AssertionError("a CPU is always there")
-    library = load_library(best_isa(info.features))
-    single = x.dtype == torch.float32
-    function = library.halyard_quantized_float32 if single else library.halyard_quantized_bfloat16
-    function(ctypes.byref(args), ctypes.c_int64(bits))
-    return y
+    return multiply("quantized", x, packed, bias, out_features, ctypes.c_int64(bits))
 
 
 @torch.library.register_fake("halyard::quantized_linear", lib=_library)
