@@ -6,7 +6,8 @@ PYTHONPATH=pkg python benchmarks/gpu_throughput.py --out $OUT/throughput.jsonl -
 A variant is NAME or NAME:field=value,field=value with fields of EngineConfig. Each (variant, shape)
 has one engine; its workloads run in the order given, each with one unmeasured run and --repeat
 measured ones. What doesn't fit in the budget any more is left out and named at the end. With
---profile every cell is followed by where the engine's time went, phase by phase.
+--profile every cell is followed by where the engine's time went, phase by phase; --trace DIR adds a
+page for each cell with the device's kernels, of a shorter form of the workload.
 
 PYTHONPATH=pkg python benchmarks/gpu_throughput.py --show results.jsonl prints a table against the
 peers of the comparison instead.
@@ -19,8 +20,13 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halyard.runtime.llm import LLM
+    from halyard.runtime.workloads import Workload
 
 WORKLOADS = ("decode", "mixed", "prefix", "prefill", "single")
 _ROOM = 1.3  # a cell is begun if the budget holds that many times what its shape's last one took
@@ -44,6 +50,7 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=1, help="unmeasured runs of each cell")
     parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
     parser.add_argument("--profile", action="store_true", help="add the engine's phases")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="write a profile of each cell")
     parser.add_argument("--out", type=Path, help="JSONL to append to, beside standard output")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a table of results")
     args = parser.parse_args()
@@ -112,6 +119,8 @@ def run_engine(
                     phase: 1e3 * (seconds - before.phase_seconds.get(phase, 0.0)) / steps
                     for phase, seconds in after.phase_seconds.items()
                 }
+            if args.trace is not None:
+                result["profile"] = trace(args.trace, cell, llm, workload)
             line = json.dumps(result)
             print(line, flush=True)
             if args.out is not None:
@@ -120,6 +129,28 @@ def run_engine(
                     file.write(line + "\n")
                     file.flush()
                     os.fsync(file.fileno())
+
+
+def trace(directory: Path, cell: str, llm: LLM, workload: Workload) -> dict[str, Any]:
+    """Profile fewer requests with shorter answers: the profiler keeps every launch of every step."""
+    from halyard.runtime.bench import measure_throughput
+    from halyard.runtime.profile import profiled
+
+    short = replace(
+        workload,
+        requests=tuple(
+            replace(one, max_tokens=min(one.max_tokens, 48)) for one in workload.requests[:256]
+        ),
+    )
+    with profiled(llm.engine) as profile:
+        measure_throughput(llm, short)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{cell.replace('/', '-')}.html").write_text(profile.page(cell))
+    print(profile.table(), file=sys.stderr, flush=True)
+    for name, seconds, calls in profile.kernels[:24]:
+        each = 1e3 * seconds / profile.steps
+        print(f"  {each:8.3f} ms {calls / profile.steps:7.1f}x {name[:100]}", file=sys.stderr)
+    return profile.to_dict()
 
 
 def show(path: Path) -> None:
