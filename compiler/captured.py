@@ -48,10 +48,6 @@ class CapturedProgram:
         size = max_rows * (80 + 4 * max_blocks) + (1 << 13)
         self.buffer = torch.zeros(size, dtype=torch.uint8, device=device.torch_device)
 
-    @property
-    def num_recordings(self) -> int:
-        return len(self._replays)
-
     def set_pool(self, pool: KVPool) -> None:
         """Where keys and values live; recordings of another pool are void."""
         self._program.set_pool(pool)

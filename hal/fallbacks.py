@@ -9,13 +9,12 @@ import logging
 import threading
 from collections import Counter
 
-__all__ = ["counts", "note", "reasons"]
+__all__ = ["counts", "note"]
 
 logger = logging.getLogger("halyard.fallbacks")
 
 _lock = threading.Lock()
 _counts: Counter[str] = Counter()
-_reasons: dict[str, str] = {}
 
 
 def note(part: str, reason: str) -> None:
@@ -27,7 +26,6 @@ def note(part: str, reason: str) -> None:
     """
     with _lock:
         _counts[part] += 1
-        _reasons.setdefault(part, reason)
     logger.warning("%s: %s", part, reason)
 
 
@@ -35,9 +33,3 @@ def counts() -> dict[str, int]:
     """Part -> how often, in this process."""
     with _lock:
         return dict(_counts)
-
-
-def reasons() -> dict[str, str]:
-    """Part -> why it was the first time, for the page."""
-    with _lock:
-        return dict(_reasons)

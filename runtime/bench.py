@@ -141,7 +141,7 @@ def _run(llm: LLM, workload: Workload, run: int) -> float:
 
 
 def _totals(stats: EngineStats) -> dict[str, int]:
-    """Numbers, not references: the counters in `stats` go on counting."""
+    """Running totals whose rise is what one run did."""
     scheduler = stats.scheduler
     return {
         "steps": stats.steps,

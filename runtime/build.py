@@ -50,7 +50,6 @@ class BuiltEngine:
     plan: ExecutionPlan
     facts: EngineFacts
     startup_seconds: float
-    phases: dict[str, float]  # seconds by phase
 
 
 class _Clock:
@@ -145,13 +144,12 @@ def build_engine(
         executor,
         Intake(limits, config.seed, grammars),
         Metrics(plan.spec.name, row.name, bytes_per_block),
-        config.max_queue_len,
         config.overlap,
     )
     # What is there now stays: the collector needn't look through torch and the model in every step.
     gc.freeze()
     seconds = time.perf_counter() - clock.started
-    return BuiltEngine(engine, tokenizer, plan, facts, seconds, clock.phases)
+    return BuiltEngine(engine, tokenizer, plan, facts, seconds)
 
 
 def _vocabulary(source: ModelSource, loaded: Tokenizer | None) -> Callable[[], Tokenizer]:

@@ -65,14 +65,12 @@ class Engine:
         executor: Executor,
         intake: Intake,
         metrics: Metrics,
-        max_queue_len: int | None = None,
         overlap: bool = True,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.intake = intake
         self.metrics = metrics
-        self.max_queue_len = max_queue_len  # most requests that wait; None: no limit
         self.overlap = overlap and executor.overlaps  # issue a step before the last one is back
         self._clock = 0.0
         self._steps = 0

@@ -210,7 +210,12 @@ class Executor:
 
     @torch.inference_mode()
     def issue(self, step: PreparedStep, before: RunningStep | None = None) -> RunningStep:
-        """All that the device does for it. Nothing here waits if the device overlaps."""
+        """All that the device does for it.
+
+        Where the device overlaps, a step of plain rows waits for nothing. Scores of prompts wait for
+        the logits, guided rows for their masks; columns of penalties, biases and least lengths are
+        copied from memory that isn't pinned, which may wait for the work issued before.
+        """
         plan, packed = step.plan, step.packed
         self.move(plan.swap_out, plan.swap_in, plan.copies)
         self._moved = True

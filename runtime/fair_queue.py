@@ -91,10 +91,6 @@ class FairQueue:
             for lane in lanes.values():
                 yield from lane
 
-    def waiting_of(self, tenant: str) -> int:
-        """How many sequences of one tenant wait."""
-        return sum(len(lanes.get(tenant, ())) for lanes in self._lanes.values())
-
     def add(self, sequence: Sequence) -> None:
         request = sequence.request
         lanes = self._lanes.setdefault(request.priority, {})

@@ -48,12 +48,12 @@ class KVCounters:
     evictions_demoted: int = 0  # device blocks whose prefix went to the host tier
     evictions_dropped: int = 0  # device blocks whose prefix was lost
     host_evictions: int = 0  # prefixes lost from the host tier
-    slots_used: int = 0  # in blocks held, summed over steps
+    slots_used: int = 0  # in blocks held, summed over every eighth step
     slots_wasted: int = 0  # of these, without a token
 
     @property
     def waste(self) -> float:
-        """Share of slots in used blocks that hold no token, averaged over all steps."""
+        """Share of slots in used blocks that hold no token, averaged over the steps counted."""
         return self.slots_wasted / self.slots_used if self.slots_used else 0.0
 
 

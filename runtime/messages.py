@@ -11,7 +11,7 @@ import pickle
 import socket
 import struct
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -112,7 +112,6 @@ class LogLine:
     name: str
     level: int
     text: str
-    fields: dict[str, Any] = field(default_factory=dict)
 
 
 class Step(msgspec.Struct, array_like=True, gc=False):

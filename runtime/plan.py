@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ __all__ = [
     "PlanRow",
     "StepOutput",
     "StepPlan",
-    "StepResult",
     "TokenEvent",
     "TokenLogprob",
     "make_event",
@@ -90,15 +89,6 @@ class StepOutput:
     errors: tuple[tuple[int, str], ...] = ()  # (row, text): rows whose tokens are void, and why
     pooled: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
     # ^ by row, of requests that pool: [hidden], the sum over its tokens, or the prompt's last one
-
-
-class StepResult(Protocol):
-    """A running step: a handle that becomes ready, so that the next step can be planned meanwhile."""
-
-    def ready(self) -> bool: ...
-
-    def wait(self) -> StepOutput:
-        """Block until the step is done. Raises what the device raised."""
 
 
 class TokenEvent(NamedTuple):

@@ -184,11 +184,9 @@ def _how_it_ended(status: int | None) -> str:
 def _log(line: LogLine) -> None:
     target = logging.getLogger(line.name)
     if target.isEnabledFor(line.level):
-        record = logging.LogRecord(
-            line.name, line.level, "engine process", 0, line.text, None, None
+        target.handle(
+            logging.LogRecord(line.name, line.level, "engine process", 0, line.text, None, None)
         )
-        record.__dict__.update(line.fields)
-        target.handle(record)
 
 
 class ProcessPort:

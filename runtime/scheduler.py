@@ -61,10 +61,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def num_waiting_of(self, tenant: str) -> int:
-        """Sequences of one tenant that wait."""
-        return self._waiting.waiting_of(tenant)
-
     def has_work(self) -> bool:
         return bool(self._running or self._waiting or self._swapped or self._plans)
 

@@ -104,8 +104,8 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("host_blocks_total", "KV blocks in the host tier"),
     _gauge("host_blocks_used", "Host blocks of swapped sequences"),
     _gauge("host_blocks_cached", "Host blocks with a findable prefix"),
-    _gauge("kv_waste_ratio", "Share of slots in used KV blocks that hold no token, averaged over all "
-           "steps"),
+    _gauge("kv_waste_ratio", "Share of slots in used KV blocks that hold no token, averaged over "
+           "every eighth step"),
     _counter("prefix_cache_queries", "Prompt tokens looked up", vllm="prefix_cache_queries"),
     _counter("prefix_cache_hits", "Prompt tokens found in the cache", vllm="prefix_cache_hits"),
     _counter("preemptions", "Sequences that gave way, by what became of their KV: swap, recompute",

@@ -50,10 +50,6 @@ class Metrics:
         """What requests gained in one step."""
         self._requests.observe_deltas(deltas)
 
-    def observe_delta(self, request: Request, delta: RequestDelta) -> None:
-        """What one request gained."""
-        self._requests.observe_deltas(((request, delta),))
-
     def observe_cancelled(self, request: Request) -> None:
         """The client went away."""
         self._requests.observe_cancelled(request)

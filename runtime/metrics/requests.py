@@ -49,11 +49,6 @@ class RequestMetrics:
         self._finished: deque[float] = deque(maxlen=64)  # times of the last finished requests
         self._gaps = store.histogram("inter_token_latency_seconds")
 
-    @property
-    def num_open(self) -> int:
-        """Requests between their first token and their end."""
-        return len(self._open)
-
     def observe_deltas(self, deltas: Iterable[tuple[Request, RequestDelta]]) -> None:
         """What requests gained in one step."""
         now = time.monotonic()

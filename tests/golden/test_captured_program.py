@@ -31,10 +31,12 @@ class _Recorder:
     def __init__(self, able: bool = True) -> None:
         self.able = able
         self.replayed = 0
+        self.recorded = 0
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None] | None:
         if not self.able:
             return None
+        self.recorded += 1
         step()
 
         def replay() -> None:
@@ -84,5 +86,5 @@ def test_recorded_steps_give_the_same_tokens(tmp_path: Path, able: bool) -> None
             found = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
             assert found == expected
         assert (recorder.replayed > 20) == able
-        assert captured.num_recordings == (3 if able else 0) or captured.num_recordings > 3
+        assert recorder.recorded >= 3 if able else recorder.recorded == 0
         llm.engine.check_integrity()

@@ -187,4 +187,3 @@ def test_the_queue_against_a_list() -> None:
         queue.check_integrity()
         assert len(queue) == len(held)
         assert [*queue.in_turn()].__len__() == len(held)
-        assert queue.waiting_of("a") == sum(s.request.tenant == "a" for s in held)

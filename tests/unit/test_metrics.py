@@ -65,9 +65,9 @@ def delta(tokens: int, finish: FinishReason | None = None, name: str = "r") -> R
 
 def test_a_request_from_first_token_to_last() -> None:
     metrics, own = Metrics("m", "b"), request()
-    metrics.observe_delta(own, delta(1))
-    metrics.observe_delta(own, delta(2))
-    metrics.observe_delta(own, delta(1, "length"))
+    metrics.observe_deltas([(own, delta(1))])
+    metrics.observe_deltas([(own, delta(2))])
+    metrics.observe_deltas([(own, delta(1, "length"))])
     found = values(metrics)
 
     def total(name: str, *labels: str) -> tuple[float, float]:
@@ -98,7 +98,7 @@ def test_answers_of_one_request_end_one_by_one() -> None:
     metrics, own = Metrics("m", "b"), request(n=2)
 
     def both(*news: CompletionDelta, finished: bool = False) -> None:
-        metrics.observe_delta(own, RequestDelta("r", news, 2, finished=finished))
+        metrics.observe_deltas([(own, RequestDelta("r", news, 2, finished=finished))])
 
     both(CompletionDelta(0, "", (7,)), CompletionDelta(1, "", (8,)))
     both(CompletionDelta(0, "", (7,), finish_reason="stop"), CompletionDelta(1, "", (8,)))
@@ -112,10 +112,10 @@ def test_answers_of_one_request_end_one_by_one() -> None:
 
 def test_nothing_is_kept_of_requests_that_end_or_leave() -> None:
     metrics = Metrics("m", "b")
-    metrics.observe_delta(request("done"), delta(1, "stop", "done"))
-    metrics.observe_delta(request("gone"), delta(1, name="gone"))
+    metrics.observe_deltas([(request("done"), delta(1, "stop", "done"))])
+    metrics.observe_deltas([(request("gone"), delta(1, name="gone"))])
     metrics.observe_cancelled(request("gone"))
-    assert metrics._requests.num_open == 0
+    assert not metrics._requests._open
     found = values(metrics)
     assert found[("halyard_requests_total", "stop", "default")] == 1
     assert found[("halyard_requests_total", "abort", "default")] == 1
@@ -126,7 +126,7 @@ def test_tenants_and_error_types_stay_few() -> None:
     metrics = Metrics("m", "b", max_tenants=3)
     for number in range(10):
         own = request(f"r{number}", f"tenant-{number}")
-        metrics.observe_delta(own, delta(1, "stop", f"r{number}"))
+        metrics.observe_deltas([(own, delta(1, "stop", f"r{number}"))])
     for number in range(1000):
         metrics.observe_error(f"code-{number}")
     found = values(metrics)
@@ -169,8 +169,8 @@ def test_engine_totals_and_gauges() -> None:
 def test_vllm_names_carry_the_same_numbers() -> None:
     metrics = Metrics("m", "b")
     for name, tenant in (("r", "one"), ("s", "two")):
-        metrics.observe_delta(request(name, tenant), delta(1, name=name))
-        metrics.observe_delta(request(name, tenant), delta(1, "stop", name=name))
+        metrics.observe_deltas([(request(name, tenant), delta(1, name=name))])
+        metrics.observe_deltas([(request(name, tenant), delta(1, "stop", name=name))])
     assert not any(key[0].startswith("vllm:") for key in values(metrics))
     found = values(metrics, vllm=True)
     assert found[("vllm:request_success_total", "stop")] == 2
@@ -191,8 +191,8 @@ def test_vllm_names_carry_the_same_numbers() -> None:
 
 def test_what_is_rendered_is_what_the_catalogue_says() -> None:
     metrics = Metrics("m", "b")
-    metrics.observe_delta(request(), delta(1))
-    metrics.observe_delta(request(), delta(2, "stop"))
+    metrics.observe_deltas([(request(), delta(1))])
+    metrics.observe_deltas([(request(), delta(2, "stop"))])
     metrics.observe_error("queue_full")
     metrics.observe_load_failure()
     metrics.describe("1.0", "cpu", "float32", {"compiling": 2.5})

@@ -101,7 +101,7 @@ def test_history_has_rates_and_percentiles_and_survives_a_restart() -> None:
     take(0)
     own = request("r", "one")
     for _ in range(2):
-        metrics.observe_delta(own, RequestDelta("r", (CompletionDelta(0, "", (7,)),), 2))
+        metrics.observe_deltas([(own, RequestDelta("r", (CompletionDelta(0, "", (7,)),), 2))])
     time.sleep(0.01)
     take(100)
     take(5)  # another engine: its counters begin again

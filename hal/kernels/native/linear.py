@@ -26,7 +26,7 @@ _library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_fe
 
 
 class _Args(ctypes.Structure):
-    """Mirrors `struct LinearArgs` of linear.cpp."""
+    """Mirrors `struct LinearArgs` of operators.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "packed", "bias", "y")),
