@@ -237,6 +237,8 @@ class Client:
             raise EngineDeadError(self.error)
         if self._refusing:
             raise EngineDeadError(SHUTTING_DOWN)
+        if not self.port.alive:  # it has failed, and says so presently
+            raise EngineDeadError("the engine has stopped")
 
     def _queue(self, request: Request) -> RequestStream:
         if request.request_id in self._streams:
@@ -278,7 +280,7 @@ class Client:
         by_request: dict[str, list[TokenEvent]] = {}
         for event in events:
             by_request.setdefault(event.request_id, []).append(event)
-        delivered: list[tuple[Request, RequestDelta]] = []
+        delivered: list[tuple[RequestStream, RequestDelta]] = []
         for request_id, own in by_request.items():
             stream = self._streams.get(request_id)
             if stream is None:
@@ -288,11 +290,13 @@ class Client:
                 self.port.abort(request_id, index)
             stream.answers.abandoned.clear()
             if delta is not None:
-                delivered.append((stream.request, delta))
+                delivered.append((stream, delta))
                 if delta.finished:
                     del self._streams[request_id]
-                stream.put(delta)
-        self.metrics.observe_deltas(delivered)
+        # Counted before they are handed out: a stream that overflows ends its request.
+        self.metrics.observe_deltas((stream.request, delta) for stream, delta in delivered)
+        for stream, delta in delivered:
+            stream.put(delta)
 
     def _fail_streams(self, reason: str) -> None:
         """Every request gets an answer, if only an error."""

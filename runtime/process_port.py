@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -218,6 +219,7 @@ class ProcessPort:
         self._busy = False
         self._sent = 0
         self._received = 0  # of those sent, by the engine
+        self._added: deque[int] = deque()  # which of those it has not received are requests
         self._frames = 0
         self._outgoing = bytearray()
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -234,7 +236,7 @@ class ProcessPort:
 
     @property
     def num_waiting(self) -> int:
-        return self._waiting + self._sent - self._received
+        return self._waiting + len(self._added)
 
     def start(self, deliver: Deliver, died: Died) -> None:
         self._deliver, self._died = deliver, died
@@ -245,6 +247,7 @@ class ProcessPort:
 
     def add(self, request: Request) -> None:
         self._send(Add(request))
+        self._added.append(self._sent)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         self._send(Abort(request_id, index))
@@ -338,6 +341,8 @@ class ProcessPort:
                     _log(message)
                 case Failed(error):
                     self._reason = str(error)
+                    # It closes the device next, which may take for ever when that has failed.
+                    self._process.kill()  # the socket's end tells the rest
                 case _:
                     raise AssertionError(f"no message of an engine: {message!r}")
         if events:
@@ -346,6 +351,8 @@ class ProcessPort:
     def _take_step(self, step: Step) -> None:
         self._frames += 1
         self._waiting, self._received, self._busy = step.num_waiting, step.num_received, step.busy
+        while self._added and self._added[0] <= step.num_received:
+            self._added.popleft()
         if step.stats:
             self._stats, self._stats_time = pickle.loads(step.stats), time.monotonic()
         if step.observations:

@@ -38,6 +38,9 @@ class ThreadPort:
         self._wake = threading.Event()
         self._stopping = False
         self._failed = False
+        self._added = 0
+        self._taken = 0  # of those added, by the engine
+        self._asked: set[asyncio.Future[EnginePicture]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="halyard-engine", daemon=True)
 
@@ -47,7 +50,7 @@ class ThreadPort:
 
     @property
     def num_waiting(self) -> int:
-        return self.engine.num_waiting + len(self._inbox)
+        return self.engine.num_waiting + self._added - self._taken
 
     def start(self, deliver: Deliver, died: Died) -> None:
         self._loop = asyncio.get_running_loop()
@@ -55,6 +58,7 @@ class ThreadPort:
         self._thread.start()
 
     def add(self, request: Request) -> None:
+        self._added += 1
         self._send(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -76,8 +80,12 @@ class ThreadPort:
         def take() -> None:
             self._call(give, self.engine.picture())
 
+        self._asked.add(taken)
         self._send(take)
-        return await taken
+        try:
+            return await taken
+        finally:
+            self._asked.discard(taken)
 
     async def prepare(self, params: SamplingParams) -> None:
         if params.guided is not None:
@@ -94,6 +102,12 @@ class ThreadPort:
     def _send(self, message: _Message) -> None:
         self._inbox.append(message)
         self._wake.set()
+
+    def _refuse(self, reason: str) -> None:
+        """The thread has ended: nobody answers what it was asked."""
+        for future in self._asked:
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
 
     # -- the engine's thread ------------------------------------------------------------------
 
@@ -114,6 +128,7 @@ class ThreadPort:
             self._failed = True
             self._call(self._died, f"the engine stopped: {type(error).__name__}: {error}")
         finally:
+            self._call(self._refuse, "the engine has stopped")
             self.engine.close()
 
     def _drain_inbox(self) -> None:
@@ -121,6 +136,7 @@ class ThreadPort:
             message = self._inbox.popleft()
             if isinstance(message, Request):
                 self.engine.add(message)
+                self._taken += 1
             elif isinstance(message, tuple):
                 self.engine.abort(*message)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -237,6 +238,70 @@ def test_a_dead_device_answers_everybody_and_refuses_the_next() -> None:
             assert not client.alive
             with pytest.raises(EngineDeadError, match="fell off"):
                 client.submit([5], greedy(1))
+
+    play(scene)
+
+
+def test_a_reader_that_stays_behind_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halyard.runtime.client.MAX_PENDING", 4)
+
+    async def scene() -> None:
+        async with running() as client:
+            pace(client)
+            stream = client.submit([5], greedy(400))
+            await until(lambda: client.num_requests == 0)
+            await until(lambda: not engine_of(client).has_work())
+            _, last = await collect(stream)
+            assert "too slowly" in (last.completions[0].error or "")
+            text = client.metrics.render(client.stats()).decode()
+            assert re.search(r'requests_total\{.*finish_reason="abort".*\} 1.0', text)
+            assert not client.metrics._requests._open
+
+    play(scene)
+
+
+def test_a_picture_asked_of_an_engine_that_ends_is_refused() -> None:
+    async def scene() -> None:
+        async with running() as client:
+            opened = gate(client)
+            stream = client.submit([5], greedy(100))
+            await until(lambda: engine_of(client).scheduler.stats().num_running == 1)
+
+            entered, asked_for = threading.Event(), threading.Event()
+
+            def broken(*_: Any) -> Tensor:
+                entered.set()
+                assert asked_for.wait(20)
+                raise RuntimeError("the device fell off")
+
+            engine_of(client).executor.program.run = broken  # type: ignore[method-assign, assignment]
+            opened.set()
+            await until(entered.is_set)
+            asked = asyncio.create_task(client.picture())
+            await asyncio.sleep(0)  # it is in the inbox, behind a step that fails
+            asked_for.set()
+            with pytest.raises(EngineDeadError):
+                await asyncio.wait_for(asked, 5)
+            await collect(stream)
+
+    play(scene)
+
+
+def test_only_requests_count_as_waiting() -> None:
+    async def scene() -> None:
+        async with running() as client:
+            opened = gate(client)
+            stream = client.submit([5], greedy(3))
+            await until(lambda: engine_of(client).scheduler.stats().num_running == 1)
+            for _ in range(3):
+                client.port.abort("unknown")
+            assert client.port.num_waiting == 0
+            waiting = client.submit([5], greedy(3))
+            assert client.port.num_waiting == 1
+            opened.set()
+            await collect(stream)
+            await collect(waiting)
+            assert client.port.num_waiting == 0
 
     play(scene)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 from halyard.hal.errors import ConfigError, EngineDeadError, RequestError
 from halyard.runtime.client import Client, RequestStream
 from halyard.runtime.config import EngineConfig
-from halyard.runtime.messages import Abort, Add, Channel, Step, encode
+from halyard.runtime.messages import Abort, Add, Channel, Failed, Ready, Step, encode
 from halyard.runtime.plan import TokenEvent, TokenLogprob
 from halyard.runtime.process_port import ProcessPort, end_all, launch
 from halyard.runtime.request import Constraint, SamplingParams
@@ -111,6 +112,49 @@ def test_a_killed_engine_answers_everybody() -> None:
         with pytest.raises(EngineDeadError):
             await engine.call("check_integrity")
         await client.close()
+
+    play(scene)
+
+
+def test_only_requests_count_as_waiting_there() -> None:
+    async def scene() -> None:
+        engine = await port()
+        client = Client(engine, None)
+        client.start()
+        os.kill(engine.pid, signal.SIGSTOP)
+        for _ in range(3):
+            engine.abort("unknown")
+        assert engine.num_waiting == 0
+        stream = client.submit([7], greedy(5))
+        assert engine.num_waiting == 1
+        os.kill(engine.pid, signal.SIGCONT)
+        await collect(stream)
+        assert engine.num_waiting == 0
+        await client.close()
+
+    play(scene)
+
+
+def test_an_engine_that_fails_and_then_hangs_answers_everybody() -> None:
+    """What it says last is that it failed; closing the device may then take for ever."""
+
+    async def scene() -> None:
+        ours, theirs = socket.socketpair()
+        hanging = [sys.executable, "-c", "import time; time.sleep(60)"]
+        process = subprocess.Popen(hanging, pass_fds=[theirs.fileno()])
+        donor = await port()
+        facts = Ready(donor.facts, donor.stats())
+        engine = ProcessPort(config(), process, Channel(ours), facts, 30.0, None)
+        client = Client(engine, None)
+        stream = client.submit([7], greedy(5))
+        Channel(theirs).send(Failed(EngineDeadError("the device fell off")))
+        theirs.close()  # the process holds its end
+        _, error = await asyncio.wait_for(collect(stream), 10)
+        assert "fell off" in (error or "")
+        with pytest.raises(EngineDeadError, match="fell off"):
+            client.submit([7], greedy(5))
+        await client.close()
+        await donor.close()
 
     play(scene)
 
