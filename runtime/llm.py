@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,6 +219,8 @@ class LLM:
         answers = {
             request.request_id: Answers(request, self._decoder(request)) for request in requests
         }
+        watched = {request.request_id for request in requests if request.params.stop_strings}
+        gathered: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
         bar = tqdm(
             total=len(requests),
             desc=label,
@@ -230,8 +232,17 @@ class LLM:
             for request in requests:
                 self.engine.add(request)
             while self.engine.has_work():
-                for request_id, events in _by_request(self.engine.step()).items():
-                    delta = answers[request_id].feed(events)
+                # A step has hundreds of events, and the device waits for who takes them in: text
+                # is made when an answer ends, but for those that a text may end.
+                due: dict[str, None] = {}
+                for event in self.engine.step():
+                    request_id = event.request_id
+                    gathered[request_id].append(event)
+                    if event.finish_reason is not None or request_id in watched:
+                        due[request_id] = None
+                for request_id in due:
+                    delta = answers[request_id].feed(gathered[request_id])
+                    gathered[request_id].clear()
                     for index in answers[request_id].abandoned:
                         self.engine.abort(request_id, index)
                     answers[request_id].abandoned.clear()
@@ -329,10 +340,3 @@ def _blank_output(request: Request, text: str | None) -> RequestOutput:
             for index in range(request.params.n)
         ],
     )
-
-
-def _by_request(events: Iterable[TokenEvent]) -> dict[str, list[TokenEvent]]:
-    grouped: dict[str, list[TokenEvent]] = {}
-    for event in events:
-        grouped.setdefault(event.request_id, []).append(event)
-    return grouped
