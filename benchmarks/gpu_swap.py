@@ -4,7 +4,8 @@ Usage: python benchmarks/gpu_swap.py [--layers 32] [--kv-heads 8] [--dim 128] [-
 
 The link rate is the best of large copies from and to pinned memory in the same run. `kernel` reads
 and writes pinned host memory in place, one launch a call; `copy` is one copy per layer and run of
-neighbouring blocks. Blocks lie scattered in both pools, or side by side. Every cell is checked bit
+neighbouring blocks; `batch` is one call of the runtime for all of these, on a stream of its own. What
+moves cost a matrix product that runs beside them comes last. Blocks lie scattered in both pools, or side by side. Every cell is checked bit
 for bit before it is timed; times include issuing the call from Python.
 """
 
@@ -25,7 +26,7 @@ from halyard.hal.kernels.triton.kernels import SwapWay, TritonKernels
 from halyard.hal.types import BlockMove, KVSpec
 
 COUNTS = (1, 4, 16, 64, 256)
-WAYS: tuple[SwapWay, ...] = ("kernel", "copy")
+WAYS: tuple[SwapWay, ...] = ("kernel", "copy", "batch")
 
 
 def best_seconds(call: Callable[[], object], budget: float) -> float:
@@ -76,6 +77,38 @@ def check(kernels: TritonKernels, pool: Any, host: Any, out: Any, back: Any) -> 
         raise SystemExit("WRONG: swap_in did not bring the blocks back")
 
 
+def beside_products(device: Any, way: str, kernels: TritonKernels, pool: Any, host: Any) -> None:
+    """Matrix products alone, and with blocks on their way out meanwhile."""
+    a = torch.randn(8192, 4096, dtype=torch.bfloat16, device="cuda")
+    b = torch.randn(28672, 4096, dtype=torch.bfloat16, device="cuda")
+    out, _ = moves_of(max(COUNTS), max(COUNTS), True)
+
+    def products(moves: bool) -> float:
+        """Milliseconds of 16 products; what the host took for the moves is printed."""
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        device.synchronize()
+        device.mark()
+        began.record()
+        for _ in range(16):
+            torch.nn.functional.linear(a, b)
+        ended.record()
+        started = time.perf_counter()
+        if moves:
+            with device.beside(True):
+                kernels.swap_out(pool, host, out)
+        host_seconds.append(time.perf_counter() - started)
+        device.synchronize()
+        return float(began.elapsed_time(ended))
+
+    host_seconds: list[float] = []
+    products(True)
+    alone, beside = min(products(False) for _ in range(3)), min(products(True) for _ in range(3))
+    print(
+        f"16 products {alone:.2f} ms, beside {len(out)} blocks by {way} {beside:.2f} ms "
+        f"({beside / alone:.3f}x); the host takes {1e3 * min(host_seconds[-3:]):.2f} ms"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--layers", type=int, default=32)
@@ -105,9 +138,17 @@ def main() -> None:
             for count in COUNTS:
                 out, back = moves_of(count, blocks, scattered)
                 for way, kernels in sets.items():
-                    check(kernels, pool, host, out, back)
-                    call_out = lambda k=kernels, m=out: k.swap_out(pool, host, m)  # noqa: E731
-                    call_in = lambda k=kernels, m=back: k.swap_in(pool, host, m)  # noqa: E731
+
+                    def call_out(k: TritonKernels = kernels, m: Any = out) -> None:
+                        with device.beside(False):
+                            k.swap_out(pool, host, m)
+
+                    def call_in(k: TritonKernels = kernels, m: Any = back) -> None:
+                        with device.beside(False):
+                            k.swap_in(pool, host, m)
+
+                    with device.beside(False):
+                        check(kernels, pool, host, out, back)
                     size = count * layout.bytes_per_block
                     rates = [size / best_seconds(c, options.seconds) for c in (call_out, call_in)]
                     shares = rates[0] / rate_out, rates[1] / rate_in
@@ -119,6 +160,8 @@ def main() -> None:
                     )
                     results.append({"blocks": count, "scattered": scattered, "way": way,
                                     "out": rates[0], "in": rates[1]})  # fmt: skip
+        for way, kernels in sets.items():
+            beside_products(device, way, kernels, pool, host)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"link_out": rate_out, "link_in": rate_in, "cells": results}, file, indent=1)

@@ -15,6 +15,7 @@ Probing    `probe()` never opens a context on the hardware, never raises for a m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTRACT_VERSION",
+    "CopyingDevice",
     "Device",
     "DrawingKernels",
     "Executable",
@@ -96,6 +98,21 @@ class OverlappingDevice(Protocol):
 
     def fetch(self, tensor: Tensor) -> Fetch:
         """Begin to copy a tensor to the host, behind all work issued so far. Doesn't wait."""
+
+
+@runtime_checkable
+class CopyingDevice(Protocol):
+    """What a Device may offer besides (1.1): blocks move while it computes.
+
+    The caller answers for it that they are none of those that the step under way reads or writes.
+    """
+
+    def mark(self) -> None:
+        """The work of a step is issued from here on."""
+
+    def beside(self, step: bool) -> AbstractContextManager[None]:
+        """Work issued within comes before all that is issued later, and after all that was issued
+        earlier; with `step`, only after what was issued before the last mark."""
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor
 from halyard.compiler.captured import CapturedProgram
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import Program
-from halyard.hal.contract import Device, Fetch, OverlappingDevice, PagedKernels
+from halyard.hal.contract import CopyingDevice, Device, Fetch, OverlappingDevice, PagedKernels
 from halyard.hal.errors import DeviceMemoryError
 from halyard.hal.memory_errors import is_out_of_memory
 from halyard.hal.types import BlockMove, KVPool
@@ -217,8 +218,14 @@ class Executor:
         copied from memory that isn't pinned, which may wait for the work issued before.
         """
         plan, packed = step.plan, step.packed
-        self.move(plan.swap_out, plan.swap_in, plan.copies)
+        if plan.swap_out or plan.swap_in:
+            # What a plan made ahead moves belongs to no row of the step in flight: see check_books.
+            with self._beside(before is not None):
+                self.move(plan.swap_out, plan.swap_in)
+        self.move(copies=plan.copies)
         self._moved = True
+        if isinstance(self.device, CopyingDevice):
+            self.device.mark()
         inputs = packed.put(self.device.torch_device)
         if inputs.places is not None and inputs.sources is not None:
             if before is None or before.token_ids is None:
@@ -250,6 +257,9 @@ class Executor:
             pooled_rows,
             pooled,
         )
+
+    def _beside(self, step: bool) -> AbstractContextManager[None]:
+        return self.device.beside(step) if isinstance(self.device, CopyingDevice) else nullcontext()
 
     def _fetch(self, tensor: Tensor) -> Fetch:
         if isinstance(self.device, OverlappingDevice):

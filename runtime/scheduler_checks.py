@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 
 from halyard.runtime.kv_manager import KVManager
@@ -21,7 +22,7 @@ class Books:
     running: list[Sequence]
     waiting: list[Sequence]
     swapped: list[Sequence]
-    plans: Iterable[StepPlan]  # in flight
+    plans: Iterable[StepPlan]  # in flight, in their order
     by_request: Mapping[str, list[Sequence]]
     in_progress: Mapping[bytes, Sequence]
     num_reserved: int
@@ -46,6 +47,7 @@ def check_books(books: Books) -> None:
             raise AssertionError(f"the {name} list is out of order")
     for sequence in listed:
         _check_sequence(sequence, flying, books.kv.block_size)
+    _check_moves_ahead(list(books.plans), books.kv.block_size)
     known = [s for own in books.by_request.values() for s in own]
     if sorted(map(id, known)) != sorted(map(id, listed)):
         raise AssertionError("requests and queues do not name the same sequences")
@@ -54,6 +56,18 @@ def check_books(books: Books) -> None:
     for digest, sequence in books.in_progress.items():
         if sequence.status is not SequenceStatus.RUNNING or digest not in sequence.block_digests:
             raise AssertionError("a block in progress belongs to nobody")
+
+
+def _check_moves_ahead(plans: list[StepPlan], block_size: int) -> None:
+    """The blocks that a plan made ahead moves are none of the step before: both run at once."""
+    for before, plan in pairwise(plans):
+        moved = {m.source for m in plan.swap_out} | {m.target for m in plan.swap_in}
+        for row in before.rows if moved else ():
+            held = row.sequence.block_ids[: -(-row.end // block_size)]
+            if not moved.isdisjoint(held):
+                raise AssertionError(
+                    f"step {plan.step} moves blocks of sequence {row.sequence.seq_id} in flight"
+                )
 
 
 def _check_sequence(sequence: Sequence, flying: list[Sequence], block_size: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,7 @@ class _GpuFetch:
 class GpuDevice:
     """The first visible GPU (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES). Opened when constructed.
 
-    All work goes to torch's current stream.
+    All work goes to torch's current stream, but for moves beside a step.
     """
 
     contract_version = CONTRACT_VERSION
@@ -71,6 +72,8 @@ class GpuDevice:
         )
         self._graph_pool: Any = None  # one for all captured steps
         self._registered: list[Tensor] = []  # kept until close: freed pages must not stay locked
+        self._side: Any = None  # the stream of moves
+        self._marked: Any = None  # an event before the last step's work
         self._closed = False
 
     @classmethod
@@ -132,6 +135,25 @@ class GpuDevice:
     def fetch(self, tensor: Tensor) -> _GpuFetch:
         return _GpuFetch(tensor)
 
+    def mark(self) -> None:
+        self._marked = _gpu.Event()
+        self._marked.record()
+
+    @contextmanager
+    def beside(self, step: bool) -> Iterator[None]:
+        if self._side is None:
+            self._side = _gpu.Stream()
+        current = _gpu.current_stream()
+        if step and self._marked is not None:
+            self._side.wait_event(self._marked)
+        else:
+            self._side.wait_stream(current)
+        try:
+            with _gpu.stream(self._side):
+                yield
+        finally:
+            current.wait_stream(self._side)
+
     def synchronize(self) -> None:
         _gpu.synchronize()
 
@@ -143,7 +165,7 @@ class GpuDevice:
         for data in self._registered:
             _gpu.cudart().cudaHostUnregister(data.data_ptr())
         self._registered.clear()
-        self._graph_pool = None
+        self._graph_pool = self._side = self._marked = None
         _gpu.empty_cache()
 
     def _pin(self, data: Tensor) -> None:

@@ -70,11 +70,13 @@ def test_mixed(device: Any, dtype: DType, name: str) -> None:
     checks.long_mixed(checks.context(device, dtype), **checks.SHAPES[name])
 
 
-@pytest.mark.parametrize("swap", ["kernel", "copy"])
+@pytest.mark.parametrize("swap", ["kernel", "copy", "batch"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moves_and_blocks(device: Any, dtype: DType, swap: str) -> None:
     context = checks.context(device, dtype, swap=swap)
     checks.moves(context)
+    with device.beside(False):
+        checks.moves(context)
     checks.canonical(context)
     checks.no_slot(context)
 
@@ -142,6 +144,35 @@ def test_what_cannot_be_captured_is_none(device: Any) -> None:
     value = torch.ones(1, device="cuda")
     assert device.capture(lambda: value.item() and None) is None
     assert (value + 1).item() == 2.0  # the device goes on
+
+
+def test_moves_beside_a_step_wait_for_what_came_before_its_mark(device: Any) -> None:
+    """The step goes on while blocks move; what comes after the moves sees them."""
+    context = checks.context(device, "bfloat16")
+    layout = context.kernels.layout(KVSpec(4, 8, 128, "bfloat16"))
+    pool = device.allocate_kv(layout, 300, host=False)
+    host = device.allocate_kv(layout, 300, host=True)
+    host.data.zero_()
+    weight = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    pool.data.zero_()
+    for value in (1.0, 2.0):
+        torch.mm(weight, weight)  # long enough that a move that didn't wait would be seen
+        pool.data.fill_(value)
+        device.mark()
+        ended = torch.cuda.Event()
+        for _ in range(60):
+            torch.mm(weight, weight)
+        ended.record()
+        moves = [BlockMove(block, block) for block in range(256)]
+        with device.beside(True):
+            context.kernels.swap_out(pool, host, moves)
+            moved = torch.cuda.Event()
+            moved.record()
+        pool.data.fill_(-1.0)  # the next step's writes
+        moved.synchronize()
+        assert not ended.query()  # the products still run
+        device.synchronize()
+        assert bool((host.data[:, :256] == value).all())
 
 
 def test_a_move_and_an_attend_follow_each_other_without_waiting(device: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from halyard.hal.contract import CONTRACT_VERSION, Device
 from halyard.hal.dtypes import dtype_name
 from halyard.hal.errors import BackendUnavailableError
+from halyard.hal.kernels.triton.batch_copy import batch_copy
 from halyard.hal.kernels.triton.launch import AttentionLauncher
 from halyard.hal.kernels.triton.tiles import family
 from halyard.hal.types import (
@@ -37,7 +38,7 @@ from halyard.hal.types import (
 
 __all__ = ["SwapWay", "TritonKernels"]
 
-SwapWay = Literal["kernel", "copy"]
+SwapWay = Literal["auto", "kernel", "copy", "batch"]
 
 _ROW_BLOCKS = 32  # in a row, on average, from which copy engines are quicker than a kernel
 
@@ -50,7 +51,9 @@ class TritonKernels:
     """Paged attention on the GPU.
 
     Args:
-        swap: "kernel" reads and writes pinned host memory in place; "copy" uses the copy engines.
+        swap: "kernel" reads and writes pinned host memory in place; "copy" uses the copy engines, a
+            call for each piece; "batch" uses them with one call for all, where the runtime has
+            that and the stream isn't the default one; "auto": batch or else one of the others.
         num_splits: programs a decode row's keys are split over; None: by shape and device.
     """
 
@@ -66,7 +69,7 @@ class TritonKernels:
     )
 
     def __init__(
-        self, device: Device, swap: SwapWay = "kernel", num_splits: int | None = None
+        self, device: Device, swap: SwapWay = "auto", num_splits: int | None = None
     ) -> None:
         probe = self.probe(device.info)
         if not probe.available:
@@ -166,10 +169,20 @@ class TritonKernels:
         self, source: KVPool, target: KVPool, moves: Sequence[BlockMove], device: torch.device
     ) -> None:
         reach = self._in_reach(source) and self._in_reach(target)
-        if self.swap == "kernel" and reach and not _in_rows(moves):
+        stream = self._side_stream(device) if self.swap in ("auto", "batch") and reach else 0
+        copy = batch_copy() if stream else None
+        if copy is not None:
+            self._moves.batch_moves(copy, source, target, moves, stream)
+        elif self.swap != "copy" and reach and not _in_rows(moves):
             self._moves.gather_moves(source, target, moves, device)
         else:
             self._moves.copy_moves(source, target, moves)
+
+    @staticmethod
+    def _side_stream(device: torch.device) -> int:
+        """The current stream, if it is one that runs beside others; else 0."""
+        on_gpu = device.type == "cuda"
+        return int(torch.cuda.current_stream(device).cuda_stream) if on_gpu else 0
 
     def _settle(self, pool: KVPool) -> None:
         """Before the host touches a host pool itself: swaps may still be on their way."""

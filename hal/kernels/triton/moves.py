@@ -1,23 +1,25 @@
 """Whole blocks from one pool to another: a gather in one launch, over the link too.
 
 The kernel reads and writes pinned host memory in place, so a swap of scattered blocks is one launch
-that keeps the link busy. Everything runs on the current stream: the contract orders a move with the
-steps around it, and a captured step that is replayed passes through no call of ours that could join
-another stream.
+that keeps the link busy; beside a step the copy engines are better, which leave it the cores. All
+of it runs on the current stream: who wants moves beside a step chooses another (CopyingDevice).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
+from halyard.hal.kernels.triton.batch_copy import BatchCopy
 from halyard.hal.types import BlockMove, KVPool
 
-__all__ = ["CHUNK_WORDS", "copy_moves", "gather_moves", "move_blocks_kernel"]
+__all__ = ["CHUNK_WORDS", "batch_moves", "copy_moves", "gather_moves", "move_blocks_kernel"]
 
 CHUNK_WORDS = 1024  # 8-byte words a program moves: 8 KiB, 64 B in flight a thread
 
@@ -64,6 +66,24 @@ def copy_moves(source: KVPool, target: KVPool, moves: Sequence[BlockMove]) -> No
             target.data[layer, place : place + count].copy_(
                 source.data[layer, first:last], non_blocking=True
             )
+
+
+def batch_moves(
+    copy: BatchCopy, source: KVPool, target: KVPool, moves: Sequence[BlockMove], stream: int
+) -> None:
+    """One call for all pieces, of which a run of neighbouring blocks has one a layer."""
+    if not moves:
+        return
+    first, last, place = np.array(_runs(moves), np.uint64).T
+    size = np.uint64(source.data[0, :1].nbytes)
+    layers = np.arange(source.data.shape[0], dtype=np.uint64)[:, None]
+
+    def addresses(pool: KVPool, blocks: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        layer = np.uint64(pool.data.stride(0) * pool.data.element_size())
+        return np.uint64(pool.data.data_ptr()) + layers * layer + blocks * size
+
+    sizes = np.broadcast_to((last - first) * size, (len(layers), len(first)))
+    copy(addresses(source, first), addresses(target, place), sizes, stream)
 
 
 def _runs(moves: Sequence[BlockMove]) -> list[tuple[int, int, int]]:
