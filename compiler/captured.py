@@ -1,13 +1,18 @@
-"""Decode steps recorded once and replayed: on a GPU a step's launches then cost one call.
+"""Steps recorded once and replayed: on a GPU a step's launches then cost one call.
 
-A recording is made for a number of rows and a reach of keys, both rounded up, when such a step first
-comes. Inputs lie in one buffer, which a step's inputs are copied to in one piece; rows that only fill
-up a recording have no slot and one key, and nobody reads what they get.
+A decode step is recorded for a number of rows and a reach of keys, both rounded up, when such a step
+first comes. Inputs lie in one buffer, which a step's inputs are copied to in one piece; rows that
+only fill up a recording have no slot and one key, and nobody reads what they get.
+
+Steps with prompts in them are recorded up to a number of tokens, behind which the device takes longer
+than the launches; there is a recording when a shape comes again. Rows that fill these up have no
+tokens, and tokens that do belong to no row.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -21,6 +26,12 @@ from halyard.hal.types import KVPool, StepBatch
 __all__ = ["CapturedProgram", "row_buckets"]
 
 _SHORTEST_REACH = 512  # keys
+_MIXED_TOKENS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+_MIXED_ROWS = (8, 32, 64, 128, 192, 256)
+_MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
+
+
+_Key = tuple[int, int, int, bool, bool]  # tokens, rows, keys, with prompts, shares blocks
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -42,43 +53,74 @@ class CapturedProgram:
         self._block_size = block_size
         self._max_keys = max_blocks * block_size
         self._buckets = row_buckets(max_rows)
-        self._replays: dict[tuple[int, int, bool], tuple[Callable[[], None], Tensor]] = {}
+        self._mixed_rows = [*(rows for rows in _MIXED_ROWS if rows < max_rows), max_rows]
+        self._replays: dict[_Key, tuple[Callable[[], None], Tensor]] = {}
+        self._seen: Counter[_Key] = Counter()  # steps with prompts that are not recorded
+        self.num_mixed = 0  # recordings of steps with prompts
         self._enabled = True
-        # Of a row: int64 and int32 columns, what it shares, a table; and what alignment takes.
-        size = max_rows * (80 + 4 * max_blocks) + (1 << 13)
+        # Of a row: int64 and int32 columns, what it shares, a table; of a token that is no row's
+        # only one: int64 columns; and what alignment takes.
+        size = max_rows * (80 + 4 * max_blocks) + _MIXED_TOKENS[-1] * 24 + (1 << 13)
         self.buffer = torch.zeros(size, dtype=torch.uint8, device=device.torch_device)
 
     def set_pool(self, pool: KVPool) -> None:
         """Where keys and values live; recordings of another pool are void."""
         self._program.set_pool(pool)
-        self._replays.clear()
+        self._forget()
 
     def decode_shape(self, num_rows: int, max_seq_len: int) -> tuple[int, int] | None:
         """(rows, keys) that inputs in `buffer` must be filled up to. None: give them as they are."""
         if not self._enabled or num_rows > self._buckets[-1]:
             return None
-        reach = _SHORTEST_REACH
-        while reach < max_seq_len:
-            reach *= 2
-        return self._buckets[bisect_left(self._buckets, num_rows)], min(reach, self._max_keys)
+        return self._buckets[bisect_left(self._buckets, num_rows)], self._reach(max_seq_len)
+
+    def mixed_shape(
+        self, num_tokens: int, num_rows: int, num_logits: int, max_seq_len: int
+    ) -> tuple[int, int, int] | None:
+        """(tokens, rows = logits, keys) that the inputs of a step with prompts must be filled up to."""
+        most = max(num_rows, num_logits)
+        if (
+            not self._enabled
+            or num_tokens > _MIXED_TOKENS[-1]
+            or num_rows < 2  # one prompt: nobody waits for the rest of its step
+            or most > self._mixed_rows[-1]
+        ):
+            return None
+        tokens = _MIXED_TOKENS[bisect_left(_MIXED_TOKENS, num_tokens)]
+        rows = self._mixed_rows[bisect_left(self._mixed_rows, most)]
+        return max(tokens, rows), rows, self._reach(max_seq_len)
 
     def move_weights(self, device: torch.device) -> None:
         """As Program.move_weights; recordings name the old places and are void."""
-        self._replays.clear()
+        self._forget()
         self._program.move_weights(device)
+
+    def _forget(self) -> None:
+        self._replays.clear()
+        self._seen.clear()
+        self.num_mixed = 0
+
+    def _reach(self, max_seq_len: int) -> int:
+        reach = _SHORTEST_REACH
+        while reach < max_seq_len:
+            reach *= 2
+        return min(reach, self._max_keys)
 
     @torch.inference_mode()
     def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:
-        """As Program.run; inputs that lie in `buffer` are of a `decode_shape`.
+        """As Program.run; inputs that lie in `buffer` are of a `decode_shape` or a `mixed_shape`.
 
         Equal shapes lie at equal places, so a recording finds its inputs. The logits are valid until
         the next call.
         """
         if batch.positions.data_ptr() != self.buffer.data_ptr() or not self._enabled:
             return self._program.run(input_ids, logit_indices, batch)
-        key = (batch.num_rows, batch.max_seq_len, batch.shared is not None)
+        mixed = batch.max_query_len > 1
+        key = (batch.num_tokens, batch.num_rows, batch.max_seq_len, mixed, batch.shared is not None)
         recorded = self._replays.get(key)
         if recorded is None:
+            if mixed and not self._worth_recording(key):
+                return self._program.run(input_ids, logit_indices, batch)
             recorded = self._record(input_ids, logit_indices, batch)
             if recorded is None:
                 return self._program.run(input_ids, logit_indices, batch)
@@ -86,6 +128,14 @@ class CapturedProgram:
         replay, logits = recorded
         replay()
         return logits
+
+    def _worth_recording(self, key: _Key) -> bool:
+        """A recording costs as much as several steps: only for what comes again."""
+        self._seen[key] += 1
+        if self._seen[key] < 2 or self.num_mixed >= _MOST_MIXED:
+            return False
+        self.num_mixed += 1
+        return True
 
     def run_with_hidden(
         self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch

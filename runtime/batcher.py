@@ -100,6 +100,8 @@ class Batcher:
         max_blocks: most blocks of a sequence.
         recorded: (rows, most keys of a row) of a decode step -> the same, rounded up to a step that
             the device has recorded or would record; None: it records none.
+        mixed: (tokens, rows, logits, most keys of a row) of a step with prompts -> tokens, rows and
+            keys that it is filled up to, likewise; None: such steps are not recorded.
         buffer: where recorded steps read their inputs, uint8 on the device.
         share: look for rows that have blocks in common, for kernels that make use of it.
     """
@@ -111,8 +113,10 @@ class Batcher:
         recorded: Callable[[int, int], tuple[int, int] | None] | None = None,
         buffer: Tensor | None = None,
         share: bool = False,
+        mixed: Callable[[int, int, int, int], tuple[int, int, int] | None] | None = None,
     ) -> None:
         self._share = share
+        self._mixed = mixed
         self._shared: tuple[NDArray[np.int32], ...] = ()
         self._shared_version = -1  # of the table that it was found in
         self._size = block_size
@@ -140,24 +144,33 @@ class Batcher:
         positions = np.arange(plan.num_tokens) + np.repeat(starts - query_start[:-1], counts)
         blocks = tables[row_of_token, positions // size].astype(np.int64)
         indices, samples, spans = self._wanted_logits(rows, query_start, slots)
+        count, keys = len(indices), int(ends.max())
+        slot_mapping = blocks * size + positions % size
+        input_ids, lengths = _known_tokens(rows, query_start), ends.astype(np.int32)
+        pooled = _pooled_spans(rows, query_start)
+        missing = _pending(pending, query_start)
+        begins, longest = query_start.astype(np.int32), int(counts.max())
+        shape = None
+        if self._mixed is not None and not pooled and count <= len(rows):
+            shape = self._mixed(plan.num_tokens, len(rows), count, keys)
+        if shape is not None:  # tokens that fill up are no row's, rows that do have no tokens
+            num_tokens, num_rows, keys = shape
+            positions = _filled(positions, num_tokens, 0)
+            slot_mapping = _filled(slot_mapping, num_tokens, -1)
+            input_ids = _filled(input_ids, num_tokens, 0)
+            indices, lengths = _filled(indices, num_rows, 0), _filled(lengths, num_rows, 0)
+            begins = _filled(begins, num_rows + 1, int(begins[-1]))
+            tables = _filled(self._table.tables[slots, : -(-keys // size)], num_rows, 0)
+            longest = num_tokens
         return PackedStep(
-            (
-                positions,
-                blocks * size + positions % size,
-                _known_tokens(rows, query_start),
-                indices,
-                ends.astype(np.int32),
-                query_start.astype(np.int32),
-                tables,
-                *_pending(pending, query_start),
-            ),
-            int(counts.max()),
-            int(ends.max()),
-            None,
-            len(indices),
+            (positions, slot_mapping, input_ids, indices, lengths, begins, tables, *missing),
+            longest,
+            keys,
+            self._buffer if shape is not None else None,
+            count,
             samples,
             spans,
-            _pooled_spans(rows, query_start),
+            pooled,
         )
 
     def _pack_decode(

@@ -176,7 +176,10 @@ class Executor:
         size = pool.layout.spec.block_size
         share = share and getattr(kernels, "reads_shared_rows", False)
         if isinstance(program, CapturedProgram):
-            self.batcher = Batcher(size, max_blocks, program.decode_shape, program.buffer, share)
+            mixed = program.mixed_shape if getattr(kernels, "takes_empty_rows", False) else None
+            self.batcher = Batcher(
+                size, max_blocks, program.decode_shape, program.buffer, share, mixed
+            )
         else:
             self.batcher = Batcher(size, max_blocks, share=share)
         self.swap_out_seconds = (

@@ -62,8 +62,12 @@ class _InPlace:
         return kept.copy_(logits)
 
 
-@pytest.mark.parametrize("able", [True, False])
-def test_recorded_steps_give_the_same_tokens(tmp_path: Path, able: bool) -> None:
+@pytest.mark.parametrize(
+    ("able", "with_prompts"), [(True, False), (False, False), (True, True), (False, True)]
+)
+def test_recorded_steps_give_the_same_tokens(
+    tmp_path: Path, able: bool, with_prompts: bool
+) -> None:
     save_tiny_model("llama", tmp_path)
     prompts = [[1 + i, 5, 9, 40 + i] * (1 + i) for i in range(7)]
     params = [
@@ -71,7 +75,12 @@ def test_recorded_steps_give_the_same_tokens(tmp_path: Path, able: bool) -> None
                        ignore_eos=True, frequency_penalty=0.5 * (i == 4))
         for i in range(7)
     ]  # fmt: skip
-    options: dict[str, Any] = {"kv_blocks": 64, "max_num_sequences": 8, "max_model_len": 128}
+    options: dict[str, Any] = {
+        "kv_blocks": 64,
+        "prefix_cache": False,
+        "max_num_sequences": 8,
+        "max_model_len": 128,
+    }
     with LLM(tmp_path, backend=BACKEND, **options) as llm:
         expected = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
         executor, recorder = llm.engine.executor, _Recorder(able)
@@ -79,12 +88,14 @@ def test_recorded_steps_give_the_same_tokens(tmp_path: Path, able: bool) -> None
         captured = CapturedProgram(program, recorder, 8, 8, 16)  # type: ignore[arg-type]
         captured.set_pool(executor.pool)
         executor.program = captured
-        executor.batcher = Batcher(16, 8, captured.decode_shape, captured.buffer)
-        for turn in range(2):
-            if turn:
+        mixed = captured.mixed_shape if with_prompts else None
+        executor.batcher = Batcher(16, 8, captured.decode_shape, captured.buffer, mixed=mixed)
+        for turn in range(4):
+            if turn == 2:
                 make_late(llm)
             found = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
             assert found == expected
         assert (recorder.replayed > 20) == able
         assert recorder.recorded >= 3 if able else recorder.recorded == 0
+        assert (captured.num_mixed > 0) == (able and with_prompts)
         llm.engine.check_integrity()

@@ -60,6 +60,7 @@ class TritonKernels:
     contract_version = CONTRACT_VERSION
     name = "triton"
     reads_shared_rows = True  # attend makes use of StepBatch.shared
+    takes_empty_rows = True  # attend takes rows without tokens, and tokens without a row
     capabilities = Capabilities(
         dtypes=("float32", "float16", "bfloat16"),
         kv_dtypes=("float32", "float16", "bfloat16"),

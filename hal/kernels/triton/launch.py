@@ -17,8 +17,8 @@ __all__ = ["AttentionLauncher", "Shape", "pad"]
 
 LOG2E = 1.4426950408889634
 
-# Mixed batches: below this length a decode row is done sooner than a second launch pays.
-_SEPARATE_DECODE_KEYS = 1024
+# Mixed batches: up to this length a decode row is done sooner than a second launch pays.
+_SEPARATE_DECODE_KEYS = 256
 _SHARED_SUMS = 16384  # fp32 sums that a program for shared keys may hold: 128 x 128
 
 
