@@ -46,9 +46,10 @@ __all__ = [
     "GraphCompiler",
     "OverlappingDevice",
     "PagedKernels",
+    "ThriftyDevice",
 ]
 
-CONTRACT_VERSION = (1, 1)  # a part with another major number is refused by the registry
+CONTRACT_VERSION = (1, 2)  # a part with another major number is refused by the registry
 
 
 @runtime_checkable
@@ -113,6 +114,14 @@ class CopyingDevice(Protocol):
     def beside(self, step: bool) -> AbstractContextManager[None]:
         """Work issued within comes before all that is issued later, and after all that was issued
         earlier; with `step`, only after what was issued before the last mark."""
+
+
+@runtime_checkable
+class ThriftyDevice(Protocol):
+    """What a Device may offer besides (1.2), where its allocator keeps memory that was freed."""
+
+    def empty_cache(self) -> None:
+        """Give what nothing uses back, so that other processes can have it."""
 
 
 @runtime_checkable

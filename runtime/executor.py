@@ -16,8 +16,15 @@ from torch import Tensor
 from halyard.compiler.captured import CapturedProgram
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import Program
-from halyard.hal.contract import CopyingDevice, Device, Fetch, OverlappingDevice, PagedKernels
-from halyard.hal.errors import DeviceMemoryError
+from halyard.hal.contract import (
+    CopyingDevice,
+    Device,
+    Fetch,
+    OverlappingDevice,
+    PagedKernels,
+    ThriftyDevice,
+)
+from halyard.hal.errors import CapacityError, DeviceMemoryError
 from halyard.hal.memory_errors import is_out_of_memory
 from halyard.hal.types import BlockMove, KVPool
 from halyard.runtime.batcher import Batcher, PackedStep, PooledSpan
@@ -277,28 +284,50 @@ class Executor:
         self.sampler.forget()
 
     def sleep(self) -> None:
-        """Free the pools, and move weights to the host. No step until `wake`."""
-        layout = self.pool.layout
-        empty = self.device.allocate_kv(layout, 0, host=False)
+        """Free the device's memory: its pool, and weights go to the host. No step until `wake`.
+
+        A host tier of other memory stays: what was locked in place for the device isn't given back.
+        """
+        empty = self.device.allocate_kv(self.pool.layout, 0, host=False)
         self.program.set_pool(empty)
         self.pool = empty
-        self.host_pool = None
+        if self.device.torch_device.type == "cpu":
+            self.host_pool = None
         self.program.move_weights(torch.device("cpu"))
+        self._empty_cache()
 
     def wake(self) -> None:
         """Take the memory again.
 
         Raises:
-            CapacityError: it isn't there.
+            CapacityError: it isn't there; all is as it was before.
         """
         num_blocks, num_host_blocks = self._sizes
-        layout = self.pool.layout
+        layout, host_pool = self.pool.layout, self.host_pool
+        if num_host_blocks and host_pool is None:
+            host_pool = self.device.allocate_kv(layout, num_host_blocks, host=True)
         pool = self.device.allocate_kv(layout, num_blocks, host=False)
-        if num_host_blocks:
-            self.host_pool = self.device.allocate_kv(layout, num_host_blocks, host=True)
-        self.program.move_weights(self.device.torch_device)
-        self.pool = pool
+        short = self._take_weights_back()
+        if short:
+            del pool
+            self._empty_cache()
+            raise CapacityError(f"somebody else has the device's memory: {short}")
+        self.pool, self.host_pool = pool, host_pool
         self.program.set_pool(pool)
+
+    def _take_weights_back(self) -> str:
+        """Why it can't be; empty: they are on the device."""
+        try:
+            self.program.move_weights(self.device.torch_device)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return _one_line(error)
+        return ""
+
+    def _empty_cache(self) -> None:
+        if isinstance(self.device, ThriftyDevice):
+            self.device.empty_cache()
 
     def move(self, swap_out: Moves = (), swap_in: Moves = (), copies: Moves = ()) -> None:
         """Move blocks, in this order."""

@@ -15,6 +15,7 @@ from halyard.hal import cpuinfo
 from halyard.hal.contract import CONTRACT_VERSION
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.errors import BackendUnavailableError, CapacityError
+from halyard.hal.memory_errors import is_out_of_memory
 from halyard.hal.types import DeviceInfo, KVLayout, KVPool, MemoryInfo, Probe
 
 __all__ = ["GpuDevice"]
@@ -126,6 +127,10 @@ class GpuDevice:
             with _gpu.graph(graph, pool=self._graph_pool, stream=stream):
                 fn()
         except RuntimeError as error:  # something in it waits for the device, or can't be recorded
+            short = _memory_error(error)
+            if short is not None:  # a smaller step may be recorded, and this one later
+                self._graph_pool = None
+                raise short from None
             log.warning("a step could not be captured: %s", str(error).splitlines()[0])
             self._graph_pool = None  # torch holds this one for recording still
             return None
@@ -153,6 +158,11 @@ class GpuDevice:
                 yield
         finally:
             current.wait_stream(self._side)
+
+    def empty_cache(self) -> None:
+        self._graph_pool = None  # torch takes no pool again whose recordings are all gone
+        _gpu.synchronize()
+        _gpu.empty_cache()
 
     def synchronize(self) -> None:
         _gpu.synchronize()
@@ -195,3 +205,11 @@ class GpuDevice:
             f"{free / 2**30:.1f} GiB are free: ask for fewer ({advice}) or a shorter "
             "--max-model-len"
         )
+
+
+def _memory_error(error: BaseException) -> BaseException | None:
+    """What says that memory ran out: the error, or what happened before it while recording."""
+    cause: BaseException | None = error
+    while cause is not None and not is_out_of_memory(cause):
+        cause = cause.__context__
+    return cause

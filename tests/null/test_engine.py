@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from halyard.hal.errors import ConfigError, ContextLengthError, HalyardError, RequestError
+from halyard.hal.errors import (
+    CapacityError,
+    ConfigError,
+    ContextLengthError,
+    HalyardError,
+    RequestError,
+)
+from halyard.hal.types import KVLayout, KVPool
 from halyard.models.shapes import shape_config
 from halyard.runtime.engine import OUT_OF_MEMORY
 from halyard.runtime.executor import RunningStep
@@ -307,6 +314,51 @@ def test_an_engine_sleeps_and_wakes(make: Make) -> None:
     with pytest.raises(HalyardError, match="requests run"):
         llm.engine.sleep()
     run(llm)
+
+
+class SmallDevice:
+    """A device with memory of its own that notes what it is asked for."""
+
+    torch_device = torch.device("meta")
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.asked: list[object] = []
+
+    def allocate_kv(self, layout: KVLayout, num_blocks: int, *, host: bool) -> KVPool:
+        self.asked.append((num_blocks, host))
+        pool: KVPool = self.inner.allocate_kv(layout, num_blocks, host=host)
+        return pool
+
+    def empty_cache(self) -> None:
+        self.asked.append("empty_cache")
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def test_a_device_of_its_own_memory_sleeps_and_wakes_whole_or_not_at_all(make: Make) -> None:
+    llm = make(host_kv_blocks=8)
+    executor = llm.engine.executor
+    device = executor.device = SmallDevice(executor.device)  # type: ignore[assignment]
+    tier, num_blocks = executor.host_pool, executor.pool.num_blocks
+    llm.engine.sleep()
+    assert device.asked == [(0, False), "empty_cache"]
+    assert executor.host_pool is tier  # pinned memory is kept, not locked a second time
+    empty = executor.pool
+
+    def full(_: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    executor.program.move_weights = full  # type: ignore[method-assign]
+    with pytest.raises(CapacityError, match="2 GiB"):
+        llm.engine.wake()
+    assert executor.pool is empty
+    assert llm.engine.asleep
+    assert device.asked[2:] == [(num_blocks, False), "empty_cache"]
+    executor.program.move_weights = lambda _: None  # type: ignore[method-assign]
+    llm.engine.wake()
+    assert (executor.pool.num_blocks, executor.host_pool) == (num_blocks, tier)
 
 
 def test_an_error_in_generate_leaves_an_engine_that_works(make: Make) -> None:

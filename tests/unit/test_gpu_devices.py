@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from halyard.hal.devices import cuda, nvml, rocm
+from halyard.hal.devices import cuda, gpu, nvml, rocm
 from halyard.hal.devices.cuda import CudaDevice
 from halyard.hal.devices.rocm import RocmDevice
 from halyard.hal.errors import BackendUnavailableError
@@ -171,6 +173,55 @@ def mi300x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in rocm._VISIBLE:
         monkeypatch.delenv(name, raising=False)
     return tmp_path
+
+
+class FakeCuda:
+    """As much of torch.cuda as recording a step needs; `recording` fails as it is told."""
+
+    def __init__(self) -> None:
+        self.fails: RuntimeError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "CUDAGraph":
+            return lambda: SimpleNamespace(replay=lambda: None)
+        return lambda *_, **__: SimpleNamespace(wait_stream=lambda _: None)
+
+    @contextmanager
+    def stream(self, _: object) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def graph(self, *_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.fails is not None:
+                raise self.fails
+
+
+def test_a_recording_that_memory_is_too_small_for_is_no_step_that_cannot_be_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeCuda()
+    monkeypatch.setattr(gpu, "_gpu", fake)
+    device = CudaDevice.__new__(CudaDevice)
+    device._graph_pool = None
+
+    def step() -> None:
+        steps.append(1)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    steps: list[int] = []
+    with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
+        device.capture(step)
+    steps.clear()
+    fake.fails = RuntimeError("operation failed due to a previous error during capture")
+    with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):  # what ended the recording
+        device.capture(step)
+    assert device.capture(lambda: None) is None
+    fake.fails = None
+    assert device.capture(lambda: None) is not None
 
 
 def test_an_amd_gpu_is_described(mi300x: Path) -> None:
