@@ -7,6 +7,8 @@ token (not affordable). This one sorts tokens by expert and runs each expert onc
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +21,11 @@ from halyard.hal.ops import NAMESPACE
 __all__ = ["NAME", "install"]
 
 NAME = "halyard_experts"
+
+_MIN_SHARED_WORK = (
+    1 << 19
+)  # weights of the chosen experts' second matrices: below, one thread's work
+_NOTHING = torch.empty(0)
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
@@ -55,17 +62,59 @@ def _experts(
     counts = torch.bincount(expert_ids.reshape(-1), minlength=gate_up.shape[0]).tolist()
     tokens = order // top_k
     scale = weights.reshape(-1)[order]
-    out = torch.zeros_like(hidden)
+    chosen: list[tuple[int, Tensor, Tensor]] = []  # expert, its tokens, their weights
     start = 0
     for expert, count in enumerate(counts):
-        if not count:
-            continue
-        chosen = tokens[start : start + count]
-        gate, up = F.linear(hidden[chosen], gate_up[expert]).chunk(2, dim=-1)
-        result = F.linear(act(gate) * up, down[expert])
-        out.index_add_(0, chosen, (result * scale[start : start + count, None]).to(out.dtype))
+        if count:
+            piece = slice(start, start + count)
+            chosen.append((expert, tokens[piece], scale[piece, None]))
         start += count
+
+    def one(expert: int, own: Tensor, scale: Tensor) -> Tensor:
+        gate, up = F.linear(hidden[own], gate_up[expert]).chunk(2, dim=-1)
+        return (F.linear(act(gate) * up, down[expert]) * scale).to(hidden.dtype)
+
+    out = torch.zeros_like(hidden)
+    threads = min(_num_threads(), len(chosen)) if hidden.device.type == "cpu" else 1
+    if threads < 2 or len(chosen) * down[0].numel() < _MIN_SHARED_WORK:
+        for expert, own, weight in chosen:
+            out.index_add_(0, own, one(expert, own, weight))
+        return out
+    for (_, own, _), result in zip(chosen, _shared(one, chosen, threads), strict=True):
+        out.index_add_(0, own, result)
     return out
+
+
+def _num_threads() -> int:
+    """How many threads take experts in turn: as many as were taken from torch, else torch's do."""
+    from halyard.hal.kernels.native.library import num_threads
+
+    return num_threads() if torch.get_num_threads() == 1 else 1
+
+
+def _shared(one: Callable[..., Tensor], jobs: list[Any], threads: int) -> list[Tensor]:
+    """`one(*job)` for each job, by this thread and some that sleep in between: none waits in a loop."""
+    results: list[Tensor] = [_NOTHING] * len(jobs)
+    numbers = iter(range(len(jobs)))  # the interpreter hands out one at a time
+    inference = torch.is_inference_mode_enabled()
+
+    def work() -> None:
+        with torch.inference_mode(inference):
+            for number in numbers:
+                results[number] = one(*jobs[number])
+
+    others = [_workers(threads - 1).submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        for other in others:
+            other.result()
+    return results
+
+
+@cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="halyard-experts")
 
 
 _library.impl("experts", _experts, "CompositeExplicitAutograd")

@@ -51,7 +51,15 @@ class _Library:
         self.directory = directory
         self._owner = owner  # the folder lives as long as this does
         self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(directory / _LIBRARY), 1)
+        self._run = self._first_run
+
+    def _first_run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Weights are prepared by now, with all of torch's threads: steps begin."""
+        from halyard.hal.kernels.native.bridge import take_torch_threads
+
+        take_torch_threads()
         self._run = self._runner.run
+        return self._run(inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._run(list(inputs)))

@@ -15,6 +15,7 @@ from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.graphs.inductor import InductorCompiler
 from halyard.compiler.program import HeadShape, Program, UnboundProgram
 from halyard.hal.devices.cpu import CpuDevice
+from halyard.hal.kernels.native.library import num_threads
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
 from halyard.models.adapter import build_meta_module
 from halyard.models.spec import ModelSpec
@@ -88,6 +89,20 @@ def test_compiled_program_gives_hugging_face_logits(family: str, cache: Artefact
     again = obtain(family, cache, may_build=False)
     assert again.from_cache
     check(family, bound(family, again))
+
+
+def test_torch_has_its_threads_until_steps_begin(cache: ArtefactCache) -> None:
+    """Weights are made ready with all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        program = bound("llama", obtain("llama", cache))
+        assert torch.get_num_threads() == 3
+        Batch([[1, 2, 3]]).step(program, {0: 3})
+        assert torch.get_num_threads() == 1
+        assert num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_rows_do_not_depend_on_tokens(cache: ArtefactCache) -> None:

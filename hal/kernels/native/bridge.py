@@ -24,7 +24,7 @@ from halyard.hal.kernels.native.library import (
 from halyard.hal.kernels.native.linear import packed_linear
 from halyard.hal.kernels.native.quantized_linear import quantized_linear
 
-__all__ = ["C_FUNCTIONS", "offer_operators"]
+__all__ = ["C_FUNCTIONS", "offer_operators", "take_torch_threads"]
 
 # Operator -> declarations of the function that generated code calls instead.
 C_FUNCTIONS = {
@@ -48,10 +48,12 @@ _TORCH_FUNCTIONS = ("get_data_ptr", "get_dim", "get_sizes", "get_strides", "get_
 
 
 def offer_operators() -> None:
-    """Make the C functions visible to libraries that are loaded from now on. Idempotent.
+    """Make the C functions visible to libraries that are loaded from now on. Idempotent."""
+    _visible_library()
 
-    They take torch's threads: see library.take_threads.
-    """
+
+def take_torch_threads() -> None:
+    """Before the C functions are first called: they run on torch's threads, see library.take_threads."""
     take_threads()
     _visible_library().halyard_set_threads(
         ctypes.c_int64(num_threads()), ctypes.c_int64(MIN_PARALLEL_WORK)
