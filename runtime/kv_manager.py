@@ -158,10 +158,15 @@ class KVManager:
         known = sequence.block_digests
         size = self.block_size
         tokens = sequence.token_ids
-        for start in range(len(known) * size, len(tokens) - size + 1, size):
-            parent = known[-1] if known else _digest(sequence.request.cache_salt.encode())
-            content = array("q", tokens[start : start + size]).tobytes()
-            known.append(_digest(content, parent))
+        first, end = len(known) * size, len(tokens) // size * size
+        if first == end:
+            return known
+        content = array("q", tokens[first:end]).tobytes()
+        width = len(content) // ((end - first) // size)
+        digest = known[-1] if known else _digest(sequence.request.cache_salt.encode())
+        for start in range(0, len(content), width):
+            digest = _digest(content[start : start + width], digest)
+            known.append(digest)
         return known
 
     def reusable_digests(self, sequence: Sequence) -> list[bytes]:

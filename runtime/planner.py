@@ -200,8 +200,9 @@ def fit_memory(
         )
     wanted_len = asked_len or spec.max_model_len
     budget = int(device.memory_bytes * config.memory_utilization)
-    activations = max_batched_tokens * 4 * (8 * spec.hidden_size + 3 * spec.intermediate_size)
-    activations += config.max_num_sequences * spec.vocab_size * 4 * 3
+    item = ITEM_SIZE[kv.dtype]
+    activations = max_batched_tokens * item * (8 * spec.hidden_size + 3 * spec.intermediate_size)
+    activations += config.max_num_sequences * spec.vocab_size * (item + 4 * 2)
     left = budget - weight_bytes - activations
     if config.kv_blocks is not None:
         blocks, limited = config.kv_blocks, "kv_blocks"
