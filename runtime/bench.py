@@ -169,6 +169,7 @@ def report(llm: LLM, measured: Measurement) -> dict[str, Any]:
         "output_tokens_per_second": measured.output_tokens / best,
         "total_tokens_per_second": (workload.prompt_tokens + measured.output_tokens) / best,
         "startup_seconds": llm.startup_seconds,
+        "startup_phases": llm.facts.start_seconds,
         "model": plan.spec.name,
         "dtype": plan.dtype,
         "workload": workload.name,
