@@ -3,7 +3,8 @@
 PYTHONPATH=pkg python benchmarks/gpu_throughput.py --out $OUT/throughput.jsonl --budget 520 \
     --variant base --variant in-turn:overlap=false --variant big:max_batched_tokens=16384
 
-A variant is NAME or NAME:field=value,field=value with fields of EngineConfig. Each (variant, shape)
+A variant is NAME or NAME:field=value,field=value with fields of EngineConfig, or +PASS for a compiler
+pass that Inductor doesn't ask for by itself (give it a cache_dir of its own). Each (variant, shape)
 has one engine; its workloads run in the order given, each with one unmeasured run and --repeat
 measured ones. What doesn't fit in the budget any more is left out and named at the end. With
 --profile every cell is followed by where the engine's time went, phase by phase; --trace DIR adds a
@@ -72,12 +73,23 @@ def parse_fields(text: str) -> dict[str, Any]:
     """field=value,... -> options; values are JSON where they can be, else text."""
     fields: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
+        if part.startswith("+"):
+            add_pass(part[1:])
+            continue
         field, _, value = part.partition("=")
         try:
             fields[field] = json.loads(value)
         except json.JSONDecodeError:
             fields[field] = value
     return fields
+
+
+def add_pass(name: str) -> None:
+    """Let Inductor ask for one more pass, from here on."""
+    from halyard.compiler.graphs.inductor import InductorCompiler
+
+    asked = InductorCompiler.passes
+    InductorCompiler.passes = lambda *arguments: (*asked(*arguments), name)  # type: ignore[method-assign]
 
 
 def run_engine(
