@@ -231,3 +231,45 @@ def shared_rows(made: Any, **shape: Any) -> None:
     sequences.batch = batch  # type: ignore[method-assign]
     sequences.step([1] * 6)
     sequences.step([1] * 6)
+
+
+def skinny_linears(made: Any) -> None:
+    """Both forms of the linear for few rows against fp64: odd sizes, splits, everything fused."""
+    from halyard.hal.kernels.triton.skinny import Plan, SkinnyLinears
+
+    where, dtype = made.device.torch_device, torch_dtype(made.dtype)
+    linears, generator = SkinnyLinears(), torch.Generator().manual_seed(3)
+    limit = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(where)
+
+    def check(plan: Plan, rows: int, inputs: int, **options: Any) -> None:
+        outputs = 50  # no whole tiles
+        weight = random(outputs, inputs)
+        gated = options.get("gated", False)
+        x = random(rows, inputs * (2 if gated else 1))
+        fused = {name: random(*shape) for name, shape in options.items() if name != "gated"}
+        h = x.double()
+        if gated:
+            h = torch.nn.functional.silu(h[:, :inputs]) * h[:, inputs:]
+        if "norm" in fused:
+            h = h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-5) * fused["norm"].double()
+        truth = h @ weight.double().T
+        for name in ("bias", "residual"):
+            truth += fused[name].double() if name in fused else 0.0
+        for _ in range(2):  # again: a launch leaves the workspace as it found it
+            out = torch.full((rows, outputs), float("nan"), dtype=dtype, device=where)
+            linears.multiply(plan, x, weight, **fused, eps=1e-5, gated=gated, out=out)
+            error = (out.double() - truth).abs().max() / truth.abs().max()
+            assert error <= limit, (plan, rows, inputs, options, float(error))
+        again = linears.multiply(plan, x, weight, **fused, eps=1e-5, gated=gated)
+        assert torch.equal(again, out)
+
+    few, staged = Plan("few", 16, 128, 4, 1), Plan("few", 16, 64, 4, 3)
+    for rows in (1, 2, 3, 4):
+        check(few, rows, 256, norm=(256,), residual=(rows, 50))
+    check(staged, 2, 200, bias=(50,), gated=True)
+    check(few, 1, 200, norm=(200,), gated=True, bias=(50,), residual=(1, 50))
+    for rows, inputs, splits in ((1, 256, 3), (5, 200, 1), (16, 200, 3)):
+        check(Plan("rows", 32, 64, 4, 2, splits), rows, inputs, bias=(50,), residual=(rows, 50))

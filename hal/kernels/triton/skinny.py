@@ -50,7 +50,9 @@ class Plan:
         return self.splits * self.block_k <= inputs and self.block_n <= outputs
 
 
-def choose_plan(rows: int, outputs: int, inputs: int, cores: int) -> Plan | None:
+def choose_plan(
+    rows: int, outputs: int, inputs: int, cores: int, item_size: int = 2, arch: str = "sm_90"
+) -> Plan | None:
     """How to multiply rows x inputs by outputs x inputs on a GPU of so many cores.
 
     None: the library's product is as good or better.
@@ -59,11 +61,14 @@ def choose_plan(rows: int, outputs: int, inputs: int, cores: int) -> Plan | None
         return None
     if rows <= _ADDING_ROWS:
         wide = outputs >= 64 * cores
-        return Plan("few", 8 if wide else 4, 1024, 4, 1)
+        return Plan("few", 8 if wide else 4, 2048 // item_size, 4, 1)
     splits = 1
     while -(-outputs // 32) * splits < 3 * cores and splits < 8 and inputs >= 512 * splits:
         splits *= 2
-    return Plan("rows", 32, 256, 4, 4, splits)
+    if arch.startswith("sm_"):
+        return Plan("rows", 32, 512 // item_size, 4, 4, splits)
+    # 64 KiB of shared memory; RDNA has 256 registers a thread.
+    return Plan("rows", 32, (256 if arch.startswith("gfx1") else 512) // item_size, 4, 2, splits)
 
 
 class SkinnyLinears:
