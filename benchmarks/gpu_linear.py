@@ -137,7 +137,9 @@ class Bench:
     def weights(self, cell: Cell) -> list[Tensor]:
         """Copies of a cell's weight, at least two and more than the cache holds."""
         size = cell.inputs * cell.outputs
-        count = max(1, min(self.pool.numel() // size, 64, -(-COLD_BYTES // (size * self.dtype.itemsize))))
+        count = max(
+            1, min(self.pool.numel() // size, 64, -(-COLD_BYTES // (size * self.dtype.itemsize)))
+        )
         return [
             self.pool[n * size : (n + 1) * size].view(cell.outputs, cell.inputs)
             for n in range(count)
@@ -200,7 +202,8 @@ class Bench:
 
         errors: list[float] = []
         base = self.guarded(
-            f"{name} library", lambda: self.seconds([lambda w=w: linear(x, w) for w in weights], least)
+            f"{name} library",
+            lambda: self.seconds([lambda w=w: linear(x, w) for w in weights], least),
         )
         vector = None
         if rows == 1:
@@ -298,7 +301,11 @@ class Bench:
     def best_few(self, cell: Cell) -> Plan | None:
         """The quickest plan of multiply-adds at one row."""
         for line in self.lines:
-            if (line.get("model"), line.get("linear"), line.get("rows")) == (cell.model, cell.name, 1):
+            if (line.get("model"), line.get("linear"), line.get("rows")) == (
+                cell.model,
+                cell.name,
+                1,
+            ):
                 few = {p: t for p, t in line["plans"].items() if p.startswith("few")}
                 name = min(few, key=lambda plan: few[plan], default="")
                 return next((plan for plan in PLANS if str(plan) == name), None)
@@ -334,7 +341,9 @@ class Bench:
         kernels = TritonKernels(self.device)
         for rows in (1, 4, 16, 64, 256):
             logits = (self.pool[: rows * VOCAB].view(rows, VOCAB) * 100.0).contiguous()
-            columns = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.5]] * rows, device=self.where).T.contiguous()
+            columns = torch.tensor(
+                [[1.0, 1.0, 0.0, 0.0, 0.5]] * rows, device=self.where
+            ).T.contiguous()
             filtered = columns.clone()
             filtered[1] = 0.9
             calls: dict[str, Call] = {
@@ -344,7 +353,9 @@ class Bench:
                 "top_p": lambda logits=logits, c=filtered: kernels.draw(logits, None, c),
             }
             for pieces in (1, 8, 32):
-                calls[f"greedy in {pieces}"] = lambda logits=logits, n=pieces: _split(kernels, logits, n)
+                calls[f"greedy in {pieces}"] = lambda logits=logits, n=pieces: _split(
+                    kernels, logits, n
+                )
             line = f"draw {rows:3} rows:"
             for name, call in calls.items():
                 if self.left() < 0.5:

@@ -118,8 +118,8 @@ class Sampler:
         scored = samples.having(SCORED) if draw.flags & SCORED else np.empty(0, np.int64)
         failures: dict[int, str] = {}
         if kernels is not None and not draw.changes_logits and not len(scored):
-            tokens, bad, codes = self._draw_there(kernels, logits, draw, samples.identity)
-            return SampledTokens(tokens, bad, scored, None, codes=codes)
+            found = self._draw_there(kernels, logits, draw, samples.identity)
+            return SampledTokens(found[0], found[1], scored, None, codes=found[2])
         raw = logits
         if not samples.identity:
             raw = logits[torch.from_numpy(samples.logits_rows).to(logits.device)]

@@ -69,9 +69,7 @@ class DrawLauncher:
             PIECES=pieces, PIECES_PAD=1 << (pieces - 1).bit_length(), num_warps=8,
         )  # fmt: skip
 
-    def _take_workspace(
-        self, num: int, pieces: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def _take_workspace(self, num: int, pieces: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """int32 parts [num, 2, pieces] and int32 tickets [num], which every launch leaves at zero."""
         size = 2 * num * pieces
         if self._parts is None or self._parts.numel() < size:

@@ -183,7 +183,9 @@ def rows_kernel(
             tl.store(tickets + tile, 0)
         stored = (output < num_outputs)[:, None] & here
         if BIAS:
-            sums += tl.load(bias + output, mask=output < num_outputs, other=0.0).to(tl.float32)[:, None]
+            sums += tl.load(bias + output, mask=output < num_outputs, other=0.0).to(tl.float32)[
+                :, None
+            ]
         if RESIDUAL:
             more = residual + row[None, :] * residual_row + output[:, None]
             sums += tl.load(more, mask=stored, other=0.0).to(tl.float32)

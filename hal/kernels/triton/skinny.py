@@ -142,9 +142,7 @@ class SkinnyLinears:
         )  # fmt: skip
         return y
 
-    def _take_workspace(
-        self, size: int, tiles: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def _take_workspace(self, size: int, tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """fp32 parts [size] and int32 tickets [tiles], which every launch leaves at zero."""
         if self._partial is None or self._partial.numel() < size:
             if self._partial is not None:
@@ -158,9 +156,13 @@ class SkinnyLinears:
 
 
 @cache
-def _on(device: torch.device) -> tuple[SkinnyLinears, int]:
-    """The launcher of a device and its number of cores."""
-    return SkinnyLinears(), torch.cuda.get_device_properties(device).multi_processor_count
+def _on(device: torch.device) -> tuple[SkinnyLinears, int, str]:
+    """A device's launcher, number of cores and architecture."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    arch = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    return SkinnyLinears(), properties.multi_processor_count, arch
 
 
 @torch.library.impl(_library, "skinny_linear", "CPU")
@@ -172,8 +174,8 @@ def _skinny_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def _skinny_linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     inputs, rows = x.shape[-1], math.prod(x.shape[:-1])
     if rows <= MAX_ROWS and x.dtype == weight.dtype and weight.stride(1) == 1:
-        linears, cores = _on(x.device)
-        plan = choose_plan(rows, weight.shape[0], inputs, cores)
+        linears, cores, arch = _on(x.device)
+        plan = choose_plan(rows, weight.shape[0], inputs, cores, x.element_size(), arch)
         if plan is not None:
             y = linears.multiply(plan, x.reshape(rows, inputs).contiguous(), weight, bias)
             return y.view(*x.shape[:-1], -1)
