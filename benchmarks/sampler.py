@@ -1,6 +1,8 @@
 """What sampling costs a step: absolute, and as a multiple of a plain argmax in the same run.
 
-PYTHONPATH=pkg python benchmarks/sampler.py [--rows 1 16 256] [--vocab 32000 128256]
+PYTHONPATH=pkg python benchmarks/sampler.py [--rows 1 16 256] [--vocab 32000 128256] [--device cuda]
+
+Host time is in it; what the drawing kernels alone take on a GPU: benchmarks/gpu_linear.py.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 
+from halyard.hal.contract import DrawingKernels
 from halyard.runtime.plan import PlanRow
 from halyard.runtime.request import Request, SamplingParams
 from halyard.runtime.sampler import Sampler
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=3.0, help="standard deviation of the logits")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    kernels = _kernels(args.device)
     print(f"{'vocab':>7} {'rows':>5}  {'case':<20} {'ms':>9} {'x argmax':>9}")
     for vocab in args.vocab:
         for rows in args.rows:
@@ -45,12 +49,24 @@ def main() -> None:
             print(f"{vocab:>7} {rows:>5}  {'(argmax)':<20} {base * 1e3:>9.3f} {1:>9.1f}")
             for name, options in CASES.items():
                 batch = [_row(index, vocab, options) for index in range(rows)]
-                sampler = Sampler(vocab)
+                sampler = Sampler(vocab, kernels)
                 seconds = _median(partial(sampler.sample, logits, batch), args.device)
                 print(
                     f"{vocab:>7} {rows:>5}  {name:<20} {seconds * 1e3:>9.3f} {seconds / base:>9.1f}",
                     flush=True,
                 )
+
+
+def _kernels(device: str) -> DrawingKernels | None:
+    """The kernels that an engine on that device draws with."""
+    if device == "cpu":
+        return None
+    from halyard.hal.devices.cuda import CudaDevice
+    from halyard.hal.devices.rocm import RocmDevice
+    from halyard.hal.kernels.triton.kernels import TritonKernels
+
+    opened: Any = (RocmDevice if torch.version.hip else CudaDevice)()
+    return TritonKernels(opened)
 
 
 def _row(index: int, vocab: int, options: dict[str, Any]) -> SampleRow:

@@ -14,6 +14,7 @@ from halyard.compiler.passes.quantize_linears import (
     quantize_linears_int4,
     quantize_linears_int8,
 )
+from halyard.compiler.passes.skinny_linears import skinny_linears
 from halyard.hal.errors import ConfigError
 
 __all__ = ["PASSES", "run_passes"]
@@ -25,6 +26,7 @@ PASSES: dict[str, Callable[[ModelGraph], None]] = {
     "quantize_linears_int8": quantize_linears_int8,  # where asked for: EngineConfig.quantization
     "quantize_linears_int4": quantize_linears_int4,
     "prepack_linears": prepack_linears,  # weights in the order the CPU's linear kernel reads them
+    "skinny_linears": skinny_linears,  # kernels of our own where a GPU multiplies few rows
 }
 
 

@@ -176,7 +176,7 @@ class DrawingKernels(Protocol):
 
     def draw(
         self, logits: Tensor, rows: Tensor | None, columns: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw one token for each of n rows. Never waits for the device.
 
         Kept are the top_k most likely tokens, of these the fewest that hold top_p of their weight,
@@ -189,7 +189,8 @@ class DrawingKernels(Protocol):
             columns: [5, n] fp32: temperature (0: greedy), top_p, min_p, top_k (0: all), a number in
                 [0, 1); None: all rows are greedy, the first of the largest.
         Returns:
-            tokens [n] int64 below vocab, and [n] bool: the row's logits were not numbers.
+            tokens [n] int64 below vocab; bad [n] bool: the row's logits were not numbers; codes [n]
+            int64: 2 x token + bad, both in one piece for the host.
         """
 
 

@@ -31,8 +31,11 @@ _COLOURS = ("#4878a8", "#7aa6c2", "#b8a04c", "#c0573e", "#3f7f5f", "#8fb996", "#
 _KINDS: tuple[tuple[str, str], ...] = (
     ("copies", r"memcpy|memset|move_blocks|kv_write"),
     ("attention", r"paged_|merge_kernel|attention|flash|fmha"),
-    ("sampling", r"draw_kernel|argmax|argmin|reduce_kernel|topk|sort|scan|searchsorted|softmax"),
-    ("GEMMs", r"gemm|nvjet|cutlass|xmma|cublas|splitk|linear|::mm\b|::addmm\b|::bmm\b|matmul"),
+    ("sampling", r"draw_\w*kernel|argmax|argmin|reduce_kernel|topk|sort|scan|searchsorted|softmax"),
+    (
+        "GEMMs",
+        r"gemm|nvjet|cutlass|xmma|cublas|splitk|linear|::mm\b|::addmm\b|::bmm\b|matmul|^(few_)?rows_kernel",
+    ),
 )
 
 

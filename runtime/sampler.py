@@ -48,6 +48,7 @@ class SampledTokens:
     scored: NDArray[np.int64]  # positions of the rows that scores are of
     scores: Scores | None
     failures: dict[int, str] = field(default_factory=dict)  # by row: its token is void, and why
+    codes: Tensor | None = None  # [rows] int64, 2 x token + bad, where the device's kernel wrote it
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,8 @@ class Sampler:
         scored = samples.having(SCORED) if draw.flags & SCORED else np.empty(0, np.int64)
         failures: dict[int, str] = {}
         if kernels is not None and not draw.changes_logits and not len(scored):
-            tokens, bad = self._draw_there(kernels, logits, draw, samples.identity)
-            return SampledTokens(tokens, bad, scored, None)
+            found = self._draw_there(kernels, logits, draw, samples.identity)
+            return SampledTokens(found[0], found[1], scored, None, codes=found[2])
         raw = logits
         if not samples.identity:
             raw = logits[torch.from_numpy(samples.logits_rows).to(logits.device)]
@@ -130,8 +131,9 @@ class Sampler:
                 masks = draw.masks.result()
                 failures = masks.failures
                 work = _masked(work, raw, masks, samples)
+        codes: Tensor | None = None
         if kernels is not None:
-            tokens, bad = self._draw_there(kernels, work, draw, True)
+            tokens, bad, codes = self._draw_there(kernels, work, draw, True)
         else:
             tokens, peaks = choose(work, samples, draw.numbers)
             bad = ~torch.isfinite(peaks if work is raw else raw.amax(dim=-1))
@@ -140,7 +142,7 @@ class Sampler:
             index = torch.from_numpy(scored).to(raw.device)
             asked = [samples.sequences[number].request.params.logprobs or 0 for number in scored]
             scores = score(raw[index], tokens[index], max(asked))
-        return SampledTokens(tokens, bad, scored, scores, failures)
+        return SampledTokens(tokens, bad, scored, scores, failures, codes)
 
     def sample(self, logits: Tensor, rows: Iterable[SampleRow]) -> SampledTokens:
         """`prepare` and `draw` for rows given one by one."""
@@ -148,7 +150,7 @@ class Sampler:
 
     def _draw_there(
         self, kernels: DrawingKernels, logits: Tensor, draw: Draw, identity: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         samples, records = draw.samples, draw.samples.records
         index = None if identity else samples.logits_rows
         if draw.numbers is None:

@@ -107,6 +107,17 @@ def test_draws(dtype: str) -> None:
 
 
 @inside
+def test_draws_of_rows_that_programs_share() -> None:
+    checks.split_draws(made())
+
+
+@inside
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_skinny_linears(dtype: str) -> None:
+    checks.skinny_linears(made(dtype))
+
+
+@inside
 def test_a_token_without_slot_is_not_written() -> None:
     checks.no_slot(made())
 

@@ -116,13 +116,17 @@ def draws(made: Any, vocab: int = 300) -> None:
     where = made.device.torch_device
     logits = (torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)) * 2).to(where)
     logits = logits.to(torch_dtype(made.dtype))
-    tokens, bad = made.kernels.draw(logits, None, None)
+    tokens, bad, codes = made.kernels.draw(logits, None, None)
     assert tokens.tolist() == logits.float().argmax(-1).tolist()
     assert not bad.any()
+    assert torch.equal(codes, tokens * 2)
     broken = logits.clone()
     broken[1, 7], broken[3] = float("nan"), float("-inf")
-    tokens, bad = made.kernels.draw(broken, None, None)
+    tokens, bad, codes = made.kernels.draw(broken, None, None)
+    assert bad.dtype == torch.bool
     assert bad.tolist() == [False, True, False, True, False]
+    assert codes.dtype == torch.int64
+    assert torch.equal(codes, tokens * 2 + bad)
     assert 0 <= int(tokens.min()) <= int(tokens.max()) < vocab
 
     filters = [(1.0, 1.0, 0.0, 0), (0.5, 0.8, 0.0, 0), (1.0, 1.0, 0.1, 0), (1.5, 1.0, 0.0, 9),
@@ -150,16 +154,49 @@ def draws(made: Any, vocab: int = 300) -> None:
         numbers.append(float(middle))
     columns = torch.tensor([[*own, number] for own, number in zip(filters, numbers, strict=True)])
     columns = columns.float().T.contiguous().to(where)
-    tokens, bad = made.kernels.draw(logits, rows.to(where), columns)
+    tokens, bad, codes = made.kernels.draw(logits, rows.to(where), columns)
     assert tokens.tolist() == wanted
     assert not bad.any()
+    assert torch.equal(codes, tokens * 2)
+    columns[4, 0] = 0.5
+    _, bad, codes = made.kernels.draw(broken, rows.to(where), columns)
+    assert bad.tolist() == [row in (1, 3) for row in rows.tolist()]
+    assert torch.equal(codes % 2, bad.long())
     for number in (0.0, 1.0 - 2.0**-24):  # the first and the last of what is kept
         columns[4] = number
-        tokens, _ = made.kernels.draw(logits, rows.to(where), columns)
+        tokens, _, _ = made.kernels.draw(logits, rows.to(where), columns)
         for token, weight in zip(tokens.tolist(), weights, strict=True):
             kept = weight.nonzero()[:, 0].tolist()
             assert token in kept
             assert number > 0 or token == kept[0]
+
+
+def split_draws(made: Any) -> None:
+    """Greedy rows that several programs share: the first of equal tokens, bad rows, gathered rows."""
+    where, launcher = made.device.torch_device, made.kernels.drawing
+    vocab = 10_000  # three chunks, the last one short
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(2))
+    logits[0, [4095, 4096, 9999]] = 50.0  # the end of a chunk, the next one's start, the last token
+    logits[1, 9999] = 50.0
+    logits[2, 8192], logits[2, 5] = float("nan"), 50.0
+    logits[3] = float("-inf")
+    logits[4, [7, 9000]] = float("inf")
+    logits[5] = -1.0
+    logits = logits.to(torch_dtype(made.dtype)).to(where)
+    rows = torch.tensor([5, 0, 2, 1, 4, 3, 0], device=where)
+    bad = [False, False, True, False, True, True, False]
+    wanted = [0, 4095, 5, 9999, 7, 0, 4095]
+    for pieces in (1, 2, 3, 3, 64, None):  # twice: a launch leaves its tickets as it found them
+        launcher.pieces = pieces
+        tokens, found, codes = made.kernels.draw(logits, rows, None)
+        assert tokens.tolist() == wanted, pieces
+        assert found.tolist() == bad
+        assert torch.equal(codes, 2 * tokens + found)
+        tokens, found, _ = made.kernels.draw(logits, None, None)
+        assert tokens.tolist() == [4095, 9999, 5, 0, 7, 0]
+        assert found.tolist() == [False, False, True, True, True, False]
+    assert launcher.split(1, vocab)[0] == 3
+    assert launcher.split(100 * made.device.info.num_cores, vocab)[0] == 1
 
 
 def shared_rows(made: Any, **shape: Any) -> None:
@@ -194,3 +231,45 @@ def shared_rows(made: Any, **shape: Any) -> None:
     sequences.batch = batch  # type: ignore[method-assign]
     sequences.step([1] * 6)
     sequences.step([1] * 6)
+
+
+def skinny_linears(made: Any) -> None:
+    """Both forms of the linear for few rows against fp64: odd sizes, splits, everything fused."""
+    from halyard.hal.kernels.triton.skinny import Plan, SkinnyLinears
+
+    where, dtype = made.device.torch_device, torch_dtype(made.dtype)
+    linears, generator = SkinnyLinears(), torch.Generator().manual_seed(3)
+    limit = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(where)
+
+    def check(plan: Plan, rows: int, inputs: int, **options: Any) -> None:
+        outputs = 50  # no whole tiles
+        weight = random(outputs, inputs)
+        gated = options.get("gated", False)
+        x = random(rows, inputs * (2 if gated else 1))
+        fused = {name: random(*shape) for name, shape in options.items() if name != "gated"}
+        h = x.double()
+        if gated:
+            h = torch.nn.functional.silu(h[:, :inputs]) * h[:, inputs:]
+        if "norm" in fused:
+            h = h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-5) * fused["norm"].double()
+        truth = h @ weight.double().T
+        for name in ("bias", "residual"):
+            truth += fused[name].double() if name in fused else 0.0
+        for _ in range(2):  # again: a launch leaves the workspace as it found it
+            out = torch.full((rows, outputs), float("nan"), dtype=dtype, device=where)
+            linears.multiply(plan, x, weight, **fused, eps=1e-5, gated=gated, out=out)
+            error = (out.double() - truth).abs().max() / truth.abs().max()
+            assert error <= limit, (plan, rows, inputs, options, float(error))
+        again = linears.multiply(plan, x, weight, **fused, eps=1e-5, gated=gated)
+        assert torch.equal(again, out)
+
+    few, staged = Plan("few", 16, 128, 4, 1), Plan("few", 16, 64, 4, 3)
+    for rows in (1, 2, 3, 4):
+        check(few, rows, 256, norm=(256,), residual=(rows, 50))
+    check(staged, 2, 200, bias=(50,), gated=True)
+    check(few, 1, 200, norm=(200,), gated=True, bias=(50,), residual=(1, 50))
+    for rows, inputs, splits in ((1, 256, 3), (5, 200, 1), (16, 200, 3)):
+        check(Plan("rows", 32, 64, 4, 2, splits), rows, inputs, bias=(50,), residual=(rows, 50))

@@ -13,6 +13,7 @@ import torch
 from halyard.hal.devices.cuda import CudaDevice
 from halyard.hal.devices.rocm import RocmDevice
 from halyard.hal.errors import CapacityError
+from halyard.hal.kernels.triton.skinny import Plan, SkinnyLinears, skinny_linear
 from halyard.hal.types import BlockMove, DType, KVSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conformance"))
@@ -68,6 +69,45 @@ def test_split_keys_are_merged(device: Any, dtype: DType, splits: int) -> None:
 def test_mixed(device: Any, dtype: DType, name: str) -> None:
     checks.mixed(checks.context(device, dtype), **checks.SHAPES[name])
     checks.long_mixed(checks.context(device, dtype), **checks.SHAPES[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_draws(device: Any, dtype: DType) -> None:
+    if dtype == "float32":  # in 16 bits tokens tie: that is what the next one looks at
+        checks.draws(checks.context(device, dtype))
+    checks.split_draws(checks.context(device, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_skinny_linears(device: Any, dtype: DType) -> None:
+    checks.skinny_linears(checks.context(device, dtype))
+
+
+def test_a_captured_linear_of_split_inputs_replays(device: Any) -> None:
+    linears = SkinnyLinears()
+    x = torch.zeros(3, 2048, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(2048, 2048).to(torch.bfloat16).cuda()
+    out = torch.empty(3, 2048, dtype=torch.bfloat16, device="cuda")
+    plan = Plan("rows", 32, 256, 4, 4, 4)
+    replay = device.capture(lambda: linears.multiply(plan, x, weight, out=out))
+    assert replay is not None
+    for seed in range(3):
+        x.copy_(torch.randn(3, 2048, generator=torch.Generator().manual_seed(seed)))
+        out.fill_(float("nan"))
+        replay()
+        truth = x.double() @ weight.double().T
+        assert (out.double() - truth).abs().max() <= 1e-2 * truth.abs().max()
+
+
+def test_the_linear_operator_serves_any_number_of_rows(device: Any) -> None:
+    weight = (torch.randn(768, 1024) / 32).to(torch.bfloat16).cuda()
+    bias = torch.randn(768).to(torch.bfloat16).cuda()
+    for shape in ((0, 1024), (1, 1024), (1, 3, 1024), (16, 1024), (40, 1024)):
+        x = torch.randn(shape).to(torch.bfloat16).cuda()
+        found = skinny_linear(x, weight, bias)
+        wanted = torch.nn.functional.linear(x, weight, bias)
+        assert found.shape == wanted.shape
+        torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("swap", ["kernel", "copy", "batch"])

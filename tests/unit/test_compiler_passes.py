@@ -99,6 +99,16 @@ def test_linears_of_one_input_become_one() -> None:
     }
 
 
+def test_linears_become_skinny_ones_on_the_weights_as_they_are() -> None:
+    graph, layer = traced(bias=True)
+    run_passes(graph, ("drop_no_ops", "fuse_linears_of_one_input", "skinny_linears"))
+    assert count(graph, aten.linear.default) == 0
+    assert count(graph, torch.ops.halyard.skinny_linear.default) == 2
+    for tokens in (1, 17):
+        x, table = torch.randn(tokens, 8), torch.randn(tokens)
+        torch.testing.assert_close(run(graph, layer, x, table), layer(x, table))
+
+
 def test_no_ops_go() -> None:
     graph, _ = traced(bias=False)
     products = count(graph, aten.mul.Tensor)

@@ -22,6 +22,7 @@ from halyard.hal.contract import CONTRACT_VERSION, Device
 from halyard.hal.dtypes import dtype_name
 from halyard.hal.errors import BackendUnavailableError
 from halyard.hal.kernels.triton.batch_copy import batch_copy
+from halyard.hal.kernels.triton.draw_launch import DrawLauncher
 from halyard.hal.kernels.triton.launch import AttentionLauncher
 from halyard.hal.kernels.triton.tiles import family
 from halyard.hal.types import (
@@ -79,7 +80,7 @@ class TritonKernels:
         self.swap = swap
         self.launcher = AttentionLauncher(device, num_splits)
         self._moves = importlib.import_module("halyard.hal.kernels.triton.moves")
-        self._draw = importlib.import_module("halyard.hal.kernels.triton.draw")
+        self.drawing = DrawLauncher(device)
 
     @classmethod
     def probe(cls, device: DeviceInfo) -> Probe:
@@ -122,28 +123,8 @@ class TritonKernels:
 
     def draw(
         self, logits: Tensor, rows: Tensor | None, columns: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        num = len(rows) if rows is not None else len(logits)
-        if rows is None and columns is not None:
-            num = columns.shape[1]
-        tokens = torch.empty(num, dtype=torch.int64, device=logits.device)
-        bad = torch.empty(num, dtype=torch.int8, device=logits.device)
-        if num:
-            self._draw.draw_kernel[(num,)](
-                logits,
-                tokens if rows is None else rows,
-                logits if columns is None else columns,
-                tokens,
-                bad,
-                logits.shape[-1],
-                logits.stride(0),
-                num,
-                GATHER=rows is not None,
-                RANDOM=columns is not None,
-                SIZE=self._draw.CHUNK,
-                num_warps=8,
-            )
-        return tokens, bad.bool()
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.drawing.draw(logits, rows, columns)
 
     def copy_blocks(self, pool: KVPool, moves: Sequence[BlockMove]) -> None:
         self._moves.gather_moves(pool, pool, moves, pool.data.device)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halyard.hal.kernels.triton.launch import Shape
+from halyard.hal.kernels.triton.skinny import MAX_ROWS, choose_plan
 from halyard.hal.kernels.triton.tiles import (
     SHARED_LIMITS,
     decode_tile,
@@ -30,10 +31,10 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
 
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
                      "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
-                     "shared"]  # fmt: skip
+                     "shared", "few_rows", "rows"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
-    "move", "draw", "draw_greedy", "decode_shared", "shared",
+    "move", "draw", "draw_greedy", "decode_shared", "shared", "few_rows", "rows",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -52,7 +53,10 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 _SHORT: dict[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _MATRIX = re.compile(r"\b(wgmma|tcgen05|mma|v_s?w?mma|v_s?mfma)[._]\w[\w.]*")
 _STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "source_layer",
-            "target_layer")  # fmt: skip
+            "target_layer", "row_stride", "x_row", "w_row", "num_inputs", "num_outputs",
+            "split_inputs", "piece", "vocab")  # fmt: skip
+# Of a draw or a linear nothing depends on a head's dim.
+_ONE_DIM = ("move", "draw", "draw_greedy", "few_rows", "rows")
 # 4-byte registers a thread may put into scratch memory; others: none. RDNA 3 has 256 registers a
 # thread, and a head of 256 does not fit beside its sums. fp32 (any number) runs without matrix units
 # and keeps its operands in registers: it is there for exactness, not for speed.
@@ -92,7 +96,7 @@ class CompileReport:
         allowed = _SPILLS_ALLOWED.get((self.variant.target, self.variant.head_dim), 0)
         if self.variant.dtype != "float32" and self.spills > allowed:
             found.append(f"{self.spills} registers spilled")
-        dots = self.variant.kernel.startswith(("decode", "prefill", "shared"))
+        dots = self.variant.kernel.startswith(("decode", "prefill", "shared", "rows"))
         if dots and self.variant.dtype != "float32" and not self.matrix:
             found.append("no matrix instructions")
         return found
@@ -104,14 +108,14 @@ def variants(
     dtypes: tuple[DType, ...] = ("bfloat16", "float16", "float32"),
     head_dims: tuple[int, ...] = HEAD_DIMS,
 ) -> Iterator[Variant]:
-    """Every combination; moves copy words and have one dtype and dim, draws one dim."""
+    """Every combination; moves copy words and have one dtype and dim, draws and linears one dim."""
     for target in targets:
         for kernel in kernels:
             if kernel == "move":
                 yield Variant(kernel, target, dtypes[0], head_dims[0])
                 continue
             for dtype in dtypes:
-                for dim in head_dims[:1] if kernel.startswith("draw") else head_dims:
+                for dim in head_dims[:1] if kernel in _ONE_DIM else head_dims:
                     yield Variant(kernel, target, dtype, dim)
 
 
@@ -164,7 +168,7 @@ def _source(
     """The function, its constants, the compiler's options, and the tile in words."""
     from dataclasses import replace
 
-    from halyard.hal.kernels.triton import decode, draw, moves, prefill, shared, write
+    from halyard.hal.kernels.triton import decode, draw, linear, moves, prefill, shared, write
 
     features = variant.kernel.endswith("features")
     item_size = ITEM_SIZE[variant.dtype]
@@ -184,10 +188,27 @@ def _source(
     if variant.kernel == "move":
         constants = {"WORDS": 8192, "CHUNK": moves.CHUNK_WORDS}
         return moves.move_blocks_kernel, constants, {"num_warps": 4}, f"{moves.CHUNK_WORDS} words"
-    if variant.kernel.startswith("draw"):
-        random = variant.kernel == "draw"
-        constants = {"GATHER": random, "RANDOM": random, "SIZE": draw.CHUNK}
-        return draw.draw_kernel, constants, {"num_warps": 8}, f"{draw.CHUNK} tokens"
+    if variant.kernel == "draw_greedy":
+        constants = {"GATHER": True, "SIZE": draw.CHUNK, "PIECES": 32, "PIECES_PAD": 32}
+        return draw.draw_greedy_kernel, constants, {"num_warps": 8}, f"{draw.CHUNK} tokens"
+    if variant.kernel == "draw":
+        constants = {"GATHER": True, "SIZE": draw.FEW_ROWS_CHUNK}
+        return draw.draw_kernel, constants, {"num_warps": 16}, f"{draw.FEW_ROWS_CHUNK} tokens"
+    if variant.kernel in ("few_rows", "rows"):
+        rows = 4 if variant.kernel == "few_rows" else MAX_ROWS
+        plan = choose_plan(rows, 4096, 4096, 132, item_size, variant.target)
+        if plan is None:
+            raise AssertionError(f"no plan for {variant}")
+        constants = {
+            "ROWS": rows, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k, "EVEN": True,
+            "BIAS": True, "RESIDUAL": True,
+        }  # fmt: skip
+        if variant.kernel == "rows":
+            constants["SPLITS"] = plan.splits
+            options = {"num_warps": plan.num_warps, "num_stages": plan.stages}
+            return linear.rows_kernel, constants, options, str(plan)
+        constants |= {"STAGES": plan.stages, "NORM": True, "GATED": True}
+        return linear.few_rows_kernel, constants, {"num_warps": plan.num_warps}, str(plan)
     if variant.kernel == "shared":
         tile = shared_tile(variant.target, shape.dim_pad, item_size, shape.group)
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -211,26 +232,25 @@ def _source(
 
 def _type(name: str, variant: Variant) -> str:
     """Triton's type of an argument."""
-    if name in ("q", "k", "v", "pool", "out"):
+    if name in ("q", "k", "v", "pool", "out", "x", "w", "y", "bias", "residual", "norm"):
         return f"*{_SHORT[variant.dtype]}"
     if name in ("partial", "partial_lse"):  # without splits the output stands in for them
-        split = variant.kernel in ("decode_split", "decode_shared", "shared", "merge")
+        split = variant.kernel in ("decode_split", "decode_shared", "shared", "merge", "rows")
         return "*fp32" if split else f"*{_SHORT[variant.dtype]}"
     if name == "logits":
         return f"*{_SHORT[variant.dtype]}"
-    if name == "columns":  # where all rows are greedy the logits stand in for them
-        return "*fp32" if variant.kernel == "draw" else f"*{_SHORT[variant.dtype]}"
-    if name in ("rows", "tokens"):
+    if name in ("rows", "tokens", "codes"):
         return "*i64"
     if name == "bad":
         return "*i8"
-    if name == "sinks":
+    if name in ("sinks", "columns"):
         return "*fp32"
-    if name in ("block_tables", "seq_lens", "query_start", "row_keys", "tile_rows", "tile_keys"):
+    if name in ("block_tables", "seq_lens", "query_start", "row_keys", "tile_rows", "tile_keys",
+                "parts", "tickets"):  # fmt: skip
         return "*i32"
     if name in ("slot_mapping", "source", "target", "pairs"):
         return "*i64"
-    if name in ("qk_scale", "cap_scale"):
+    if name in ("qk_scale", "cap_scale", "eps"):
         return "fp32"
     return "i32"
 

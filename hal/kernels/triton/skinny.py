@@ -1,0 +1,191 @@
+"""halyard::skinny_linear: a linear that takes our kernels for few rows and the library's otherwise.
+
+Which one is decided when it runs, from shapes alone, so that one compiled graph serves every batch
+and a captured step keeps what its number of rows calls for. Needs no Triton until a GPU calls it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["MAX_ROWS", "Plan", "SkinnyLinears", "choose_plan", "skinny_linear"]
+
+MAX_ROWS = 16
+_ADDING_ROWS = 4  # up to here products and sums keep up with the reading of w
+
+_library = torch.library.Library("halyard", "FRAGMENT")
+_library.define("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One way to launch a linear.
+
+    `form`: "few" (few_rows_kernel, up to 4 rows) or "rows" (rows_kernel, up to 16); splits: programs
+    that share the inputs of an output tile, form "rows" only.
+    """
+
+    form: Literal["few", "rows"]
+    block_n: int
+    block_k: int
+    num_warps: int
+    stages: int
+    splits: int = 1
+
+    def __str__(self) -> str:
+        words = f"{self.form} {self.block_n}x{self.block_k} w{self.num_warps} s{self.stages}"
+        return words if self.splits == 1 else f"{words} /{self.splits}"
+
+    def fits(self, rows: int, outputs: int, inputs: int) -> bool:
+        """Whether it makes sense for a shape: enough inputs for each split, rows in reach."""
+        if rows > (_ADDING_ROWS if self.form == "few" else MAX_ROWS):
+            return False
+        return self.splits * self.block_k <= inputs and self.block_n <= outputs
+
+
+def choose_plan(
+    rows: int, outputs: int, inputs: int, cores: int, item_size: int = 2, arch: str = "sm_90"
+) -> Plan | None:
+    """How to multiply rows x inputs by outputs x inputs on a GPU of so many cores.
+
+    None: the library's product is as good or better.
+    """
+    if not 0 < rows <= MAX_ROWS or inputs < 512:
+        return None
+    if rows <= _ADDING_ROWS:
+        wide = outputs >= 64 * cores
+        return Plan("few", 8 if wide else 4, 2048 // item_size, 4, 1)
+    splits = 1
+    while -(-outputs // 32) * splits < 3 * cores and splits < 8 and inputs >= 512 * splits:
+        splits *= 2
+    if arch.startswith("sm_"):
+        return Plan("rows", 32, 512 // item_size, 4, 4, splits)
+    # 64 KiB of shared memory; RDNA has 256 registers a thread.
+    return Plan("rows", 32, (256 if arch.startswith("gfx1") else 512) // item_size, 4, 2, splits)
+
+
+class SkinnyLinears:
+    """Launches on one device's current stream; owns the workspace of splits."""
+
+    def __init__(self) -> None:
+        self._kernels: Any = importlib.import_module("halyard.hal.kernels.triton.linear")
+        self._partial: Tensor | None = None
+        self._tickets: Tensor | None = None
+        self._outgrown: list[Tensor] = []  # captured steps still write to them
+
+    def multiply(
+        self,
+        plan: Plan,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        gated: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x [rows, inputs] @ weight [outputs, inputs]^T -> [rows, outputs] in x's dtype.
+
+        Last dims are contiguous. Sums are fp32 and rounded once.
+
+        Args:
+            bias: [outputs]. residual: [rows, outputs], added.
+            norm: [inputs], the weight of an RMS norm (with eps) that x goes through first; "few" only.
+            gated: x is [rows, 2 x inputs], its first half's silu times its second; "few" only.
+            out: written instead of a new tensor; contiguous.
+        """
+        (outputs, inputs), rows = weight.shape, x.shape[0]
+        if x.shape[1] != inputs * (2 if gated else 1):
+            raise AssertionError(f"{x.shape[1]} inputs for a weight of {inputs}")
+        if plan.form == "rows" and (norm is not None or gated):
+            raise AssertionError("the matrix units' form takes its inputs as they are")
+        y = x.new_empty((rows, outputs)) if out is None else out
+        if not rows:
+            return y
+        tiles = -(-outputs // plan.block_n)
+        more = {
+            "BIAS": bias is not None,
+            "RESIDUAL": residual is not None,
+            "BLOCK_N": plan.block_n,
+            "BLOCK_K": plan.block_k,
+            "num_warps": plan.num_warps,
+        }
+        bias = y if bias is None else bias
+        residual = y if residual is None else residual
+        if plan.form == "few":
+            self._kernels.few_rows_kernel[(tiles,)](
+                x, weight, y, bias, residual, y if norm is None else norm, outputs, inputs,
+                x.stride(0), weight.stride(0), residual.stride(0), eps,
+                ROWS=rows, EVEN=inputs % plan.block_k == 0, STAGES=plan.stages,
+                NORM=norm is not None, GATED=gated, **more,
+            )  # fmt: skip
+            return y
+        steps = -(-inputs // plan.block_k)
+        partial, tickets = y, y
+        if plan.splits > 1:
+            size = tiles * plan.splits * plan.block_n * MAX_ROWS
+            partial, tickets = self._take_workspace(size, tiles, x.device)
+        self._kernels.rows_kernel[(tiles, plan.splits)](
+            x, weight, y, bias, residual, partial, tickets, rows, outputs, inputs,
+            x.stride(0), weight.stride(0), residual.stride(0),
+            -(-steps // plan.splits) * plan.block_k,
+            ROWS=MAX_ROWS, SPLITS=plan.splits, EVEN=inputs % plan.block_k == 0,
+            num_stages=plan.stages, **more,
+        )  # fmt: skip
+        return y
+
+    def _take_workspace(self, size: int, tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """fp32 parts [size] and int32 tickets [tiles], which every launch leaves at zero."""
+        if self._partial is None or self._partial.numel() < size:
+            if self._partial is not None:
+                self._outgrown.append(self._partial)
+            self._partial = torch.empty(size, dtype=torch.float32, device=device)
+        if self._tickets is None or self._tickets.numel() < tiles:
+            if self._tickets is not None:
+                self._outgrown.append(self._tickets)
+            self._tickets = torch.zeros(tiles, dtype=torch.int32, device=device)
+        return self._partial, self._tickets
+
+
+@cache
+def _on(device: torch.device) -> tuple[SkinnyLinears, int, str]:
+    """A device's launcher, number of cores and architecture."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    arch = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    return SkinnyLinears(), properties.multi_processor_count, arch
+
+
+@torch.library.impl(_library, "skinny_linear", "CPU")
+def _skinny_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@torch.library.impl(_library, "skinny_linear", "CUDA")
+def _skinny_linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    inputs, rows = x.shape[-1], math.prod(x.shape[:-1])
+    if rows <= MAX_ROWS and x.dtype == weight.dtype and weight.stride(1) == 1:
+        linears, cores, arch = _on(x.device)
+        plan = choose_plan(rows, weight.shape[0], inputs, cores, x.element_size(), arch)
+        if plan is not None:
+            y = linears.multiply(plan, x.reshape(rows, inputs).contiguous(), weight, bias)
+            return y.view(*x.shape[:-1], -1)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@torch.library.register_fake("halyard::skinny_linear", lib=_library)
+def _skinny_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+skinny_linear = torch.ops.halyard.skinny_linear.default
+"""x [..., in], weight [out, in], bias [out] or None -> [..., out] in x's dtype."""
