@@ -259,7 +259,9 @@ class Executor:
         return RunningStep(
             plan,
             sampled.token_ids,
-            self._fetch(sampled.token_ids * 2 + sampled.bad),
+            self._fetch(
+                sampled.token_ids * 2 + sampled.bad if sampled.codes is None else sampled.codes
+            ),
             sampled.scored.tolist(),
             [self._fetch(column) for column in sampled.scores.columns] if sampled.scores else [],
             sampled.failures,
