@@ -145,6 +145,7 @@ def run_engine(
 
 def trace(directory: Path, cell: str, llm: LLM, workload: Workload) -> dict[str, Any]:
     """Profile fewer requests with shorter answers: the profiler keeps every launch of every step."""
+    from halyard.api.profile_page import profile_page
     from halyard.runtime.bench import measure_throughput
     from halyard.runtime.profile import profiled
 
@@ -157,7 +158,7 @@ def trace(directory: Path, cell: str, llm: LLM, workload: Workload) -> dict[str,
     with profiled(llm.engine) as profile:
         measure_throughput(llm, short)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{cell.replace('/', '-')}.html").write_text(profile.page(cell))
+    (directory / f"{cell.replace('/', '-')}.html").write_text(profile_page(profile, cell))
     print(profile.table(), file=sys.stderr, flush=True)
     for name, seconds, calls in profile.kernels[:24]:
         each = 1e3 * seconds / profile.steps

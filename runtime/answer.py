@@ -21,6 +21,12 @@ class IncrementalDecoder(Protocol):
     def flush(self) -> str: ...
 
 
+class Detokenizes(Protocol):
+    """What Answers needs of models.tokenizer.Tokenizer."""
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> IncrementalDecoder: ...
+
+
 class StopMatcher:
     """Finds stop strings in a growing text and holds back what may turn out to be one."""
 
@@ -98,6 +104,19 @@ class Answers:
             )
             for _ in range(params.n)
         ]
+
+    @classmethod
+    def of(cls, request: Request, tokenizer: Detokenizes | None) -> Answers:
+        """Of a request to a model; without a tokenizer answers are token ids alone."""
+        if tokenizer is None:
+            return cls(request, None)
+        skip = request.params.skip_special_tokens
+        return cls(request, lambda: tokenizer.detokenizer(skip))
+
+    def take_abandoned(self) -> list[int]:
+        """What was abandoned since the last call."""
+        abandoned, self.abandoned = self.abandoned, []
+        return abandoned
 
     @property
     def finished(self) -> bool:

@@ -6,17 +6,18 @@ import platform
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from halyard.hal.errors import ConfigError, HalyardError
-from halyard.runtime.limits import DeviceLimits, Work
+from halyard.runtime.limits import DeviceLimits
 from halyard.runtime.request import SamplingParams
+from halyard.runtime.work import watched_plans, work_of
 
 if TYPE_CHECKING:
     from halyard.runtime.engine import EngineStats
-    from halyard.runtime.executor import PreparedStep
     from halyard.runtime.llm import LLM
     from halyard.runtime.plan import StepPlan
     from halyard.runtime.workloads import Workload
@@ -93,25 +94,15 @@ def _measured(
 ) -> tuple[float, dict[str, int], float]:
     """Seconds of one run, by how much it raised the engine's totals, seconds at the limits."""
     before = _totals(llm.engine.stats())
-    executor = llm.engine.executor
-    kv_bytes = executor.pool.layout.spec.bytes_per_token
     least = 0.0
-    prepare = executor.prepare
 
-    def counted(plan: StepPlan) -> PreparedStep:
+    def count(plan: StepPlan) -> None:
         nonlocal least
         if limits is not None:
-            work = Work.of(plan, llm.plan.spec, executor.program.weight_bytes, kv_bytes)
-            least += limits.least_seconds(work)
-        return prepare(plan)
+            least += limits.least_seconds(work_of(plan, llm))
 
-    if limits is not None:
-        executor.prepare = counted  # type: ignore[method-assign]
-    try:
+    with watched_plans(llm, count) if limits is not None else nullcontext():
         elapsed = _run(llm, workload, run)
-    finally:
-        if limits is not None:
-            executor.prepare = prepare  # type: ignore[method-assign]
     after = _totals(llm.engine.stats())
     return elapsed, {name: after[name] - before[name] for name in after}, least
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.captured import CapturedProgram
@@ -32,9 +31,6 @@ from halyard.runtime.planner import ExecutionPlan, make_plan
 from halyard.runtime.port import EngineFacts
 from halyard.runtime.sampler import Sampler
 from halyard.runtime.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["BuiltEngine", "build_engine"]
 
@@ -146,8 +142,6 @@ def build_engine(
         Metrics(plan.spec.name, row.name, bytes_per_block),
         config.overlap,
     )
-    # What is there now stays: the collector needn't look through torch and the model in every step.
-    gc.freeze()
     seconds = time.perf_counter() - clock.started
     return BuiltEngine(engine, tokenizer, plan, facts, seconds)
 
@@ -193,7 +187,7 @@ def _build_executor(
         program = NullProgram(spec.vocab_size, spec.hidden_size)
     else:
         clock.phase("compiling")
-        unbound = _compile(config, plan, device.torch_device, device, graph)
+        unbound = _compile(config, plan, device, graph)
         clock.phase("loading weights")
         weights = load_weights(
             plan.source,
@@ -235,7 +229,6 @@ def _build_executor(
 def _compile(
     config: EngineConfig,
     plan: ExecutionPlan,
-    torch_device: torch.device,
     device: Device,
     graph: GraphCompiler,
 ) -> UnboundProgram:
@@ -257,7 +250,7 @@ def _compile(
             heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
             vocab_size=spec.vocab_size,
             dtype=plan.dtype,
-            torch_device=torch_device,
+            torch_device=device.torch_device,
             quantization=config.quantization,
             dump_dir=config.dump_dir,
             progress=config.progress,

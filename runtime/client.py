@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from halyard import __version__
 from halyard.hal.errors import EngineDeadError, HalyardError, QueueFullError
-from halyard.runtime.answer import Answers, IncrementalDecoder
+from halyard.runtime.answer import Answers
 from halyard.runtime.outputs import CompletionDelta, RequestDelta
 from halyard.runtime.plan import TokenEvent
 from halyard.runtime.request import Pooling, Request, RequestOptions, SamplingParams
@@ -226,12 +226,6 @@ class Client:
         self.give_up(SHUTTING_DOWN)
         await self.port.close()
 
-    def _decoder(self, params: SamplingParams) -> Callable[[], IncrementalDecoder] | None:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return None
-        return lambda: tokenizer.detokenizer(params.skip_special_tokens)
-
     def _check_alive(self) -> None:
         if self.error is not None:
             raise EngineDeadError(self.error)
@@ -245,8 +239,7 @@ class Client:
             raise HalyardError(f"request id {request.request_id} is in use")
         self._check_queue(request.tenant)
         self.start()
-        decoder = self._decoder(request.params)
-        stream = RequestStream(request, Answers(request, decoder), self._abort)
+        stream = RequestStream(request, Answers.of(request, self.tokenizer), self._abort)
         self._streams[request.request_id] = stream
         self.port.add(request)
         return stream
@@ -286,9 +279,8 @@ class Client:
             if stream is None:
                 continue  # cancelled while the step ran
             delta = stream.answers.feed(own)
-            for index in stream.answers.abandoned:
+            for index in stream.answers.take_abandoned():
                 self.port.abort(request_id, index)
-            stream.answers.abandoned.clear()
             if delta is not None:
                 delivered.append((stream, delta))
                 if delta.finished:

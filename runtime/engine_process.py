@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import pickle
@@ -223,6 +224,9 @@ def _serve(channel: Channel) -> int:
             logger.exception("loading failed")
         channel.send(Failed(portable(error)))
         return 1
+    # What is there now stays: the collector needn't look through torch and the model in every step.
+    gc.collect()
+    gc.freeze()
     loop = EngineLoop(channel, built)
     channel.send(Ready(built.facts, built.engine.stats()))
     try:

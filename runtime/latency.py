@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halyard.hal.errors import ConfigError
-from halyard.runtime.limits import DeviceLimits, Work
+from halyard.runtime.limits import DeviceLimits
 from halyard.runtime.request import SamplingParams
+from halyard.runtime.work import watched_plans, work_of
 
 if TYPE_CHECKING:
-    from halyard.runtime.executor import PreparedStep
     from halyard.runtime.llm import LLM
     from halyard.runtime.plan import StepPlan
 
@@ -73,37 +73,29 @@ def measure_steps(
         engine.add(request)
     seconds: list[float] = []
     plans: list[StepPlan] = []
-    prepare = engine.executor.prepare
 
-    def noted(plan: StepPlan) -> PreparedStep:
+    def note(plan: StepPlan) -> None:
         if plan.num_tokens == rows == len(plan.rows):
             plans[:] = [plan]
-        return prepare(plan)
 
     decoding = 0
-    engine.executor.prepare = noted  # type: ignore[method-assign]
     try:
-        before = time.perf_counter()
-        while len(seconds) < steps and engine.has_work():
-            events = engine.step()
-            now = time.perf_counter()
-            if len(events) == rows:
-                decoding += 1
-                if decoding > _WARM_STEPS:
-                    seconds.append(now - before)
-            before = now
-        least = _least(llm, plans[0], limits) if limits is not None and plans else None
+        with watched_plans(llm, note):
+            before = time.perf_counter()
+            while len(seconds) < steps and engine.has_work():
+                events = engine.step()
+                now = time.perf_counter()
+                if len(events) == rows:
+                    decoding += 1
+                    if decoding > _WARM_STEPS:
+                        seconds.append(now - before)
+                before = now
+        least = None
+        if limits is not None and plans:
+            least = limits.least_seconds(work_of(plans[0], llm))
     finally:
-        engine.executor.prepare = prepare  # type: ignore[method-assign]
         for name in names:
             engine.abort(name)
         while engine.has_work():
             engine.step()
     return StepTimes(rows, context, tuple(seconds), least)
-
-
-def _least(llm: LLM, plan: StepPlan, limits: DeviceLimits) -> float:
-    executor = llm.engine.executor
-    spec = executor.pool.layout.spec
-    work = Work.of(plan, llm.plan.spec, executor.program.weight_bytes, spec.bytes_per_token)
-    return limits.least_seconds(work)

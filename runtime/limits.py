@@ -1,4 +1,4 @@
-"""What a device can do at most: measured once a machine, kept on disk; and what a step asks of it."""
+"""What a device can do at most: measured once a machine, kept on disk."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import torch
 from halyard.compiler.cache import default_directory
 from halyard.hal.contract import Device
 from halyard.hal.dtypes import torch_dtype
-from halyard.hal.types import ITEM_SIZE, DType
+from halyard.hal.types import DType
 
 if TYPE_CHECKING:
-    from halyard.models.spec import ModelSpec
-    from halyard.runtime.plan import StepPlan
+    from halyard.runtime.work import Work
 
-__all__ = ["DeviceLimits", "Work", "device_limits", "measure_limits"]
+__all__ = ["DeviceLimits", "device_limits", "measure_limits"]
 
 _VERSION = 1  # of the file's content and of how it is measured
 _SECONDS = 0.4  # for each rate
@@ -40,40 +39,6 @@ class DeviceLimits:
     def least_seconds(self, work: Work) -> float:
         """What the work must take if memory and arithmetic are each at their limit, overlapping."""
         return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
-
-
-@dataclass(slots=True)
-class Work:
-    """Bytes and arithmetic of steps: weights read once a step, each row's keys and values."""
-
-    bytes: float = 0.0
-    flops: float = 0.0
-
-    @classmethod
-    def of(cls, plan: StepPlan, spec: ModelSpec, weight_bytes: int, kv_bytes: int) -> Work:
-        """What a step must read, write and compute.
-
-        Weights count once a step, but an input embedding that isn't tied counts by the rows that are
-        looked up; every row's keys and values are read once and the new ones written. Experts that
-        no token chooses aren't known, so all of them count as read.
-
-        Args:
-            weight_bytes: of the whole program; kv_bytes: of one token in all layers.
-        """
-        keys = sum(row.end for row in plan.rows)
-        width = spec.num_heads * spec.head_dim
-        # A token at position p meets p + 1 keys, in scores and in the weighted sum.
-        met = sum(row.num_tokens * (row.start + row.end + 1) / 2 for row in plan.rows)
-        embedding = spec.vocab_size * spec.hidden_size
-        item = ITEM_SIZE.get(spec.dtype, 2)
-        read = weight_bytes if spec.tied else weight_bytes - embedding * item
-        matrices = max(0.0, weight_bytes / item - embedding * (1 if spec.tied else 2))
-        return cls(
-            bytes=float(max(read, 0) + kv_bytes * (keys + plan.num_tokens)),
-            flops=2.0 * matrices * plan.num_tokens
-            + 2.0 * embedding * plan.num_samples
-            + 4.0 * width * spec.num_layers * met,
-        )
 
 
 def device_limits(device: Device, dtype: DType, cache_dir: Path | None = None) -> DeviceLimits:

@@ -216,9 +216,7 @@ class LLM:
         self, requests: list[Request], take: Callable[[RequestDelta], None], label: str | None
     ) -> None:
         """Run requests to their ends; `label` is the progress bar's, None: no bar."""
-        answers = {
-            request.request_id: Answers(request, self._decoder(request)) for request in requests
-        }
+        answers = {request.request_id: Answers.of(request, self.tokenizer) for request in requests}
         watched = {request.request_id for request in requests if request.params.stop_strings}
         gathered: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
         bar = tqdm(
@@ -243,9 +241,8 @@ class LLM:
                 for request_id in due:
                     delta = answers[request_id].feed(gathered[request_id])
                     gathered[request_id].clear()
-                    for index in answers[request_id].abandoned:
+                    for index in answers[request_id].take_abandoned():
                         self.engine.abort(request_id, index)
-                    answers[request_id].abandoned.clear()
                     if delta is not None:
                         take(delta)
                         bar.update(int(delta.finished))
@@ -285,12 +282,6 @@ class LLM:
         }
         found.setdefault(token.token_id, Logprob(token.logprob, token.rank, text(token.token_id)))
         return found
-
-    def _decoder(self, request: Request) -> Any:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return None
-        return lambda: tokenizer.detokenizer(request.params.skip_special_tokens)
 
 
 def _raise_errors(delta: RequestDelta) -> None:

@@ -143,11 +143,12 @@ def make_plan(config: EngineConfig) -> ExecutionPlan:
         dtype=config.dtype,
     )
     dtype = selection.dtype
-    on_inductor = selection.row.graph == "inductor" and selection.device.kind == "cpu"
-    if config.quantization != "none" and not on_inductor:
+    if config.quantization not in ("none", *selection.row.quantisation):
+        able = [row.name for row in matrix.rows if config.quantization in row.quantisation]
+        use = f"backend {' or '.join(able)}, or " if able else ""
         raise ConfigError(
             f"backend {selection.row.name} has no {config.quantization} weights: use "
-            "backend cpu, or quantization none"
+            f"{use}quantization none"
         )
     parameters = _count_parameters(source, spec, config.load_format)
     computes = selection.row.kernels != "null"
@@ -252,10 +253,13 @@ def fit_memory(
 
 def _weight_bytes(config: EngineConfig, spec: ModelSpec, parameters: int, dtype: DType) -> int:
     """The embedding and what no group divides keep their dtype; a group has an fp32 scale."""
+    from halyard.hal.kernels.native.quantized_linear import GROUPS  # with torch
+
     whole = parameters * ITEM_SIZE[dtype]
     if config.quantization == "none":
         return whole
-    bits, group = (8, 128) if config.quantization == "int8" else (4, 64)
+    bits = {"int8": 8, "int4": 4}[config.quantization]
+    group = GROUPS[bits]
     if spec.hidden_size % group or spec.intermediate_size % group:
         return whole
     embedding = spec.vocab_size * spec.hidden_size

@@ -1,4 +1,4 @@
-"""Where a step's time goes, on the host and on the device: a table and a page with two bars.
+"""Where a step's time goes, on the host and on the device.
 
 The host's time is taken by wrapping the parts of an engine; each moment belongs to the innermost
 one. The device's comes from torch's profiler, by the names of kernels. On a device without kernels
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +24,6 @@ __all__ = ["HOST_PARTS", "StepProfile", "profiled"]
 
 HOST_PARTS = ("plan", "prepare", "copies", "attention", "GEMMs", "norms and the rest", "sampling",
               "wait", "commit", "other")  # fmt: skip
-_COLOURS = ("#4878a8", "#7aa6c2", "#b8a04c", "#c0573e", "#3f7f5f", "#8fb996", "#8b5e9e", "#c9c9c9",
-            "#2f4858", "#e6e6e6")  # fmt: skip
 # What a kernel (or, on a CPU, an operator) does, by its name; the first that fits counts.
 _KINDS: tuple[tuple[str, str], ...] = (
     ("copies", r"memcpy|memset|move_blocks|kv_write"),
@@ -83,56 +80,6 @@ class StepProfile:
                 lines.append(f"  {where:<7}{name:<20}{ms:>9.3f} ms {share:>7.1%}")
         return "\n".join(lines)
 
-    def page(self, title: str) -> str:
-        """A page of its own, without scripts or anything from elsewhere."""
-        rows = self.to_dict()
-        whole = max(rows["milliseconds"], 1e-9)
-        bars = []
-        for where in ("host", "device"):
-            if where not in rows:
-                continue
-            pieces = "".join(
-                f'<i style="width:{100 * ms / whole:.3f}%;background:{_colour(name)}" '
-                f'title="{escape(name)} {ms:.3f} ms"></i>'
-                for name, ms in rows[where].items()
-            )
-            names = "".join(
-                f'<tr><td><b style="background:{_colour(name)}"></b>{escape(name)}</td>'
-                f"<td>{ms:.3f}</td><td>{ms / whole:.1%}</td></tr>"
-                for name, ms in rows[where].items()
-            )
-            bars.append(
-                f"<h2>{where}</h2><div>{pieces}</div><table><tr><th>part</th><th>ms a step</th>"
-                f"<th>share</th></tr>{names}</table>"
-            )
-        kernels = "".join(
-            f"<tr><td>{escape(name[:110])}</td><td>{1e3 * seconds / max(1, self.steps):.3f}</td>"
-            f"<td>{calls / max(1, self.steps):.1f}</td></tr>"
-            for name, seconds, calls in self.kernels[:30]
-        )
-        return (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-            "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;"
-            "padding:0 1rem;color:#222}div{display:flex;height:2.2rem;background:#f2f2f2}"
-            "i{display:block;height:100%}table{border-collapse:collapse;margin:.8rem 0}"
-            "td,th{padding:.15rem .8rem .15rem 0;text-align:left}td+td{text-align:right;"
-            "font-variant-numeric:tabular-nums}b{display:inline-block;width:.8rem;height:.8rem;"
-            "margin-right:.5rem}</style>"
-            f"<h1>{escape(title)}</h1><p>{self.steps} steps, {whole:.3f} ms each.</p>"
-            + "".join(bars)
-            + (
-                "<h2>by kernel</h2><table><tr><th>name</th><th>ms a step</th><th>calls</th></tr>"
-                f"{kernels}</table>"
-                if kernels
-                else ""
-            )
-            + "</html>\n"
-        )
-
-
-def _colour(name: str) -> str:
-    return _COLOURS[HOST_PARTS.index(name)] if name in HOST_PARTS else "#e6e6e6"
-
 
 class _Clock:
     """Gives every moment to the innermost part under way."""
@@ -181,7 +128,8 @@ def profiled(engine: Engine) -> Iterator[StepProfile]:
     wrap(scheduler, "commit", "commit")
     wrap(executor, "prepare", "prepare")
     wrap(executor, "issue", "copies")
-    wrap(executor.program, "run", "norms and the rest")
+    for name in ("run", "run_with_hidden"):
+        wrap(executor.program, name, "norms and the rest")
     wrap(executor.kernels, "attend", "attention")
     wrap(executor.sampler, "draw", "sampling")
     profile = StepProfile()

@@ -169,6 +169,7 @@ def _latency(args: argparse.Namespace, llm: LLM, limits: DeviceLimits | None) ->
 
 
 def _profile(args: argparse.Namespace, llm: LLM, work: Any, what: str) -> dict[str, Any]:
+    from halyard.api.profile_page import profile_page
     from halyard.runtime.profile import profiled
 
     with profiled(llm.engine) as profile:
@@ -176,7 +177,7 @@ def _profile(args: argparse.Namespace, llm: LLM, work: Any, what: str) -> dict[s
     _say(profile.table())
     file = Path(args.profile)
     file.write_text(
-        profile.page(f"{llm.plan.spec.name} on {llm.plan.selection.row.name}: {what}"),
+        profile_page(profile, f"{llm.plan.spec.name} on {llm.plan.selection.row.name}: {what}"),
         encoding="utf-8",
     )
     _say(f"picture: {file}")

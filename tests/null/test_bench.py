@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from halyard.api.profile_page import profile_page
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.errors import ConfigError
 from halyard.models.shapes import shape_config
@@ -16,6 +17,8 @@ from halyard.runtime.latency import measure_steps, percentiles
 from halyard.runtime.limits import DeviceLimits, device_limits
 from halyard.runtime.llm import LLM
 from halyard.runtime.profile import profiled
+from halyard.runtime.request import SamplingParams
+from halyard.runtime.work import watched_plans, work_of
 from halyard.runtime.workloads import Workload, WorkloadRequest, load_workload
 
 
@@ -80,6 +83,22 @@ def test_the_least_time_of_a_run_is_counted_from_its_plans(llm: LLM) -> None:
     assert spec.num_layers == 12
 
 
+def test_arithmetic_is_the_models_not_that_of_bytes_held(llm: LLM) -> None:
+    """Quantised weights are fewer bytes to read; the products stay what they are."""
+    plans = []
+    with watched_plans(llm, plans.append):
+        llm.generate([[1] * 10], SamplingParams(max_tokens=2, temperature=0))
+    assert [plan.num_tokens for plan in plans][:2] == [10, 1]
+    step, spec, program = plans[0], llm.plan.spec, llm.engine.executor.program
+    found = []
+    for program.weight_bytes in (10**9, 10**8):
+        found.append(work_of(step, llm))
+    assert found[0].bytes - found[1].bytes == 9 * 10**8
+    assert found[0].flops == found[1].flops
+    tables = spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2)
+    assert found[0].flops > 2 * 10 * (llm.plan.num_parameters - tables)
+
+
 def test_steps_of_one_shape(llm: LLM) -> None:
     times = measure_steps(llm, 8, 100, 12, LIMITS)
     assert len(times.seconds) == 12
@@ -105,7 +124,7 @@ def test_a_profile_accounts_for_the_time(llm: LLM) -> None:
     assert {"plan", "prepare", "sampling", "commit"} <= set(profile.host)
     assert sum(profile.host.values()) == pytest.approx(profile.seconds, rel=0.1)
     assert "plan" in profile.table()
-    page = profile.page("a <title>")
+    page = profile_page(profile, "a <title>")
     assert "a &lt;title&gt;" in page
     assert "<script" not in page
     assert "schedule" not in vars(llm.engine.scheduler)  # unwrapped again

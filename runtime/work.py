@@ -1,0 +1,71 @@
+"""What a step asks of a device: the bytes it must move and the arithmetic it must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from halyard.hal.types import ITEM_SIZE
+
+if TYPE_CHECKING:
+    from halyard.runtime.executor import PreparedStep
+    from halyard.runtime.llm import LLM
+    from halyard.runtime.plan import StepPlan
+
+__all__ = ["Work", "watched_plans", "work_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Bytes and arithmetic: weights read once a step, each row's keys and values."""
+
+    bytes: float
+    flops: float
+
+
+def work_of(step: StepPlan, llm: LLM) -> Work:
+    """What a step must read, write and compute.
+
+    Weights count once a step as they are held, but an input embedding that isn't tied counts by the
+    rows that are looked up; every row's keys and values are read once and the new ones written.
+    Experts that no token chooses aren't known: all count, as read and as computed with.
+    """
+    plan, executor = llm.plan, llm.engine.executor
+    spec, kv_bytes = (
+        plan.spec,
+        executor.pool.layout.spec.bytes_per_token,
+    )  # of a token in all layers
+    keys = sum(row.end for row in step.rows)
+    width = spec.num_heads * spec.head_dim
+    # A token at position p meets p + 1 keys, in scores and in the weighted sum.
+    met = sum(row.num_tokens * (row.start + row.end + 1) / 2 for row in step.rows)
+    embedding = spec.vocab_size * spec.hidden_size
+    read = executor.program.weight_bytes
+    if not spec.tied:
+        read -= embedding * ITEM_SIZE[plan.dtype]
+    matrices = max(0, plan.num_parameters - embedding * (1 if spec.tied else 2))
+    return Work(
+        bytes=float(max(read, 0) + kv_bytes * (keys + step.num_tokens)),
+        flops=2.0 * matrices * step.num_tokens
+        + 2.0 * embedding * step.num_samples
+        + 4.0 * width * spec.num_layers * met,
+    )
+
+
+@contextmanager
+def watched_plans(llm: LLM, look: Callable[[StepPlan], None]) -> Iterator[None]:
+    """Show every step that runs inside to `look` before it is prepared."""
+    executor = llm.engine.executor
+    prepare = executor.prepare
+
+    def watched(plan: StepPlan) -> PreparedStep:
+        look(plan)
+        return prepare(plan)
+
+    executor.prepare = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        executor.prepare = prepare  # type: ignore[method-assign]
