@@ -3,10 +3,12 @@
     python benchmarks/load.py --backend null --streams 500 --seconds 120
     python benchmarks/load.py --backend cpu --streams 64 --seconds 120
 
-Starts `halyard serve` on a free port of this machine and ends it. Every whole answer is compared with
-what its own prompt must give: on the null backend tokens that count on from the prompt's last one, on
-others the answer that the same prompt got when nothing else ran. Fails on a wrong answer, a request
-without an end, a status that is not allowed, or blocks in use when all is over. Prints JSON.
+Starts `halyard serve` on a free port of this machine and ends it. Streams belong to tenants, each with
+a key and prompts of its own. Every answer, whole or left, is compared with what its own prompt must
+give: on the null backend tokens that count on from the prompt's last one, on others the answer that
+the same prompt got when nothing else ran; so another tenant's answer is a wrong one. Fails on a wrong
+answer, a request without an end, a status that is not allowed, or blocks in use when all is over.
+Prints JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,8 +31,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+HALYARD = [sys.executable, "-m", "halyard.api.cli.main"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "pkg"), "PYTHONUNBUFFERED": "1"}
 HUNG_SECONDS = 60.0  # without a byte: nobody answers any more
 VOCABULARY = 4000  # of prompts; the embedded model's is a little larger
+SPARE = 100  # tokens between the prompts of two tenants: more than an answer has
 HELD = (
     "halyard_requests_running",
     "halyard_requests_waiting",
@@ -66,7 +73,7 @@ class Answer:
     finished: bool = False
 
 
-async def ask(port: int, body: bytes, leave_after: int | None = None) -> Answer:
+async def ask(port: int, body: bytes, key: str = "", leave_after: int | None = None) -> Answer:
     """POST /v1/completions; `leave_after` hangs up after that many events.
 
     Raises:
@@ -79,7 +86,8 @@ async def ask(port: int, body: bytes, leave_after: int | None = None) -> Answer:
     try:
         writer.write(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            b"Authorization: Bearer %s\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (key.encode(), len(body), body)
         )
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HUNG_SECONDS)
         answer.status = int(head.split(b" ", 2)[1])
@@ -115,13 +123,13 @@ def _take(answer: Answer, event: dict[str, Any]) -> None:
         answer.finished = answer.finished or bool(choice.get("finish_reason"))
 
 
-async def get(port: int, path: str, body: bytes | None = None) -> tuple[int, str]:
+async def get(port: int, path: str, key: str = "", body: bytes | None = None) -> tuple[int, str]:
     """Status and text of a GET, or of a POST with a body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     method, data = ("GET", b"") if body is None else ("POST", body)
     writer.write(
         f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        f"Content-Length: {len(data)}\r\n\r\n".encode()
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
         + data
     )
     text = (await asyncio.wait_for(reader.read(), 300)).decode()
@@ -133,13 +141,19 @@ async def get(port: int, path: str, body: bytes | None = None) -> tuple[int, str
 class Load:
     """Workers on one server until a deadline."""
 
-    def __init__(self, port: int, args: argparse.Namespace) -> None:
+    def __init__(self, port: int, args: argparse.Namespace, keys: list[str]) -> None:
         self.port = port
         self.args = args
+        self.admin, *self.keys = keys
         self.random = random.Random(args.seed)
         self.outcome = Outcome()
-        self.expected: dict[int, list[int]] = {}
+        self.expected: list[dict[int, list[int]]] = [{} for _ in self.keys]
         self.deadline = 0.0
+
+    def first(self, tenant: int) -> int:
+        """A token that a tenant's prompts begin with; no other's do."""
+        each = (VOCABULARY - 300) // len(self.keys)
+        return 300 + tenant * each + self.random.randrange(each - SPARE)
 
     def body(self, first: int, count: int, stream: bool = True) -> bytes:
         prompt = [first] if self.args.backend == "null" else [first, first + 1, first + 2]
@@ -152,36 +166,44 @@ class Load:
         """Answers when nothing else runs."""
         if self.args.backend == "null":
             return
-        for _ in range(24):
-            first = self.random.randrange(300, VOCABULARY)
-            answer = await ask(self.port, self.body(first, self.args.tokens))
-            self.expected[first] = answer.tokens
+        for tenant, key in enumerate(self.keys):
+            for _ in range(8):
+                first = self.first(tenant)
+                answer = await ask(self.port, self.body(first, self.args.tokens), key)
+                self.expected[tenant][first] = answer.tokens
 
-    def check(self, first: int, count: int, answer: Answer) -> None:
+    def check(self, tenant: int, first: int, count: int, answer: Answer) -> None:
+        """An answer, or the beginning of one that was left."""
         wanted = (
             [first + 1 + number for number in range(count)]
             if self.args.backend == "null"
-            else self.expected[first][:count]
+            else self.expected[tenant][first][:count]
         )
+        if not answer.finished:
+            wanted = wanted[: len(answer.tokens)]
         if answer.tokens != wanted:
-            self.outcome.wrong.append(f"{first}: {answer.tokens[:20]} is not {wanted[:20]}")
+            told = f"{answer.tokens[:20]} is not {wanted[:20]}"
+            self.outcome.wrong.append(f"tenant {tenant}, {first}: {told}")
         if len(answer.fingerprints) > 1:
             self.outcome.wrong.append(f"{first}: fingerprints {answer.fingerprints}")
         self.outcome.fingerprints |= answer.fingerprints
 
-    async def work(self) -> None:
+    async def work(self, tenant: int) -> None:
         rng, counts = self.random, self.outcome.counts
         while time.monotonic() < self.deadline:
             kind = rng.random()
             try:
                 if kind < 0.05:
                     body, fine = rng.choice(BAD)
-                    answer = await ask(self.port, body)
+                    answer = await ask(self.port, body, rng.choice([self.keys[tenant], "nobody"]))
+                    if answer.status == 401:
+                        counts["bad_key_refused"] += 1
+                        continue
                     if answer.status not in (*fine, 503, 429):
                         self.outcome.wrong.append(f"{body[:60]!r} was answered {answer.status}")
                     counts["bad_refused"] += 1
                     continue
-                await self.stream(leave=kind < 0.15, whole=kind > 0.97)
+                await self.stream(tenant, leave=kind < 0.15, whole=kind > 0.97)
             except TimeoutError:
                 counts["hung"] += 1
                 self.outcome.wrong.append("a request had no end")
@@ -189,14 +211,14 @@ class Load:
                 counts["broken_connections"] += 1
                 self.outcome.wrong.append(f"connection: {error!r}")
 
-    async def stream(self, *, leave: bool, whole: bool) -> None:
+    async def stream(self, tenant: int, *, leave: bool, whole: bool) -> None:
         rng, counts = self.random, self.outcome.counts
-        first = rng.choice(list(self.expected)) if self.expected else rng.randrange(1, VOCABULARY)
+        expected = self.expected[tenant]
+        first = rng.choice(list(expected)) if expected else self.first(tenant)
         count = rng.randrange(1, self.args.tokens + 1)
-        if self.args.backend == "null":
-            first = min(first, VOCABULARY - count - 1)
         after = rng.randrange(0, 8) if leave else None
-        answer = await ask(self.port, self.body(first, count, not whole), after)
+        body = self.body(first, count, not whole)
+        answer = await ask(self.port, body, self.keys[tenant], after)
         self.outcome.tokens += len(answer.tokens)
         if answer.error is not None:
             code = answer.error.get("code")
@@ -204,11 +226,14 @@ class Load:
             if code not in ("engine_dead", "not_ready", "queue_full"):
                 self.outcome.wrong.append(f"{answer.status}: {answer.error}")
             await asyncio.sleep(1.0)
-        elif leave and not answer.finished:
+            return
+        self.check(tenant, first, count, answer)
+        if answer.finished:
+            counts["whole"] += 1
+        elif leave:
             counts["left"] += 1
         else:
-            counts["whole"] += 1
-            self.check(first, count, answer)
+            self.outcome.wrong.append(f"{answer.status}: ended after {len(answer.tokens)} tokens")
 
     async def kill(self, server: asyncio.subprocess.Process) -> None:
         while time.monotonic() + 5 < self.deadline:
@@ -224,8 +249,12 @@ class Load:
         while time.monotonic() + 5 < self.deadline:
             await asyncio.sleep(self.args.reload_every)
             mode = self.random.choice(["beside", "in_place"])
-            status, _ = await get(self.port, "/admin/reload", json.dumps({"mode": mode}).encode())
+            status, _ = await get(
+                self.port, "/admin/reload", self.admin, json.dumps({"mode": mode}).encode()
+            )
             self.outcome.counts[f"reload_{status}"] += 1
+            if status not in (200, 409, 503):
+                self.outcome.wrong.append(f"/admin/reload was answered {status}")
 
     async def run(self, server: asyncio.subprocess.Process) -> dict[str, Any]:
         await self.learn()
@@ -233,12 +262,15 @@ class Load:
         self.deadline = started + self.args.seconds
         chaos = [self.kill(server)] if self.args.kill_every else []
         chaos += [self.rotate()] if self.args.reload_every else []
-        await asyncio.gather(*chaos, *(self.work() for _ in range(self.args.streams)))
+        await asyncio.gather(
+            *chaos, *(self.work(n % len(self.keys)) for n in range(self.args.streams))
+        )
         seconds = time.monotonic() - started
         await self.settle()
         return {
             "backend": self.args.backend,
             "streams": self.args.streams,
+            "tenants": len(self.keys),
             "seconds": round(seconds, 1),
             "tokens": self.outcome.tokens,
             "requests": dict(sorted(self.outcome.counts.items())),
@@ -250,7 +282,7 @@ class Load:
         """All is over: nothing may be left."""
         end = time.monotonic() + 120
         while time.monotonic() < end:
-            _, text = await get(self.port, "/metrics")
+            _, text = await get(self.port, "/metrics", self.admin)
             left = {
                 name: sum(map(float, re.findall(rf"^{name}{{.*}} (\S+)$", text, re.M)))
                 for name in HELD
@@ -263,6 +295,18 @@ class Load:
         self.outcome.wrong.append(f"left over: {left}")
 
 
+def make_keys(path: Path, tenants: int) -> list[str]:
+    """A file of keys: an admin's, then one of each tenant."""
+    found = []
+    for name, options in (("boss", ["--admin"]), *((f"tenant{n}", []) for n in range(tenants))):
+        done = subprocess.run(
+            [*HALYARD, "keys", "create", name, *options, "--api-keys", str(path)],
+            env=ENVIRONMENT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found += re.findall(r"^(hal-\S+)", done.stdout, re.M)
+    return found
+
+
 def engines(pid: int) -> list[int]:
     """Child processes."""
     found = Path(f"/proc/{pid}/task").glob("*/children")
@@ -270,12 +314,16 @@ def engines(pid: int) -> list[int]:
 
 
 async def main(args: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "keys.json"
+        return await measure(args, path, make_keys(path, args.tenants))
+
+
+async def measure(args: argparse.Namespace, path: Path, keys: list[str]) -> int:
     server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "halyard.api.cli.main", "serve", "--port", "0",
-        "--backend", args.backend, "--enable-admin", "--max-restarts", "1000",
-        "--kv-blocks", "4096", "--host-kv-blocks", "0", *args.serve,
-        stdout=asyncio.subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "pkg"), "PYTHONUNBUFFERED": "1"},
+        *HALYARD, "serve", "--port", "0", "--backend", args.backend, "--api-keys", str(path),
+        "--max-restarts", "1000", "--kv-blocks", "4096", "--host-kv-blocks", "0", *args.serve,
+        stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT,
     )  # fmt: skip
     try:
         assert server.stdout is not None
@@ -287,7 +335,7 @@ async def main(args: argparse.Namespace) -> int:
                 break
         else:
             return 1
-        report = await Load(port, args).run(server)
+        report = await Load(port, args, keys).run(server)
     finally:
         if server.returncode is None:
             server.terminate()
@@ -301,6 +349,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backend", default="null")
     parser.add_argument("--streams", type=int, default=500)
+    parser.add_argument("--tenants", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--tokens", type=int, default=64, help="most of an answer")
     parser.add_argument("--kill-every", type=float, default=20.0, help="seconds; 0: never")

@@ -18,6 +18,7 @@ __all__ = ["argmax", "choose", "uniform"]
 
 _CANDIDATES = (256, 4096)  # most likely tokens looked at before the whole vocabulary is sorted
 _CHUNK = 256  # tokens whose weights are summed before they are looked at one by one
+_LOG2_E = 1.4426950408889634
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -105,7 +106,8 @@ class _Columns:
 def _weights(logits: Tensor, own: _Columns) -> Tensor:
     """Relative to the most likely token: [rows, vocab] fp32."""
     peak = logits.amax(dim=-1, keepdim=True)
-    return ((logits - peak) / own.temperature).exp_()
+    # torch's exp on a CPU takes up to a hundred times as long where results are too small for fp32.
+    return (logits - peak).mul_(_LOG2_E / own.temperature).exp2_()
 
 
 def _draw_free(logits: Tensor, own: _Columns) -> Tensor:
@@ -116,7 +118,7 @@ def _draw_free(logits: Tensor, own: _Columns) -> Tensor:
     if vocab % _CHUNK:
         weight = torch.nn.functional.pad(weight, (0, chunks * _CHUNK - vocab))
     weight = weight.view(rows, chunks, _CHUNK)
-    until = weight.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    until = weight.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     goal = own.numbers * until[:, -1:]
     chunk, rest = _find(until, goal)
     inside = weight.gather(1, chunk[:, :, None].expand(rows, 1, _CHUNK))[:, 0]

@@ -77,7 +77,7 @@ class Masks:
     """What a step's guided rows may draw."""
 
     positions: list[int]  # rows, as in MaskRow
-    allowed: NDArray[np.bool_]  # [len(positions), vocab]
+    allowed: NDArray[np.uint8]  # [len(positions), bytes] a bit a token, lowest first
     failures: dict[int, str]  # by position: the row's grammar broke down, its mask allows all
 
 
@@ -159,13 +159,12 @@ class GrammarCompiler:
                 self._allow_ends(packed[number])
             else:
                 work.append((matcher, number))
+        start = packed.ctypes.data
         if len(work) < _PARALLEL_ROWS:
             for matcher, number in work:
-                matcher.unsafe_compute_mask_ptr(packed[number].ctypes.data, words * 4)
+                matcher.unsafe_compute_mask_ptr(start + number * words * 4, words * 4)
         else:
-            self._parallel.unsafe_compute_mask_ptr(
-                work, packed.ctypes.data, words * 4, packed.shape[0]
-            )
+            self._parallel.unsafe_compute_mask_ptr(work, start, words * 4, len(rows))
         failures = {}
         for number, (row, matcher) in enumerate(zip(rows, matchers, strict=True)):
             if matcher.is_error():
@@ -173,9 +172,7 @@ class GrammarCompiler:
                 packed[number] = -1
             elif not packed[number].any():  # the matcher found just now that nothing can follow
                 self._allow_ends(packed[number])
-        bits = np.unpackbits(packed.view(np.uint8), axis=1, bitorder="little")
-        allowed = bits[:, : self.vocab_size].view(np.bool_)
-        return Masks([row.position for row in rows], allowed, failures)
+        return Masks([row.position for row in rows], packed.view(np.uint8), failures)
 
     def _allow_ends(self, packed: NDArray[np.int32]) -> None:
         view = packed.view(np.uint32)

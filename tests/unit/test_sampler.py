@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from halyard.runtime.drawing import uniform
+from halyard.runtime.guided import Masks
 from halyard.runtime.plan import PlanRow
 from halyard.runtime.request import Request, SamplingParams
 from halyard.runtime.sampler import Sampler
@@ -267,3 +270,61 @@ def test_very_small_temperature_is_greedy_and_finite() -> None:
     logits = logits_of(1, seed=12, scale=50.0)
     tokens = Sampler(VOCAB).sample(logits, [sample_row(temperature=1e-6)]).token_ids
     assert tokens.tolist() == logits.argmax(-1).tolist()
+
+
+class Grammar:
+    """Allows the same tokens at every place."""
+
+    def __init__(self, *allowed: int) -> None:
+        tokens = np.zeros(-(-VOCAB // 32) * 32, np.uint8)
+        tokens[list(allowed)] = 1
+        self.packed = np.packbits(tokens, bitorder="little")
+        self.compiler = self
+
+    def begin(self, rows: Any) -> Future[Masks]:
+        made: Future[Masks] = Future()
+        packed = np.stack([row.guidance.packed for row in rows])
+        made.set_result(Masks([row.position for row in rows], packed, {}))
+        return made
+
+
+def held(grammar: Grammar, row: SampleRow) -> SampleRow:
+    sequence = row.row.sequence
+    sequence.request = replace(sequence.request, guidance=grammar)  # type: ignore[arg-type]
+    return row
+
+
+@pytest.mark.parametrize("free", [0, 2])
+@pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"top_k": 9}, {"logit_bias": {8: 50}}])
+def test_only_what_a_grammar_allows_is_drawn(free: int, params: dict[str, Any]) -> None:
+    """For some rows or for all, and the free ones draw what they would draw alone."""
+    logits = logits_of(40 + free, seed=13)
+    kept = logits.clone()
+    grammar, sampler = Grammar(7, 300, VOCAB - 1), Sampler(VOCAB)
+    alone = [sample_row(n, seed=n, **params) for n in range(free)]
+    rows = [held(grammar, sample_row(n, seed=n, **params)) for n in range(free, 40 + free)]
+    drawn = sampler.sample(logits, [*alone, *rows]).token_ids.tolist()
+    assert set(drawn[free:]) == {7, 300, VOCAB - 1}
+    assert drawn[:free] == sampler.sample(logits[:free], alone).token_ids.tolist()
+    assert torch.equal(logits, kept)
+
+
+def test_bad_logits_of_a_guided_row_are_told() -> None:
+    for token in (7, 8):  # allowed and not
+        logits = logits_of(2, seed=14)
+        logits[1, token] = float("nan")
+        rows = [held(Grammar(7), sample_row(n)) for n in range(2)]
+        assert Sampler(VOCAB).sample(logits, rows).bad.tolist() == [False, True]
+
+
+def test_a_grammar_that_only_allows_the_end_wins_over_min_tokens() -> None:
+    rows = [held(Grammar(3), sample_row(n, eos=frozenset({3}), min_tokens=9)) for n in range(2)]
+    rows.append(held(Grammar(3, 699), sample_row(2, eos=frozenset({3}), min_tokens=9)))
+    assert Sampler(VOCAB).sample(logits_of(3), rows).token_ids.tolist() == [3, 3, 699]
+
+
+def test_weights_too_small_for_fp32_never_come() -> None:
+    logits = torch.full((64, VOCAB), -95.0)
+    logits[:, 5] = logits[:, 6] = 0.0
+    drawn = Sampler(VOCAB).sample(logits, [sample_row(n, seed=n) for n in range(64)])
+    assert set(drawn.token_ids.tolist()) == {5, 6}
