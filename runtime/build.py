@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -173,6 +174,40 @@ def _verify(config: EngineConfig, clock: _Clock) -> VerifiedFiles | None:
     return verify(source.path, manifest_digest=config.manifest_digest)
 
 
+def _build_program(
+    config: EngineConfig,
+    plan: ExecutionPlan,
+    device: Device,
+    kernels: PagedKernels,
+    graph: GraphCompiler,
+    clock: _Clock,
+) -> Program | CapturedProgram | NullProgram:
+    """Compile, load weights, bind."""
+    spec = plan.spec
+    if graph.name == "null":
+        return NullProgram(spec.vocab_size, spec.hidden_size)
+    clock.phase("compiling")
+    unbound = _compile(config, plan, device, graph)
+    clock.phase("loading weights")
+    weights = load_weights(
+        plan.source,
+        spec,
+        unbound.weights,
+        plan.dtype,
+        load_format=config.load_format,
+        seed=config.seed,
+        progress=config.progress,
+        device=device.torch_device,
+    )
+    clock.phase("preparing weights")
+    program = unbound.bind(weights, kernels)
+    if device.torch_device.type == "cpu":
+        return program
+    # There launches cost more than small steps do.
+    blocks = -(-plan.memory.max_model_len // config.block_size)
+    return CapturedProgram(program, device, config.max_num_sequences, blocks, config.block_size)
+
+
 def _build_executor(
     config: EngineConfig,
     plan: ExecutionPlan,
@@ -182,36 +217,22 @@ def _build_executor(
     clock: _Clock,
 ) -> Executor:
     spec, memory = plan.spec, plan.memory
-    program: Program | CapturedProgram | NullProgram
-    if graph.name == "null":
-        program = NullProgram(spec.vocab_size, spec.hidden_size)
-    else:
-        clock.phase("compiling")
-        unbound = _compile(config, plan, device, graph)
-        clock.phase("loading weights")
-        weights = load_weights(
-            plan.source,
-            spec,
-            unbound.weights,
-            plan.dtype,
-            load_format=config.load_format,
-            seed=config.seed,
-            progress=config.progress,
-            device=device.torch_device,
-        )
-        clock.phase("preparing weights")
-        program = unbound.bind(weights, kernels)
-        if device.torch_device.type != "cpu":  # there launches cost more than small steps do
-            blocks = -(-memory.max_model_len // config.block_size)
-            program = CapturedProgram(
-                program, device, config.max_num_sequences, blocks, config.block_size
-            )
-    clock.phase("allocating KV blocks")
     layout = kernels.layout(spec.kv_spec(plan.dtype, config.block_size))
-    pool = device.allocate_kv(layout, memory.num_blocks, host=False)
+    num_host = memory.num_host_blocks
     host_pool = None
-    if memory.num_host_blocks:
-        host_pool = device.allocate_kv(layout, memory.num_host_blocks, host=True)
+    if device.torch_device.type == "cpu" or not num_host:
+        program = _build_program(config, plan, device, kernels, graph, clock)
+        clock.phase("allocating KV blocks")
+        pool = device.allocate_kv(layout, memory.num_blocks, host=False)
+        if num_host:
+            host_pool = device.allocate_kv(layout, num_host, host=True)
+    else:  # locking tens of GiB of memory takes seconds: the rest is made ready meanwhile
+        with ThreadPoolExecutor(1, "halyard-host-pool") as beside:
+            coming = beside.submit(device.allocate_kv, layout, num_host, host=True)
+            program = _build_program(config, plan, device, kernels, graph, clock)
+            clock.phase("allocating KV blocks")
+            pool = device.allocate_kv(layout, memory.num_blocks, host=False)
+            host_pool = coming.result()
     draws = config.device_sampling and isinstance(kernels, DrawingKernels)
     drawing = cast(DrawingKernels, kernels) if draws else None
     return Executor(

@@ -85,7 +85,8 @@ class InductorCompiler:
 
     def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
         passes = ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
-        return (*passes, "prepack_linears") if device.kind == "cpu" else passes
+        more = {"cpu": ("prepack_linears",), "cuda": ("skinny_linears",)}
+        return (*passes, *more.get(device.kind, ()))
 
     def fingerprint(self) -> str:
         """What, beside torch and the device, decides the code that comes out."""

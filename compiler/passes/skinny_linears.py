@@ -1,6 +1,7 @@
 """Linears become halyard::skinny_linear, which has kernels of its own for a few rows on a GPU.
 
-Weights stay as they are. Not among the passes of a graph compiler until it is measured to pay.
+Weights stay as they are. On an H100 the linears of a step of one row then take 0.86 (1B) to 0.90 (8B)
+of the library's time, and 0.95 at 4 to 16 rows (benchmarks/gpu_linear.py).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from halyard.hal import cpuinfo
 from halyard.hal.contract import CONTRACT_VERSION
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.errors import BackendUnavailableError, CapacityError
+from halyard.hal.memory_advice import ask_for_huge_pages
 from halyard.hal.memory_errors import is_out_of_memory
 from halyard.hal.types import DeviceInfo, KVLayout, KVPool, MemoryInfo, Probe
 
@@ -102,6 +103,8 @@ class GpuDevice:
         dtype = torch_dtype(layout.dtype)
         if host:
             data = torch.empty(shape, dtype=dtype)
+            ask_for_huge_pages(data.data_ptr(), size)
+            data.zero_()  # by many threads, where pinning would touch page after page
             self._pin(data)
             return KVPool(layout, num_blocks, host, data)
         try:

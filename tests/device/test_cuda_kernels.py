@@ -193,7 +193,7 @@ def test_moves_beside_a_step_wait_for_what_came_before_its_mark(device: Any) -> 
     pool = device.allocate_kv(layout, 300, host=False)
     host = device.allocate_kv(layout, 300, host=True)
     host.data.zero_()
-    weight = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    weight = torch.full((8192, 8192), 0.25, dtype=torch.bfloat16, device="cuda")
     pool.data.zero_()
     for value in (1.0, 2.0):
         torch.mm(weight, weight)  # long enough that a move that didn't wait would be seen

@@ -18,7 +18,8 @@ from torch import Tensor
 __all__ = ["MAX_ROWS", "Plan", "SkinnyLinears", "choose_plan", "skinny_linear"]
 
 MAX_ROWS = 16
-_ADDING_ROWS = 4  # up to here products and sums keep up with the reading of w
+_MOST_ADDED = 4  # rows that few_rows_kernel takes
+_ADDING_ROWS = 2  # up to here products and sums keep up with the reading of w
 
 _library = torch.library.Library("halyard", "FRAGMENT")
 _library.define("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -45,7 +46,7 @@ class Plan:
 
     def fits(self, rows: int, outputs: int, inputs: int) -> bool:
         """Whether it makes sense for a shape: enough inputs for each split, rows in reach."""
-        if rows > (_ADDING_ROWS if self.form == "few" else MAX_ROWS):
+        if rows > (_MOST_ADDED if self.form == "few" else MAX_ROWS):
             return False
         return self.splits * self.block_k <= inputs and self.block_n <= outputs
 
@@ -60,15 +61,20 @@ def choose_plan(
     if not 0 < rows <= MAX_ROWS or inputs < 512:
         return None
     if rows <= _ADDING_ROWS:
-        wide = outputs >= 64 * cores
-        return Plan("few", 8 if wide else 4, 2048 // item_size, 4, 1)
-    splits = 1
-    while -(-outputs // 32) * splits < 3 * cores and splits < 8 and inputs >= 512 * splits:
-        splits *= 2
-    if arch.startswith("sm_"):
-        return Plan("rows", 32, 512 // item_size, 4, 4, splits)
-    # 64 KiB of shared memory; RDNA has 256 registers a thread.
-    return Plan("rows", 32, (256 if arch.startswith("gfx1") else 512) // item_size, 4, 2, splits)
+        return Plan("few", 2, 2048 // item_size, 4, 1)
+    if not arch.startswith("sm_"):
+        # 64 KiB of shared memory; RDNA has 256 registers a thread.
+        splits = 1
+        while -(-outputs // 32) * splits < 3 * cores and splits < 8 and inputs >= 512 * splits:
+            splits *= 2
+        block_k = (256 if arch.startswith("gfx1") else 512) // item_size
+        return Plan("rows", 32, block_k, 4, 2, splits)
+    # On an H100, 4 to 16 rows, the linears of 1B and 8B (benchmarks/results/h100_linear.txt).
+    tiles = -(-outputs // 64)
+    stages = 5 if arch in ("sm_90", "sm_100") else 3  # 99 or 163 KiB of shared memory
+    if tiles >= 96 or tiles <= 32:
+        return Plan("rows", 64, 256 // item_size, 4, stages, 1 if tiles >= 96 else 4)
+    return Plan("rows", 32, 512 // item_size, 4, min(stages, 4)) if tiles >= 64 else None
 
 
 class SkinnyLinears:

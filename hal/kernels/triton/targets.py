@@ -195,8 +195,8 @@ def _source(
         constants = {"GATHER": True, "SIZE": draw.FEW_ROWS_CHUNK}
         return draw.draw_kernel, constants, {"num_warps": 16}, f"{draw.FEW_ROWS_CHUNK} tokens"
     if variant.kernel in ("few_rows", "rows"):
-        rows = 4 if variant.kernel == "few_rows" else MAX_ROWS
-        plan = choose_plan(rows, 4096, 4096, 132, item_size, variant.target)
+        rows = 2 if variant.kernel == "few_rows" else MAX_ROWS
+        plan = choose_plan(rows, 2048, 8192, 132, item_size, variant.target)
         if plan is None:
             raise AssertionError(f"no plan for {variant}")
         constants = {
