@@ -152,10 +152,11 @@ class SharedRows:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One step's packed tokens: prefill, chunked prefill and decode rows side by side, unpadded.
+    """One step's packed tokens: prefill, chunked prefill and decode rows side by side.
 
     Row r owns tokens query_start[r] .. query_start[r + 1]; they are the last ones of its sequence,
-    that is, positions seq_lens[r] - query_len .. seq_lens[r] - 1. Tensors live on the device.
+    that is, positions seq_lens[r] - query_len .. seq_lens[r] - 1. Recorded decode steps are filled
+    up with rows of one token without a slot and one key. Tensors live on the device.
     """
 
     num_tokens: int
@@ -166,7 +167,8 @@ class StepBatch:
     slot_mapping: (
         Tensor  # [num_tokens] int64, physical slot = block * block_size + offset; -1: none
     )
-    block_tables: Tensor  # [num_rows, max_blocks] int32 physical block ids, -1 padded
+    block_tables: Tensor  # [num_rows, max_blocks] int32 physical block ids; behind a row's own
+    # ceil(seq_lens / block size) any ids of the pool: what these blocks hold must not matter
     seq_lens: Tensor  # [num_rows] int32, tokens with KV once this step has run
     query_start: Tensor  # [num_rows + 1] int32, cumulative
     shared: SharedRows | None = None  # of decode steps, where it pays; None: not looked for

@@ -137,7 +137,7 @@ def _last_token_not_written(batch: StepBatch, size: int) -> dict[str, Tensor]:
 def _first_blocks_exchanged(batch: StepBatch, size: int) -> dict[str, Tensor]:
     tables = batch.block_tables.clone()
     if tables.shape[1] > 1:
-        both = tables[:, 1] >= 0
+        both = batch.seq_lens > size
         tables[both, 0], tables[both, 1] = batch.block_tables[both, 1], batch.block_tables[both, 0]
     return {"block_tables": tables}
 
@@ -166,8 +166,9 @@ def _no_slot_is_slot_zero(batch: StepBatch, size: int) -> dict[str, Tensor]:
 
 def _tables_of_the_row_before(batch: StepBatch, size: int) -> dict[str, Tensor]:
     rolled = batch.block_tables.roll(1, 0)
-    same = (rolled >= 0) == (batch.block_tables >= 0)
-    return {"block_tables": torch.where(same.all(1, keepdim=True), rolled, batch.block_tables)}
+    counts = (batch.seq_lens + size - 1) // size
+    same = counts == counts.roll(1)
+    return {"block_tables": torch.where(same[:, None], rolled, batch.block_tables)}
 
 
 def _heads_of_another_group(out: Tensor, call: _Call) -> Tensor:
@@ -192,6 +193,20 @@ def _coarse(out: Tensor, call: _Call) -> Tensor:
 class _OtherLayer(MutantKernels):
     def spoil(self, call: _Call) -> _Call:
         return replace(call, layer=replace(call.layer, index=0))
+
+
+class _BlocksBehindCountNothing(MutantKernels):
+    """What a table names behind a row's own blocks is read and weighted with zero, not left out."""
+
+    def spoil_output(self, out: Tensor, call: _Call) -> Tensor:
+        tables, size = call.batch.block_tables.cpu(), call.pool.layout.spec.block_size
+        own = (call.batch.seq_lens.cpu() + size - 1) // size
+        behind = sorted({*tables[torch.arange(tables.shape[1]) >= own[:, None]].tolist()})
+        if not behind:
+            return out
+        read: Tensor = self._inner.read_blocks(call.pool, behind).float().sum()
+        weighted: Tensor = out + 0 * read.to(out.device)
+        return weighted.to(out.dtype)
 
 
 class _KeysForValues(MutantKernels):
@@ -227,6 +242,7 @@ MUTATIONS: dict[str, tuple[type[MutantKernels], str]] = {
     "last_token_dropped": (_batch(_last_token_dropped), ""),
     "one_token_too_many": (_batch(_one_token_too_many), ""),
     "tables_of_the_row_before": (_batch(_tables_of_the_row_before), ""),
+    "blocks_behind_count_nothing": (_BlocksBehindCountNothing, ""),
     "scale_a_tenth_too_large": (_layer(lambda layer: {"scale": layer.scale * 1.1}), ""),
     "window_one_too_wide": (
         _layer(lambda layer: {"window": layer.window + 1 if layer.window else 0}), "window"),

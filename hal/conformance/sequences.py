@@ -1,4 +1,5 @@
-"""Sequences in a paged pool: random contents, permuted blocks, every unused slot poisoned with NaN.
+"""Sequences in a paged pool: random contents, permuted blocks, every unused slot poisoned with NaN,
+and so what block tables name behind a row's own blocks.
 
 A `Sequences` drives a kernel set through the contract, step by step, and compares each step with
 the oracle. All inputs are drawn on the host from a seed, so two of them with the same seed differ
@@ -63,6 +64,7 @@ class Sequences:
         if order == "permuted":
             random.Random(seed).shuffle(ids)
         self.tables = [[ids.pop(0) for _ in range(count)] for count in counts]
+        self._spare = ids  # of no sequence
         self.done = [0] * len(lengths)
         generator = torch.Generator().manual_seed(seed)
 
@@ -129,9 +131,10 @@ class Sequences:
                 table[p // size] * size + p % size if write else -1 for p in range(first, last)
             ]
         used = [-(-last // self.block) for _, last in spans]
-        width = max(used)
+        # Behind a row's own blocks a table names any others: those here hold nothing but NaN.
+        width = max(used) + len(self._spare)
         tables = [
-            self.tables[row][:count] + [-1] * (width - count)
+            self.tables[row][:count] + (self._spare * width)[: width - count]
             for row, count in zip(rows, used, strict=True)
         ]
 
