@@ -26,8 +26,9 @@ from halyard.hal.types import KVPool, StepBatch
 __all__ = ["CapturedProgram", "row_buckets"]
 
 _SHORTEST_REACH = 512  # keys
-_MIXED_TOKENS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-_MIXED_ROWS = (8, 32, 64, 128, 192, 256)
+_MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 128),
+                 *range(1024, 2049, 256))  # fmt: skip
+_MIXED_ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
 
 
@@ -36,7 +37,8 @@ _Key = tuple[int, int, int, bool, bool]  # tokens, rows, keys, with prompts, sha
 
 def row_buckets(max_rows: int) -> list[int]:
     """Row counts that are recorded: close together where padding would cost most."""
-    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 32, 32)]
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32),
+             *range(512, max_rows + 64, 64)]  # fmt: skip
     return sorted({*(n for n in steps if n < max_rows), max_rows})
 
 

@@ -23,9 +23,10 @@ from halyard.runtime.samples import Samples
 from halyard.runtime.sequence import Sequence
 from halyard.runtime.shared_rows import find_shared_rows
 
-__all__ = ["Batcher", "PackedStep", "PooledSpan", "PromptSpan", "StepInputs", "stage"]
+__all__ = ["Arena", "Batcher", "PackedStep", "PooledSpan", "PromptSpan", "StepInputs", "stage"]
 
 _ALIGNMENT = 16  # bytes: kernels read aligned vectors
+_MOST_VIEWS = 1024  # kept; they are small
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class PackedStep:
     arrays: tuple[NDArray[Any], ...]  # as StepInputs has them, see put
     max_query_len: int
     max_seq_len: int
-    buffer: Tensor | None  # where a recorded step reads them; None: anywhere
+    arena: Arena | None  # where a recorded step reads them; None: anywhere
     num_logits: int  # rows of the logits that mean something; what follows fills up
     samples: Samples
     prompt_spans: tuple[PromptSpan, ...]
@@ -73,7 +74,7 @@ class PackedStep:
 
     def put(self, device: torch.device) -> StepInputs:
         """One copy for all of them, where the device has memory of its own."""
-        on = stage(self.arrays, device, self.buffer)
+        on = stage(self.arrays, device, self.arena)
         positions, slot_mapping, input_ids, indices, lengths, query_start, tables = on[:7]
         more = list(on[7:])
         shared = SharedRows(*(more.pop(0) for _ in range(3))) if self.shares else None
@@ -121,7 +122,7 @@ class Batcher:
         self._shared_version = -1  # of the table that it was found in
         self._size = block_size
         self._recorded = recorded
-        self._buffer = buffer
+        self._arena = Arena(buffer) if buffer is not None else None
         self._table = RowTable(max_blocks)
 
     def pack(self, plan: StepPlan) -> PackedStep:
@@ -166,7 +167,7 @@ class Batcher:
             (positions, slot_mapping, input_ids, indices, lengths, begins, tables, *missing),
             longest,
             keys,
-            self._buffer if shape is not None else None,
+            self._arena if shape is not None else None,
             count,
             samples,
             spans,
@@ -213,7 +214,7 @@ class Batcher:
             ),
             1,
             keys,
-            self._buffer if shape is not None else None,
+            self._arena if shape is not None else None,
             num,
             Samples(sequences, ends, records["index"], index[:num], True, records, pending),
             (),
@@ -305,30 +306,56 @@ def _pooled_spans(
     return tuple(spans)
 
 
-def stage(
-    arrays: Rows[NDArray[Any]], device: torch.device, into: Tensor | None = None
-) -> list[Tensor]:
-    """The arrays on the device: one copy for all of them where it has memory of its own.
+class Arena:
+    """Memory on the device that inputs are written to, always at the same places for equal shapes.
 
     Args:
-        into: uint8 on the device; the arrays lie there in order, so equal shapes lie at equal places.
+        memory: uint8 on the device.
     """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self._views: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def views(self, arrays: Rows[NDArray[Any]]) -> list[Tensor]:
+        """Where such arrays lie. Made once: a step would spend more on this than on its copy."""
+        key = tuple((array.shape, array.dtype.char) for array in arrays)
+        found = self._views.get(key)
+        if found is None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            found = self._views[key] = _views(self.memory, arrays)
+        return found
+
+
+def stage(
+    arrays: Rows[NDArray[Any]], device: torch.device, into: Arena | None = None
+) -> list[Tensor]:
+    """The arrays on the device: one copy for all of them where it has memory of its own."""
     if device.type == "cpu" and into is None:
         return [torch.from_numpy(array) for array in arrays]
-    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
-    staged = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type != "cpu")
+    size = sum(_room(array) for array in arrays)
+    staged = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
     view = staged.numpy()
     start = 0
-    for array, size in zip(arrays, sizes, strict=True):
-        view[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-        start += size
+    for array in arrays:
+        end = start + array.nbytes
+        view[start:end].view(array.dtype).reshape(array.shape)[...] = array
+        start += _room(array)
     if into is None:
-        there = staged.to(device, non_blocking=True)
-    else:
-        there = into[: len(staged)].copy_(staged, non_blocking=True)
+        return _views(staged.to(device, non_blocking=True), arrays)
+    into.memory[:size].copy_(staged, non_blocking=True)
+    return into.views(arrays)
+
+
+def _room(array: NDArray[Any]) -> int:
+    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _views(memory: Tensor, arrays: Rows[NDArray[Any]]) -> list[Tensor]:
     tensors, start = [], 0
-    for array, size in zip(arrays, sizes, strict=True):
-        own = there[start : start + array.nbytes].view(torch.from_numpy(array).dtype)
+    for array in arrays:
+        own = memory[start : start + array.nbytes].view(torch.from_numpy(array).dtype)
         tensors.append(own.view(array.shape))
-        start += size
+        start += _room(array)
     return tensors

@@ -112,7 +112,7 @@ def build_engine(
             max_model_len=memory.max_model_len,
             block_size=config.block_size,
             num_host_blocks=memory.num_host_blocks,
-            max_num_sequences=config.max_num_sequences,
+            max_num_sequences=plan.max_num_sequences,
             max_batched_tokens=plan.max_batched_tokens,
             prefix_cache=config.prefix_cache,
             preemption=config.preemption,
@@ -126,7 +126,7 @@ def build_engine(
         vocab_size=plan.spec.vocab_size,
         max_model_len=memory.max_model_len,
         eos_token_ids=frozenset(eos),
-        max_num_sequences=config.max_num_sequences,
+        max_num_sequences=plan.max_num_sequences,
         hidden_size=plan.spec.hidden_size,
     )
     bytes_per_block = executor.pool.layout.bytes_per_block
@@ -205,7 +205,7 @@ def _build_program(
         return program
     # There launches cost more than small steps do.
     blocks = -(-plan.memory.max_model_len // config.block_size)
-    return CapturedProgram(program, device, config.max_num_sequences, blocks, config.block_size)
+    return CapturedProgram(program, device, plan.max_num_sequences, blocks, config.block_size)
 
 
 def _build_executor(

@@ -37,7 +37,7 @@ class EngineConfig:
     host_kv_blocks: int | None = None  # KV blocks in the host tier; None: the device's default
     load_format: str = "auto"  # "auto" (safetensors) or "dummy" (random weights)
     seed: int = 0  # of random weights and of requests without a seed
-    max_num_sequences: int = 256  # answers that run at once
+    max_num_sequences: int | None = None  # answers that run at once; None: the device's default
     max_batched_tokens: int | None = None  # tokens a step; None: the device's default
     prefix_cache: bool = True  # share full blocks of equal prefixes
     max_queue_len: int | None = 1024  # waiting requests of a server before it answers 429

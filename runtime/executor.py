@@ -234,7 +234,7 @@ class Executor:
                 self.move(plan.swap_out, plan.swap_in)
         self.move(copies=plan.copies)
         self._moved = True
-        if isinstance(self.device, CopyingDevice):
+        if self.host_pool is not None and isinstance(self.device, CopyingDevice):
             self.device.mark()
         inputs = packed.put(self.device.torch_device)
         if inputs.places is not None and inputs.sources is not None:

@@ -31,6 +31,9 @@ GIB = 1 << 30
 CPU_KV_BYTES = 4 * GIB
 CPU_BATCHED_TOKENS = 512
 GPU_BATCHED_TOKENS = 8192
+# More rows a step are more tokens for the same reading of weights, as long as there is KV for them.
+CPU_SEQUENCES = 256
+GPU_SEQUENCES = 1024
 # The host tier on a CPU is memory of the same kind: a copy there saves computing, not space.
 HOST_SHARE = 0.25  # of the device's blocks
 # Rates for the preemption cost model where nothing is measured: an order of magnitude is enough.
@@ -65,6 +68,7 @@ class ExecutionPlan:
     selection: Selection
     memory: MemoryPlan
     num_parameters: int
+    max_num_sequences: int
     max_batched_tokens: int
     cost: PreemptionCost
 
@@ -102,6 +106,7 @@ class ExecutionPlan:
                 for r in self.selection.others
             ],
             "memory": asdict(memory),
+            "max_num_sequences": self.max_num_sequences,
             "max_batched_tokens": self.max_batched_tokens,
         }
         if bandwidth:
@@ -153,8 +158,9 @@ def make_plan(config: EngineConfig) -> ExecutionPlan:
     parameters = _count_parameters(source, spec, config.load_format)
     computes = selection.row.kernels != "null"
     on_cpu = selection.device.kind == "cpu"
+    sequences = _max_num_sequences(config, selection.device)
     batched = config.max_batched_tokens or max(
-        CPU_BATCHED_TOKENS if on_cpu else GPU_BATCHED_TOKENS, config.max_num_sequences
+        CPU_BATCHED_TOKENS if on_cpu else GPU_BATCHED_TOKENS, sequences
     )
     kv = spec.kv_spec(dtype, config.block_size)
     memory = fit_memory(
@@ -173,7 +179,12 @@ def make_plan(config: EngineConfig) -> ExecutionPlan:
         link_bytes_per_second=selection.device.link_bytes_per_second or link,
         prefill_tokens_per_second=flops / (2.0 * max(parameters, 1)),
     )
-    return ExecutionPlan(source, spec, selection, memory, parameters, batched, cost)
+    return ExecutionPlan(source, spec, selection, memory, parameters, sequences, batched, cost)
+
+
+def _max_num_sequences(config: EngineConfig, device: DeviceInfo) -> int:
+    default = CPU_SEQUENCES if device.kind == "cpu" else GPU_SEQUENCES
+    return config.max_num_sequences or default
 
 
 def fit_memory(
@@ -203,12 +214,13 @@ def fit_memory(
     budget = int(device.memory_bytes * config.memory_utilization)
     item = ITEM_SIZE[kv.dtype]
     activations = max_batched_tokens * item * (8 * spec.hidden_size + 3 * spec.intermediate_size)
-    activations += config.max_num_sequences * spec.vocab_size * (item + 4 * 2)
+    sequences = _max_num_sequences(config, device)
+    activations += sequences * spec.vocab_size * (item + 4)  # logits, and a copy in fp32
     left = budget - weight_bytes - activations
     if config.kv_blocks is not None:
         blocks, limited = config.kv_blocks, "kv_blocks"
     else:
-        enough = config.max_num_sequences * math.ceil(wanted_len / size)
+        enough = sequences * math.ceil(wanted_len / size)
         choices = {
             "the memory budget": left // bytes_per_block,
             "max_num_sequences x max_model_len": enough,

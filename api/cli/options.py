@@ -35,7 +35,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load-format", default="auto", choices=["auto", "dummy"],
         help="dummy: random weights from the config alone")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of random weights and unseeded requests")
-    add("--max-num-sequences", type=int, default=256, metavar="N", help="answers that run at once")
+    add(
+        "--max-num-sequences",
+        type=int,
+        metavar="N",
+        help="answers that run at once; default: 256 on a CPU, 1024 on a GPU",
+    )
     add("--max-batched-tokens", type=int, metavar="N", help="tokens a step")
     add("--no-prefix-cache", action="store_true", help="do not share blocks of equal prefixes")
     add("--max-queue-len", type=int, default=1024, metavar="N",

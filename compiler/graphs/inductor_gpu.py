@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from halyard.hal.kernels.triton import skinny as _skinny  # noqa: F401 - stored segments call it
+
 __all__ = ["Artefact", "compile_artefact", "load_artefact"]
 
 _FILE = "segment.bin"
