@@ -8,8 +8,8 @@ pass that Inductor doesn't ask for by itself (give it a cache_dir of its own). E
 has one engine; its workloads run in the order given, each with one unmeasured run and --repeat
 measured ones. What doesn't fit in the budget any more is left out and named at the end. With
 --profile every cell is followed by where the engine's time went, phase by phase; --trace DIR adds a
-page for each cell with the device's kernels, of a shorter form of the workload. --stacks prints where
-the host's thread was found, a thousand times a second: once for the unmeasured run, once for the rest.
+page for each cell with the device's kernels, of a shorter form of the workload, and the host's times
+of the whole one.
 
 PYTHONPATH=pkg python benchmarks/gpu_throughput.py --show results.jsonl prints a table against the
 peers of the comparison instead.
@@ -21,16 +21,15 @@ import argparse
 import json
 import os
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from halyard.runtime.engine import Engine
     from halyard.runtime.llm import LLM
     from halyard.runtime.workloads import Workload
 
@@ -57,7 +56,6 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
     parser.add_argument("--profile", action="store_true", help="add the engine's phases")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="write a profile of each cell")
-    parser.add_argument("--stacks", action="store_true", help="sample the host's stack")
     parser.add_argument("--out", type=Path, help="JSONL to append to, beside standard output")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a table of results")
     args = parser.parse_args()
@@ -126,11 +124,7 @@ def run_engine(
             workload = load_workload(workload_name, llm.plan.spec.vocab_size, args.size)
             before = llm.engine.stats()
             began = time.monotonic()
-            if args.stacks:
-                with sampled_stacks(f"{cell}, unmeasured"):
-                    measure_throughput(llm, workload, 1, 0)
-            with sampled_stacks(cell) if args.stacks else nullcontext():
-                measured = measure_throughput(llm, workload, args.repeat, args.warmup)
+            measured = measure_throughput(llm, workload, args.repeat, args.warmup)
             last = time.monotonic() - began
             result = {"variant": name, "options": fields, "shape": shape, "size": args.size}
             result |= report(llm, measured)
@@ -153,45 +147,6 @@ def run_engine(
                     os.fsync(file.fileno())
 
 
-@contextmanager
-def sampled_stacks(label: str) -> Iterator[None]:
-    """Print the lines this thread was found at most often: the innermost, and those of our code."""
-    target, stop = threading.get_ident(), threading.Event()
-    inner: Counter[str] = Counter()
-    ours: Counter[str] = Counter()
-
-    def watch() -> None:
-        while not stop.wait(0.001):
-            frame: Any = sys._current_frames().get(target)
-            if frame is None:
-                continue
-            inner[_place(frame)] += 1
-            seen = set()
-            while frame is not None:
-                if "halyard" in frame.f_code.co_filename and _place(frame) not in seen:
-                    seen.add(_place(frame))
-                    ours[_place(frame)] += 1
-                frame = frame.f_back
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        total = max(1, sum(inner.values()))
-        for title, found in (("innermost", inner), ("on the stack", ours)):
-            print(f"{label}: {total} samples, {title}", file=sys.stderr)
-            for place, count in found.most_common(45):
-                print(f"  {count / total:6.1%} {place}", file=sys.stderr)
-
-
-def _place(frame: Any) -> str:
-    name = "/".join(Path(frame.f_code.co_filename).parts[-2:])
-    return f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
-
-
 def trace(directory: Path, cell: str, llm: LLM, workload: Workload) -> dict[str, Any]:
     """Profile fewer requests with shorter answers: the profiler keeps every launch of every step."""
     from halyard.api.profile_page import profile_page
@@ -205,6 +160,11 @@ def trace(directory: Path, cell: str, llm: LLM, workload: Workload) -> dict[str,
             replace(one, max_tokens=min(one.max_tokens, most)) for one in workload.requests[:256]
         ),
     )
+    with host_parts(llm.engine) as seconds, profiled(llm.engine, host_only=True) as host:
+        measure_throughput(llm, workload)
+    print(host.table(), file=sys.stderr, flush=True)
+    for name, spent in seconds.items():
+        print(f"    of it {name:<12}{1e3 * spent / host.steps:9.3f} ms", file=sys.stderr)
     with profiled(llm.engine) as profile:
         measure_throughput(llm, short)
     directory.mkdir(parents=True, exist_ok=True)
@@ -213,7 +173,37 @@ def trace(directory: Path, cell: str, llm: LLM, workload: Workload) -> dict[str,
     for name, seconds, calls in profile.kernels[:24]:
         each = 1e3 * seconds / profile.steps
         print(f"  {each:8.3f} ms {calls / profile.steps:7.1f}x {name[:100]}", file=sys.stderr)
-    return profile.to_dict()
+    return profile.to_dict() | {"host_only": host.to_dict()["host"]}
+
+
+@contextmanager
+def host_parts(engine: Engine) -> Iterator[dict[str, float]]:
+    """Seconds in calls that the profile's parts are made of."""
+    from halyard.runtime.batcher import PackedStep
+
+    executor = engine.executor
+    calls: list[tuple[Any, str]] = [(executor.batcher, "pack"), (executor.sampler, "prepare"), (PackedStep, "put"),
+             (executor.device, "fetch"), (executor.device, "mark")]  # fmt: skip
+    seconds = {name: 0.0 for _, name in calls}
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments)
+            seconds[name] += time.perf_counter() - began
+            return result
+
+        return call
+
+    calls = [(owner, name) for owner, name in calls if hasattr(owner, name)]
+    before = [getattr(owner, name) for owner, name in calls]
+    for (owner, name), function in zip(calls, before, strict=True):
+        setattr(owner, name, timed(name, function))
+    try:
+        yield seconds
+    finally:
+        for (owner, name), function in zip(calls, before, strict=True):
+            setattr(owner, name, function)
 
 
 def show(path: Path) -> None:
