@@ -39,7 +39,11 @@ class TokenCounts:
         self.vocab_size = vocab_size
         self._owners: list[Sequence | None] = [None] * _LEAST_SLOTS
         self._slots: dict[int, int] = {}  # by id of the sequence, which its owner keeps alive
-        self._consumed: list[int] = [0] * _LEAST_SLOTS
+        self._consumed = np.zeros(_LEAST_SLOTS, np.int64)
+        # Most steps have the rows of the step before, each a token further.
+        self._last: list[Sequence] = []
+        self._last_slots = np.empty(0, np.int64)
+        self._last_prompts = np.empty(0, np.int64)  # their prompts' tokens
         self._seen: Tensor | None = None  # [slots, vocab] bool
         self._answered: Tensor | None = None  # [slots, vocab] fp32
 
@@ -51,18 +55,28 @@ class TokenCounts:
         Args:
             sources: [rows] which sample of the step before a row's last token is; -1: it is known.
         """
-        slots: list[int] = []
+        ends = np.asarray(positions, np.int64)
+        before = np.asarray(sources, np.int64)
+        if sequences == self._last:
+            update = self._next(sequences, ends, before)
+            if update is not None:
+                return update
         blank: list[int] = []
-        seen: list[tuple[int, int]] = []
-        answers: list[tuple[int, int]] = []
-        pending: list[tuple[int, int]] = []
-        for sequence, position, source in zip(sequences, positions, sources, strict=True):
+        rows: list[int] = []
+        for sequence in sequences:
             slot = self._slots.get(id(sequence))
             if slot is None:
                 slot = self._take(sequence)
                 blank.append(slot)
-            slots.append(slot)
-            first = self._consumed[slot]
+            rows.append(slot)
+        slots = np.array(rows, np.int64)
+        seen: list[tuple[int, int]] = []
+        answers: list[tuple[int, int]] = []
+        pending: list[tuple[int, int]] = []
+        for sequence, slot, position, source in zip(
+            sequences, rows, ends.tolist(), before.tolist(), strict=True
+        ):
+            first = int(self._consumed[slot])
             if source >= 0 and first < position:
                 pending.append((slot, source))
             for place in range(first, position - (source >= 0)):
@@ -71,17 +85,49 @@ class TokenCounts:
                 if place >= sequence.num_prompt_tokens:
                     answers.append(pair)
             self._consumed[slot] = max(first, position)
+        # One that is to be forked comes several times, but is counted once: not for `_next`.
+        self._last = list(sequences) if len(set(rows)) == len(rows) else []
+        self._last_slots = slots
+        self._last_prompts = np.array([s.num_prompt_tokens for s in sequences], np.int64)
 
         def pairs(found: list[tuple[int, int]]) -> NDArray[np.int64]:
             return np.array(found, np.int64).reshape(-1, 2).T
 
         return CountUpdate(
-            np.array(slots, np.int64),
+            slots,
             np.array(blank, np.int64),
             len(self._owners),
             pairs(seen),
             pairs(answers),
             pairs(pending),
+        )
+
+    def _next(
+        self, sequences: Rows[Sequence], ends: NDArray[np.int64], before: NDArray[np.int64]
+    ) -> CountUpdate | None:
+        """The update where the rows are those of the last call, each at most one token further."""
+        slots = self._last_slots
+        first = self._consumed[slots]
+        new = ends - first
+        if (new > 1).any():
+            return None
+        waits = (new == 1) & (before >= 0)
+        known = np.flatnonzero((new == 1) & (before < 0))
+        places = first[known]
+        tokens = [
+            sequences[row].token_ids[place]
+            for row, place in zip(known.tolist(), places.tolist(), strict=True)
+        ]
+        pairs = np.empty((2, len(known)), np.int64)
+        pairs[0], pairs[1] = slots[known], tokens
+        self._consumed[slots] = np.maximum(first, ends)
+        return CountUpdate(
+            slots,
+            np.empty(0, np.int64),
+            len(self._owners),
+            pairs,
+            pairs[:, places >= self._last_prompts[known]],
+            np.stack([slots[waits], before[waits]]),
         )
 
     def apply(
@@ -133,7 +179,7 @@ class TokenCounts:
         if None not in self._owners:
             self._sweep()
         if None not in self._owners:
-            self._consumed += [0] * len(self._owners)
+            self._consumed = np.concatenate([self._consumed, np.zeros_like(self._consumed)])
             self._owners += [None] * len(self._owners)
         slot = self._owners.index(None)
         self._owners[slot] = sequence
