@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from halyard.runtime.answer import Answers
 from halyard.runtime.build import build_engine
 from halyard.runtime.config import EngineConfig
 from halyard.runtime.embedding import check_dimensions, finish_embedding
+from halyard.runtime.held_events import HeldEvents
 from halyard.runtime.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -23,7 +25,7 @@ from halyard.runtime.outputs import (
     RequestDelta,
     RequestOutput,
 )
-from halyard.runtime.plan import TokenEvent, TokenLogprob
+from halyard.runtime.plan import TokenLogprob
 from halyard.runtime.request import Pooling, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -218,7 +220,7 @@ class LLM:
         """Run requests to their ends; `label` is the progress bar's, None: no bar."""
         answers = {request.request_id: Answers.of(request, self.tokenizer) for request in requests}
         watched = {request.request_id for request in requests if request.params.stop_strings}
-        gathered: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
+        held = {request.request_id: HeldEvents() for request in requests}
         bar = tqdm(
             total=len(requests),
             desc=label,
@@ -226,6 +228,7 @@ class LLM:
             dynamic_ncols=True,
             disable=not (label and sys.stderr.isatty()),
         )
+        gc.freeze()  # what is there needn't be looked through while we run
         try:
             for request in requests:
                 self.engine.add(request)
@@ -235,12 +238,11 @@ class LLM:
                 due: dict[str, None] = {}
                 for event in self.engine.step():
                     request_id = event.request_id
-                    gathered[request_id].append(event)
+                    held[request_id].add(event)
                     if event.finish_reason is not None or request_id in watched:
                         due[request_id] = None
                 for request_id in due:
-                    delta = answers[request_id].feed(gathered[request_id])
-                    gathered[request_id].clear()
+                    delta = answers[request_id].feed(held[request_id].take(request_id))
                     for index in answers[request_id].take_abandoned():
                         self.engine.abort(request_id, index)
                     if delta is not None:
@@ -251,6 +253,7 @@ class LLM:
                 self.engine.abort(request.request_id)
             raise
         finally:
+            gc.unfreeze()
             bar.close()
 
     def _extend(self, output: RequestOutput, delta: RequestDelta) -> None:
