@@ -110,7 +110,8 @@ class ArtefactCache:
         try:
             _check(entry)
             structure = json.loads((entry / "structure.json").read_text())
-            constants = safetensors.torch.load_file(entry / "constants.safetensors")
+            loaded = safetensors.torch.load_file(entry / "constants.safetensors")
+            constants = {name: tensor.clone() for name, tensor in loaded.items()}  # aligned
             executables = tuple(
                 compiler.load(entry / f"segment-{number}", device)
                 for number in range(structure["num_segments"])

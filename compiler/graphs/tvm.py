@@ -24,6 +24,8 @@ from halyard.hal.types import DeviceInfo, Probe
 
 __all__ = ["TvmCompiler"]
 
+_ALIGNMENT = 64  # bytes: torch's own tensors begin there, arrays and files' parts need not
+_LIBRARY = "segment.so"
 _INSTALL = 'pip install "halyard[tvm]"'
 
 
@@ -34,12 +36,19 @@ class _Segment:
         import tvm
 
         _register_linear()
+        self.module = module
         self._machine = tvm.relax.VirtualMachine(module, tvm.cpu())
         self._main = self._machine["main"]  # looking it up costs as much as a small segment
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        made = self._main(*(tensor.detach().contiguous() for tensor in inputs))
+        made = self._main(*map(_aligned, inputs))
         return tuple(x if isinstance(x, Tensor) else from_dlpack(x) for x in made)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """TVM's loops read whole vectors, and end the process where one begins between two."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 class TvmCompiler:
@@ -66,6 +75,10 @@ class TvmCompiler:
 
     def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
         return ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
+
+    def fingerprint(self) -> str:
+        """What, beside torch and the device, decides the code that comes out."""
+        return " ".join(version(package) for package in ("apache-tvm", "apache-tvm-ffi"))
 
     def compile(
         self, segment: fx.GraphModule, inputs: Sequence[Tensor], device: DeviceInfo
@@ -97,10 +110,16 @@ class TvmCompiler:
         return _Segment(built)
 
     def save(self, executable: Executable, directory: Path) -> bool:
-        return False  # a relax library that is loaded again ends the process on its first call
+        if not isinstance(executable, _Segment) or not hasattr(executable.module, "export_library"):
+            return False
+        directory.mkdir(parents=True, exist_ok=True)
+        executable.module.export_library(str(directory / _LIBRARY))
+        return True
 
     def load(self, directory: Path, device: DeviceInfo) -> Executable:
-        raise FileNotFoundError("segments of tvm are not kept")
+        import tvm
+
+        return _Segment(tvm.runtime.load_module(str(directory / _LIBRARY)))
 
 
 @cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from program_checks import bind, check
 from tiny_models import save_tiny_model, tiny_model
 
 from halyard.compiler.build import build_program
+from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.graphs.tvm import TvmCompiler
 from halyard.compiler.program import HeadShape, UnboundProgram
 from halyard.hal.devices.cpu import CpuDevice
@@ -45,6 +48,39 @@ def build(family: str, dtype: Any = "float32") -> UnboundProgram:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
 def test_logits(family: str) -> None:
     check(*bind(family, build(family)))
+
+
+def test_kept_segments_run_again(tmp_path: Path) -> None:
+    cache = ArtefactCache(tmp_path)
+    facts = {"model": "llama", "dtype": "float32"}
+    fresh = load_or_build(cache, facts, lambda: build("llama"), COMPILER, DEVICE.info)
+    assert not fresh.from_cache
+    key = cache.key(facts, COMPILER, DEVICE.info)
+    again = cache.load(key, COMPILER, DEVICE.info)
+    assert again is not None
+    assert again.from_cache
+    check(*bind("llama", again))
+
+
+def test_inputs_that_begin_anywhere(tmp_path: Path) -> None:
+    """In a process of its own: generated loops would end it."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}\n"
+        "import torch\n"
+        "from test_program_tvm import bind, build, check\n"
+        "program = build('llama')\n"
+        "def moved(tensor):\n"
+        "    raw = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)\n"
+        "    start = next(n for n in range(16) if raw[n:].data_ptr() % 64 == 8)\n"
+        "    return raw[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)\n"
+        "program.constants.update({n: moved(t) for n, t in program.constants.items()})\n"
+        "check(*bind('llama', program))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_bfloat16_is_refused_in_one_line() -> None:
