@@ -99,7 +99,8 @@ class Engine:
     def detach(self, request_id: str) -> MovingSequence:
         """Stop a running request and take it out, with its KV, for another engine to go on with.
 
-        No event follows. The sequence may go to any engine of the same model: another backend,
+        If a step was in flight, the next step() tells what it brought for the request; no other event
+        follows. The sequence may go to any engine of the same model: another backend,
         another block size.
 
         Raises:

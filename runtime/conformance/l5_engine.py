@@ -220,6 +220,8 @@ def _aborts(context: CaseContext) -> None:
                 llm.engine.check_integrity()
             llm.engine.abort(request.request_id)
             llm.engine.check_integrity()
+        while llm.engine.has_work():  # a step may be in flight: its blocks are free when it is back
+            llm.engine.step()
 
 
 def _run_tokens(llm: LLM, steps: int | None, into: list[int]) -> None:
@@ -245,9 +247,12 @@ def _handed_over(context: CaseContext) -> None:
             _run_tokens(theirs, 9, found)
             moved = ours.engine.attach(theirs.engine.detach(request.request_id))
             context.require(moved, "there was room, but the KV was not taken over")
+            _run_tokens(theirs, None, found)  # what a step in flight had brought
             _run_tokens(ours, 8, found)
             ours.engine.check_integrity()
-            moved = theirs.engine.attach(ours.engine.detach(request.request_id))
+            moving = ours.engine.detach(request.request_id)
+            _run_tokens(ours, None, found)
+            moved = theirs.engine.attach(moving)
             context.require(moved, "there was room, but the KV was not taken back")
             _run_tokens(theirs, None, found)
     answer = expected[0].outputs[0]

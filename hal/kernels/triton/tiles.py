@@ -87,7 +87,7 @@ _DECODE: dict[str, _Table] = {
 
 # Prefill is bound by the matrix units: large M, registers for M x head_dim fp32 sums.
 _PREFILL_HOPPER: _Table = {
-    128: Tile(128, 64, 4, 3),
+    128: Tile(128, 64, 8, 3),
     256: Tile(128, 64, 8, 3),
     512: Tile(64, 32, 4, 3),
 }
