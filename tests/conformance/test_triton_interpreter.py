@@ -6,6 +6,7 @@ TRITON_INTERPRET=1. No bfloat16: the interpreter computes its dots on raw bits.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
 
@@ -30,6 +32,8 @@ if INTERPRETING:
     import triton_checks as checks
 
     from halyard.hal.devices.cpu import CpuDevice
+    from halyard.hal.kernels.triton.moves import batch_moves
+    from halyard.hal.types import BlockMove, KVSpec
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the process it starts")
@@ -76,6 +80,35 @@ def test_a_group_wider_than_a_tile() -> None:
 @inside
 def test_mixed() -> None:
     checks.mixed(made())
+
+
+@inside
+@pytest.mark.parametrize("shape", ["gqa", "window_5"])
+def test_rows_and_tokens_that_fill_up_a_step(shape: str) -> None:
+    checks.filled_up(made(), **checks.SHAPES[shape])
+
+
+@inside
+def test_pieces_of_a_batch_copy_are_where_the_moves_say() -> None:
+    device, kernels = CpuDevice(), made().kernels
+    layout = kernels.layout(KVSpec(3, 2, 24, "float32", 16))
+    pool, host = (device.allocate_kv(layout, n, host=n == 6) for n in (9, 6))
+    pool.data.copy_(torch.randn(pool.data.shape))
+    host.data.zero_()
+    pieces = []
+
+    def copy(sources: Any, targets: Any, sizes: Any, stream: int) -> None:
+        assert stream == 7
+        for one in zip(*(a.reshape(-1).tolist() for a in (targets, sources, sizes)), strict=True):
+            ctypes.memmove(*one)
+            pieces.append(one)
+
+    moves = [BlockMove(4, 0), BlockMove(1, 3), BlockMove(2, 4), BlockMove(8, 5)]
+    batch_moves(copy, pool, host, moves, 7)
+    assert torch.equal(host.data[:, [0, 3, 4, 5]], pool.data[:, [4, 1, 2, 8]])
+    assert not host.data[:, [1, 2]].any()
+    assert len(pieces) == 3 * 3  # layers; two blocks lie side by side on both ends
+    batch_moves(copy, pool, host, [], 7)
 
 
 @inside

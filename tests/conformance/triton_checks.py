@@ -61,6 +61,49 @@ def mixed(made: Any, **shape: Any) -> None:
         sequences.step(counts)
 
 
+def filled_up(made: Any, **shape: Any) -> None:
+    """A recorded step's filling: rows without tokens, tokens without a row. Nobody else notices."""
+    for lengths, counts in (([97, 50, 20], [33, 1, 5]), ([700, 40, 30], [20, 1, 1])):
+        sequences = Sequences(made, lengths, **shape)
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            sequences.fill(row, length - count)
+        spans = list(zip(sequences.done, lengths, strict=True))
+        batch = sequences.batch(range(3), spans)
+        q, k, v = (
+            sequences.packed(x, range(3), spans) for x in (sequences.q, sequences.k, sequences.v)
+        )
+        more, tokens = 9, 7  # rows and tokens
+
+        def longer(tensor: Any, count: int, value: float) -> Any:
+            filling = torch.full((count, *tensor.shape[1:]), value, dtype=tensor.dtype)
+            return torch.cat([tensor, filling.to(tensor.device)])
+
+        total = batch.num_tokens
+        padded = replace(
+            batch,
+            num_tokens=total + tokens,
+            num_rows=3 + more,
+            max_query_len=total + tokens,
+            max_seq_len=2 * batch.max_seq_len,
+            positions=longer(batch.positions, tokens, 0),
+            slot_mapping=longer(batch.slot_mapping, tokens, -1),
+            block_tables=longer(batch.block_tables, more, 0),
+            seq_lens=longer(batch.seq_lens, more, 0),
+            query_start=longer(batch.query_start, more, total),
+        )
+        before = sequences.pool.data.clone()
+        nan = float("nan")
+        inputs = (longer(q, tokens, nan), longer(k, tokens, nan), longer(v, tokens, nan))
+        found = made.kernels.attend(*inputs, sequences.pool, sequences.layer, padded).cpu()
+        starts = batch.query_start.tolist()
+        for row, (first, last) in enumerate(spans):
+            sequences._compare(row, first, last, found[starts[row] : starts[row + 1]])
+        written = (sequences.pool.data != before).flatten(2).any(-1).any(0).nonzero().flatten()
+        held = {block for table in sequences.tables for block in table}
+        nans = before.isnan().flatten(2).any(-1).any(0).nonzero().flatten()  # NaN equals nothing
+        assert set(written.tolist()) - set(nans.tolist()) <= held
+
+
 def long_mixed(made: Any, **shape: Any) -> None:
     """Long enough that decode rows beside a chunk go to the decode kernel, keys split."""
     sequences = Sequences(made, [1040, 1100, 70], **shape)

@@ -69,6 +69,7 @@ def test_split_keys_are_merged(device: Any, dtype: DType, splits: int) -> None:
 def test_mixed(device: Any, dtype: DType, name: str) -> None:
     checks.mixed(checks.context(device, dtype), **checks.SHAPES[name])
     checks.long_mixed(checks.context(device, dtype), **checks.SHAPES[name])
+    checks.filled_up(checks.context(device, dtype), **checks.SHAPES[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
