@@ -131,6 +131,7 @@ class EngineHost:
                 if loaded is not None:
                     self.spawn(loaded.client.close())
             elif error is not None:
+                self.observe_load_failure()
                 done.set_exception(error)
             elif loaded is not None:
                 done.set_result(loaded)
@@ -166,9 +167,9 @@ class EngineHost:
             EngineDeadError: the engine has failed for good.
         """
         readiness = self.readiness()
-        if self._loaded is None or self.draining or self._pause is not None:
+        if not self.given_up and (self._loaded is None or self.draining or self._pause is not None):
             raise NotReadyError(f"the server is not ready: {readiness.reason}")
-        if not readiness.ready:
+        if not readiness.ready or self._loaded is None:
             raise EngineDeadError(readiness.reason)
         return self._loaded.client
 
@@ -244,6 +245,11 @@ class EngineHost:
         return Readiness(True, "ready")
 
     @property
+    def given_up(self) -> bool:
+        """The engine could not be loaded, or failed too often: it stays down."""
+        return self._failure is not None and not self.draining
+
+    @property
     def state(self) -> str:
         """In one word: see Status.state."""
         if self.draining:
@@ -307,6 +313,11 @@ class EngineHost:
         """Count a refused or failed request; of the caller at hand, where no tenant is named."""
         metrics = self._early if self._loaded is None else self._loaded.client.metrics
         metrics.observe_error(kind, caller().tenant.name if tenant is None else tenant)
+
+    def observe_load_failure(self) -> None:
+        """Count a model or weights that could not be loaded."""
+        metrics = self._early if self._loaded is None else self._loaded.client.metrics
+        metrics.observe_load_failure()
 
     async def close(self, grace_seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
         """Refuse new requests, give running ones that long, answer the rest with an error, stop.
@@ -398,14 +409,20 @@ class EngineHost:
         if self.asleep is not None:
             self.asleep = 2  # nothing is left of it; waking starts another
             return
+        self.revive(reason)
+
+    def revive(self, reason: str) -> None:
+        """Start an engine in the place of one that is gone, as if it had died."""
         delay = self._restarts.delay(time.monotonic() - self._since)
         if self._restarts.config.max_in_a_row == 0:
+            self.pause(None)
             return  # the client's error says all
         self.pause(f"restarting: {reason}")
-        self.spawn(self._restart(loaded, reason, delay))
+        self.spawn(self._restart(reason, delay))
 
-    async def _restart(self, dead: Loaded, reason: str, delay: float | None) -> None:
-        await dead.client.close()
+    async def _restart(self, reason: str, delay: float | None) -> None:
+        if self._loaded is not None:
+            await self._loaded.client.close()
         while delay is not None and not self.draining:
             await asyncio.sleep(delay)
             try:
@@ -449,7 +466,6 @@ class EngineHost:
             self._on_ready(loaded)
 
     def _fail(self, error: BaseException) -> None:
-        self._early.observe_load_failure()
         self._failure = f"loading failed: {error}"
         if self._on_failure is not None:
             self._on_failure(error)  # it tells the user

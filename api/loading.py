@@ -1,5 +1,6 @@
 """Makes the engine of a server: in a process of its own, or in this one. Takes seconds to minutes."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from halyard.api.host import Loaded
 from halyard.api.provenance import provenance_of
+from halyard.hal.errors import EngineDeadError
 from halyard.models.provenance import file_digests
 from halyard.models.source import ModelSource, resolve_source
 from halyard.models.tokenizer import Tokenizer, load_tokenizer
@@ -33,12 +35,14 @@ class ServedModel:
         *,
         in_process: bool = False,
         hang_seconds: float | None = None,
+        load_seconds: float | None = None,
         starting: "Launch | None" = None,
         metrics: Metrics | None = None,
     ) -> None:
         self.config = config
         self.in_process = in_process
         self.hang_seconds = hang_seconds
+        self.load_seconds = load_seconds
         self._starting = starting
         self._metrics = metrics
 
@@ -51,6 +55,7 @@ class ServedModel:
             self.config,
             tell,
             hang_seconds=self.hang_seconds,
+            load_seconds=self.load_seconds,
             metrics=self._metrics,
             starting=starting,
         )
@@ -60,7 +65,12 @@ class ServedModel:
     def with_model(self, model: str, revision: str | None) -> "ServedModel":
         """The same, of another checkpoint."""
         config = replace(self.config, model=model, revision=revision)
-        return ServedModel(config, hang_seconds=self.hang_seconds, metrics=self._metrics)
+        return ServedModel(
+            config,
+            hang_seconds=self.hang_seconds,
+            load_seconds=self.load_seconds,
+            metrics=self._metrics,
+        )
 
 
 def start_engine(
@@ -68,6 +78,7 @@ def start_engine(
     tell: Callable[[str], None],
     *,
     hang_seconds: float | None = None,
+    load_seconds: float | None = None,
     metrics: Metrics | None = None,
     starting: "Launch | None" = None,
 ) -> Loaded:
@@ -76,6 +87,7 @@ def start_engine(
     Args:
         tell: is called with the name of each phase as it begins.
         hang_seconds: a step that takes longer is taken for a hang.
+        load_seconds: a phase of loading that takes longer is; its process is killed then.
         metrics: of the engine whose place this one takes.
         starting: its process, where that was started already.
 
@@ -85,16 +97,59 @@ def start_engine(
     from halyard.runtime.process_port import launch
 
     starting = starting or launch(config)
+    alarm = _Alarm(load_seconds, starting.end)
+
+    def next_phase(name: str) -> None:
+        alarm.set(name)
+        tell(name)
+
     try:
+        alarm.set("starting")
         source = resolve_source(config.model, config.revision, config.mirror)
         with ThreadPoolExecutor(2, thread_name_prefix="halyard-read") as pool:
             tokenizer = pool.submit(load_tokenizer, source)
             digests = pool.submit(file_digests, source)
-            port = starting.wait(tell, hang_seconds=hang_seconds, metrics=metrics)
+            port = starting.wait(next_phase, hang_seconds=hang_seconds, metrics=metrics)
+            alarm.cancel()
             return _loaded(port, tokenizer.result(), port.facts, digests.result())
+    except EngineDeadError:
+        if alarm.rang is None:
+            raise
+        raise EngineDeadError(
+            f"loading took longer than {load_seconds:g} s in the phase {alarm.rang!r} and was ended: "
+            "raise --load-seconds if it needs longer"
+        ) from None
     except BaseException:
         starting.end()
         raise
+    finally:
+        alarm.cancel()
+
+
+class _Alarm:
+    """Calls something when a phase takes too long. Set by one thread, rings in another."""
+
+    def __init__(self, seconds: float | None, ring: Callable[[], None]) -> None:
+        self.rang: str | None = None  # in which phase
+        self._seconds = seconds
+        self._ring = ring
+        self._timer: threading.Timer | None = None
+
+    def set(self, phase: str) -> None:
+        """A phase begins; the one before has ended in time."""
+        self.cancel()
+        if self._seconds is not None and self.rang is None:
+            self._timer = threading.Timer(self._seconds, self._wake, (phase,))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wake(self, phase: str) -> None:
+        self.rang = phase
+        self._ring()
 
 
 def load_engine(config: EngineConfig, tell: Callable[[str], None]) -> Loaded:

@@ -17,9 +17,10 @@ from halyard.api.host import EngineHost, Loaded
 from halyard.api.loading import ServedModel
 from halyard.api.schemas.admin import Reloaded, ReloadRequest
 from halyard.hal.cpuinfo import memory_available
-from halyard.hal.errors import CapacityError, HalyardError, ModelError, RequestError
+from halyard.hal.errors import CapacityError, ModelError, RequestError
 from halyard.models.headers import check_checkpoint
 from halyard.models.source import ModelSource, resolve_source
+from halyard.runtime.config import EngineConfig
 
 __all__ = ["check_digests", "reload_model"]
 
@@ -58,11 +59,12 @@ async def _exchange(
     started = time.monotonic()
     model = asked.model if asked.model is not None else loader.config.model
     revision = asked.revision if asked.model is not None else loader.config.revision
-    source = await asyncio.to_thread(resolve_source, model, revision)
-    await asyncio.to_thread(check_digests, source, asked.digests)
     target = loader.with_model(model, revision)
-    if target.config.load_format != "dummy":
-        await asyncio.to_thread(check_checkpoint, source)
+    try:
+        source = await asyncio.to_thread(_checked, target.config, asked.digests)
+    except ModelError:
+        host.observe_load_failure()
+        raise
     in_place = asked.mode == "in_place" or (
         asked.mode == "auto" and not await asyncio.to_thread(_fits_beside, before, source)
     )
@@ -99,14 +101,25 @@ async def _in_place(
         await before.client.close()
         try:
             loaded = await host.load(target)
-        except HalyardError:
-            loaded = await host.load(loader)  # as it was
-            host.adopt(loaded)
+        except Exception:
+            try:
+                host.adopt(await host.load(loader))  # as it was
+            except Exception as error:  # noqa: BLE001  # told by /ready and the log, and tried again
+                host.revive(f"loading failed: {error}")
             raise
         host.adopt(loaded, target)
         return loaded
     finally:
         host.gate.open()
+
+
+def _checked(config: EngineConfig, digests: Mapping[str, str]) -> ModelSource:
+    """The checkpoint, if it is there and whole, and its files are those that were asked for."""
+    source = resolve_source(config.model, config.revision, config.mirror)
+    check_digests(source, digests)
+    if config.load_format != "dummy":
+        check_checkpoint(source)
+    return source
 
 
 def _fits_beside(before: Loaded, source: ModelSource) -> bool:

@@ -54,6 +54,9 @@ class ServerConfig:
     # How an engine process that died or hung is replaced; in this process it is not.
     restarts: RestartConfig = field(default_factory=RestartConfig)
     hang_seconds: float | None = 120.0  # a step that takes longer has hung; None: may take for ever
+    load_seconds: float | None = (
+        1800.0  # a phase of loading that takes longer has hung; None: never
+    )
     api_keys: Path | None = None  # file of keys; None: everybody may do everything
     request_timeout: float | None = (
         None  # seconds after which any answer ends as it is; None: never
@@ -123,6 +126,7 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
         config,
         in_process=server.in_process,
         hang_seconds=server.hang_seconds,
+        load_seconds=server.load_seconds,
         starting=starting,
     )
     url = _url(server.host, listener.getsockname()[1])

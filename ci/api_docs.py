@@ -33,6 +33,7 @@ ENDPOINTS = {
     "POST /detokenize": DetokenizeRequest,
 }
 # Endpoint-specific: what a shared name means there.
+HONOURED_THERE = {("POST /v1/responses", "store")}
 IGNORED_THERE = {
     ("POST /v1/responses", "stream_options"): "streams hold no padding to switch off",
 }
@@ -104,6 +105,8 @@ def row(endpoint: str, kind: type, name: str, comment: str) -> str:
         return f"| `{name}` | ignored | {reason} |"
     if reason := REFUSED_THERE.get((endpoint, name)):
         return f"| `{name}` | refused | {reason} |"
+    if (endpoint, name) in HONOURED_THERE:
+        return f"| `{name}` | honoured | {comment} |"
     if name in refused_names(kind):
         fine, instead = REFUSED[name]
         allowed = f"; fine: {', '.join(map(repr, fine))}" if fine else ""

@@ -42,6 +42,9 @@ _LIMITS = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
+# Characters of a time: its fraction of a second has no bound, and small models write hundreds of digits.
+_LONGEST = {"time": 24, "date-time": 35}
+_DATA = frozenset({"const", "enum", "default", "examples"})  # hold values of a schema, no schemas
 _TRIED_STEPS = 3
 _PARALLEL_ROWS = 48  # fewer take less time (20 to 50 us each) than waking a pool on a busy machine
 TOO_COMPLEX = "the answer's grammar grew too complex to go on"
@@ -284,7 +287,8 @@ def _grammar(library: Any, constraint: Constraint) -> str:
     match constraint.kind:
         case "json_schema":
             options = {"whitespace_pattern": _WHITE_SPACE}
-            found = library.LLMatcher.grammar_from_json_schema(text, overrides=options)
+            schema = json.dumps(_bounded(json.loads(text)))
+            found = library.LLMatcher.grammar_from_json_schema(schema, overrides=options)
         case "regex":
             found = library.LLMatcher.grammar_from_regex(text)
         case "lark":
@@ -292,6 +296,19 @@ def _grammar(library: Any, constraint: Constraint) -> str:
         case kind:
             found = library.grammar_from(kind, text)
     return str(found)
+
+
+def _bounded(schema: Any) -> Any:
+    """A schema whose times have a greatest length, where it says nothing about that."""
+    if isinstance(schema, list):
+        return [_bounded(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: value if key in _DATA else _bounded(value) for key, value in schema.items()}
+    form = schema.get("format")
+    if isinstance(form, str) and form in _LONGEST and not {"minLength", "maxLength"} & set(schema):
+        made["maxLength"] = _LONGEST[form]
+    return made
 
 
 def _refusal(constraint: Constraint, reason: str) -> RequestError:

@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="run the engine's steps in a thread of the server")  # fmt: skip
     group.add_argument("--hang-seconds", type=float, default=120.0, metavar="S",
                        help="a step that takes longer has hung; 0: never (%(default)s)")  # fmt: skip
+    group.add_argument("--load-seconds", type=float, default=1800.0, metavar="S",
+                       help="a phase of loading that takes longer has hung; 0: never (%(default)s)")  # fmt: skip
     safety = parser.add_argument_group("tenants and limits")
     safety.add_argument("--api-keys", type=Path, metavar="FILE",
                         help="who may call, made by `halyard keys` (default: everybody)")  # fmt: skip
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         data_dir=args.data_dir,
         in_process=args.in_process,
         hang_seconds=args.hang_seconds or None,
+        load_seconds=args.load_seconds or None,
         api_keys=args.api_keys,
         request_timeout=args.request_timeout,
         prompt_log=args.prompt_log,

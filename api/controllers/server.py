@@ -19,9 +19,11 @@ class ServerController(Controller):
     tags = ("Server",)
 
     @get("/health")
-    async def health(self) -> Health:
-        """The process is up."""
-        return Health()
+    async def health(self, request: Request[Any, Any, Any]) -> Response[Health]:
+        """200 while the process is up; 503 when its engine was given up: start it anew."""
+        if host_of(request).given_up:
+            return Response(Health("failed"), status_code=503)
+        return Response(Health())
 
     @get("/ready")
     async def ready(self, request: Request[Any, Any, Any]) -> Response[Readiness]:

@@ -57,8 +57,7 @@ function show(next) {
     $("banner").hidden = fine;
     $("banner").dataset.state = next.state;
     setText($("banner-title"), TITLES[next.state] || "");
-    const told = next.state === "loading" ? next.reason.replace(/^loading: /, "") : next.reason;
-    setText($("banner-text"), fine ? "" : told);
+    setText($("banner-text"), fine ? "" : next.reason.replace(/^(loading|restarting|asleep): /, ""));
   }
   document.title = fine ? `${next.model} · Halyard` : `${WORDS[next.state]} · Halyard`;
   chat.showState(next);

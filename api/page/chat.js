@@ -25,7 +25,7 @@ export function showState(next) {
     ? next.has_chat_template
       ? "Everything stays on this machine."
       : "This model has no chat template: it continues your text."
-    : `Not ready yet: ${next.reason.replace(/^loading: /, "")}`;
+    : `Not ready yet: ${next.reason.replace(/^(loading|restarting|asleep): /, "")}`;
   if (next.ready !== before.ready || next.has_chat_template !== before.has_chat_template) {
     offerExamples();
   }

@@ -24,9 +24,9 @@ class ModelList(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """The process is up."""
+    """Whether the process needs no new start."""
 
-    status: str = "ok"
+    status: str = "ok"  # or "failed": the engine stays down
 
 
 class Readiness(msgspec.Struct, frozen=True):

@@ -54,6 +54,7 @@ def serve_engine() -> Iterator[Callable[..., Served]]:
             app.pop("loader", None)
             or (lambda tell: Loaded(scripted_client(engine, tokenizer), "thin air", "float32")),
             app.pop("names", ()),
+            restarts=app.pop("restarts", None),
         )
         protocol = app.pop("protocol", LimitedProtocol)
         listener = bind("127.0.0.1", 0)

@@ -57,15 +57,13 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(backend: str = "cpu", **app: Any) -> Iterator[LiveServer]:
+def live_server(
+    backend: str = "cpu", *, engine: dict[str, Any] | None = None, **app: Any
+) -> Iterator[LiveServer]:
     """Serve the embedded model on the default backend, or one that starts sooner."""
+    options: dict[str, Any] = {"kv_blocks": 128, "host_kv_blocks": 0, "max_model_len": 1024}
     config = EngineConfig.create(
-        model="embedded",
-        backend=backend,
-        kv_blocks=128,
-        host_kv_blocks=0,
-        max_model_len=1024,
-        progress=False,
+        model="embedded", backend=backend, progress=False, **(options | (engine or {}))
     )
     host = EngineHost(lambda tell: load_engine(config, tell))
     listener = bind("127.0.0.1", 0)

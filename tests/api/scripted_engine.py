@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from halyard.api.host import Loaded
 from halyard.hal.errors import RequestError
 from halyard.models.detokenizer import Detokenizer
 from halyard.runtime.block_pool import BLANK, CACHED, USED
@@ -176,6 +178,25 @@ class ScriptedEngine:
 def _logprob(token: int, count: int) -> TokenLogprob:
     top = tuple((token + rank, -0.5 - rank) for rank in range(count))
     return TokenLogprob(token, -0.5, 1, top)
+
+
+class BlockedLoader:
+    """Loads once it is let go on; `error`: fails with it instead."""
+
+    def __init__(self, engine: ScriptedEngine, error: Exception | None = None) -> None:
+        self.engine = engine
+        self.error = error
+        self.go_on = threading.Event()
+        self.calls = 0
+
+    def __call__(self, tell: Callable[[str], None]) -> Loaded:
+        self.calls += 1
+        tell("compiling")
+        assert self.go_on.wait(20)
+        if self.error is not None:
+            raise self.error
+        self.engine.running.clear()  # a new engine has nothing of the one before
+        return Loaded(scripted_client(self.engine), "thin air", "float32")
 
 
 def scripted_client(engine: ScriptedEngine, tokenizer: Any = None) -> Client:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 from conftest import Served
-from scripted_engine import ScriptedEngine
+from scripted_engine import BlockedLoader, ScriptedEngine
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 HI = [{"role": "user", "content": "hi"}]
@@ -158,13 +157,7 @@ def test_a_dead_engine_is_told_not_hidden(served: Served) -> None:
 
 
 def test_while_loading_only_health_is_fine(serve_engine: Callable[..., Served]) -> None:
-    go_on = threading.Event()
-
-    def loader(tell: Callable[[str], None]) -> Any:
-        tell("compiling")
-        go_on.wait(10)
-        raise ValueError("no such luck")
-
+    loader = BlockedLoader(ScriptedEngine(), ValueError("no such luck"))
     served = serve_engine(ScriptedEngine(), loader=loader, wait=False)
     assert served.until(lambda: "compiling" in served.http.get("/ready").text)
     assert served.http.get("/ready").status_code == 503
@@ -175,8 +168,12 @@ def test_while_loading_only_health_is_fine(serve_engine: Callable[..., Served]) 
     refused(served.http.get("/v1/models"), 503)
     assert 'halyard_ready{backend="",model=""} 0' in served.http.get("/metrics").text
     assert served.http.get("/status").json()["reason"] == "loading: compiling"
-    go_on.set()
+    loader.go_on.set()
     assert served.until(lambda: "no such luck" in served.http.get("/ready").text)
+    assert served.http.get("/health").status_code == 503  # whoever watches it should start it anew
+    assert (
+        'halyard_load_failures_total{backend="",model=""} 1.0' in served.http.get("/metrics").text
+    )
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -6,6 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,9 @@ import pytest
 from live_server import LiveServer, live_server
 
 from halyard.api.embedding_run import MAX_INPUTS
+from halyard.api.keys import KeyRing, create_key, edit_keys
+from halyard.api.tenancy import Tenancy
+from halyard.api.tenants import Tenant
 
 SIZE = 320  # hidden states of the model that ships
 
@@ -177,3 +181,44 @@ def test_a_batch_of_embeddings(live: LiveServer, http: httpx.Client) -> None:
     np.testing.assert_allclose(
         vectors(answer["response"]["body"]), vectors(ask(http, "import os")), atol=1e-6
     )
+
+
+def test_a_tenants_limits_hold_for_embeddings_too(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    limits: dict[str, dict[str, Any]] = {
+        "few": {"tokens_per_minute": 30}, "once": {"requests_per_minute": 1},
+        "elsewhere": {"models": ("other",)}, "short": {"max_context": 4},
+    }  # fmt: skip
+    with edit_keys(path) as content:
+        for name, own in limits.items():
+            content.tenants[name] = Tenant(name, **own)
+        keys = {name: create_key(content, name) for name in limits}
+
+    def ask_as(name: str | None, count: int) -> httpx.Response:
+        headers = {"authorization": f"Bearer {keys[name]}"} if name else {}
+        body = {"input": list(range(300, 300 + count))}
+        return http.post("/v1/embeddings", json=body, headers=headers)
+
+    def refused(answer: httpx.Response, status: int) -> str:
+        assert answer.status_code == status, answer.text
+        return str(answer.json()["error"]["code"])
+
+    with (
+        live_server("null", tenancy=Tenancy(KeyRing(path), None, None)) as live,
+        httpx.Client(base_url=live.url, timeout=60) as http,
+    ):
+        assert refused(ask_as(None, 3), 401) == "invalid_api_key"
+        assert refused(ask_as("elsewhere", 3), 403) == "permission_denied"
+        assert refused(ask_as("short", 5), 400) == "context_length_exceeded"
+        assert ask_as("short", 4).status_code == 200
+        assert ask_as("once", 3).status_code == 200
+        again = ask_as("once", 3)
+        assert refused(again, 429) == "rate_limit_exceeded"
+        assert 1 <= int(again.headers["retry-after"]) <= 60
+        assert ask_as("few", 20).headers["x-ratelimit-remaining-tokens"] == "10"
+        more = ask_as("few", 20)
+        assert refused(more, 429) == "rate_limit_exceeded"
+        assert 1 <= int(more.headers["retry-after"]) <= 60
+        headers = {"authorization": f"Bearer {keys['few']}"}
+        (used,) = http.get("/v1/usage", headers=headers).json()["data"]
+        assert (used["requests"], used["refused"], used["prompt_tokens"]) == (1, 1, 20)

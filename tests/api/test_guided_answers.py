@@ -53,6 +53,15 @@ def test_json_of_a_schema_for_every_answer(llm: LLM) -> None:
     assert len({answer.text for answer in answers}) > 1
 
 
+def test_times_end_and_data_of_a_schema_stays_as_it_is(llm: LLM) -> None:
+    for form, most in (("time", 26), ("date-time", 37)):  # with the quotes
+        answers = ask(llm, Constraint.json_schema({"type": "string", "format": form}), n=3)
+        assert all(one.finish_reason == "stop" and len(one.text) <= most for one in answers)
+    fixed = {"format": "time"}
+    (answer,) = ask(llm, Constraint.json_schema({"const": fixed}))
+    assert json.loads(answer.text) == fixed
+
+
 def test_the_same_constraint_serves_free_neighbours(llm: LLM) -> None:
     free = SamplingParams(max_tokens=8, temperature=0)
     alone = llm.generate(["import "], free, use_tqdm=False)[0].outputs[0].text

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 from conftest import Served
 from keyed_server import keyed_server
-from scripted_engine import ScriptedEngine
+from scripted_engine import BlockedLoader, ScriptedEngine
 
+from halyard.api.restarts import RestartConfig
+from halyard.api.sleep import ASLEEP
 from halyard.runtime.request import Request
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -211,13 +213,7 @@ def test_polling_stops_while_nobody_looks(page: Any, served: Served) -> None:
 def test_loading_failing_and_a_server_that_is_gone(
     page: Any, serve_engine: Callable[..., Served]
 ) -> None:
-    go_on = threading.Event()
-
-    def loader(tell: Callable[[str], None]) -> Any:
-        tell("compiling")
-        go_on.wait(10)
-        raise ValueError("no such luck")
-
+    loader = BlockedLoader(ScriptedEngine(), ValueError("no such luck"))
     served = serve_engine(ScriptedEngine(), loader=loader, wait=False)
     page.goto(f"http://127.0.0.1:{served.port}/")
     page.wait_for_selector("#banner:visible")
@@ -225,7 +221,7 @@ def test_loading_failing_and_a_server_that_is_gone(
     assert page.inner_text("#banner") == "The engine is loading. compiling"
     assert page.is_disabled("#send")
     check_fits(page, "loading")
-    go_on.set()
+    loader.go_on.set()
     page.wait_for_selector("#state[data-state=failed]")
     assert "no such luck" in page.inner_text("#banner")
     page.goto(f"http://127.0.0.1:{served.port}/#live")  # nothing breaks without an engine
@@ -233,6 +229,31 @@ def test_loading_failing_and_a_server_that_is_gone(
     served.stop()
     page.wait_for_selector("#state[data-state=unreachable]")
     assert "can't be reached" in page.inner_text("#banner")
+
+
+def test_an_engine_that_is_replaced_and_one_that_sleeps(
+    page: Any, serve_engine: Callable[..., Served]
+) -> None:
+    loader = BlockedLoader(ScriptedEngine())
+    loader.go_on.set()
+    served = serve_engine(loader.engine, loader=loader, restarts=RestartConfig())
+    visit(page, served)
+    loader.go_on.clear()
+    served.post("/v1/completions", prompt="x?")  # breaks the engine
+    page.wait_for_selector("#state[data-state=restarting]")
+    assert page.inner_text("#banner").startswith("The engine is being replaced. the engine stopped")
+    assert page.is_disabled("#send")
+    check_fits(page, "restarting")
+    loader.go_on.set()
+    page.wait_for_selector("#state[data-state=ready]")
+    assert page.locator("#banner:visible").count() == 0
+    assert page.is_enabled("#send")
+    served.host.pause(ASLEEP)
+    page.wait_for_selector("#state[data-state=asleep]")
+    assert page.inner_text("#banner") == "The engine sleeps. POST /admin/wake wakes it"
+    check_fits(page, "asleep")
+    served.host.pause(None)
+    page.wait_for_selector("#state[data-state=ready]")
 
 
 def test_plan_and_conformance(page: Any, served: Served) -> None:

@@ -83,6 +83,19 @@ def test_every_route_is_closed_without_a_key(keyed: Keyed) -> None:
     assert keyed.served.engine.generated == 0
 
 
+@pytest.mark.parametrize("path", ["/admin/reload", "/admin/sleep", "/admin/wake"])
+def test_admin_routes_are_an_admins_alone(keyed: Keyed, path: str) -> None:
+    keyed.served.host.admin = True  # or nobody could use them
+    for tenant, status, code in (
+        (None, 401, "invalid_api_key"),
+        ("acme", 403, "permission_denied"),
+    ):
+        answer = keyed.call(tenant, "POST", path, {})
+        assert answer.status_code == status
+        assert answer.json()["error"]["code"] == code
+    assert keyed.call("boss", "POST", path, {}).status_code in (400, 409)  # this engine can't
+
+
 def test_with_a_key_every_route_opens_but_an_admins(keyed: Keyed) -> None:
     for method, path in routes(keyed.served):
         admins = path.startswith(ADMIN)
