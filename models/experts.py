@@ -114,7 +114,8 @@ def _shared(one: Callable[..., Tensor], jobs: list[Any], threads: int) -> list[T
 
 @cache
 def _workers(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="halyard-experts")
+    # Each has a count of its own: the library would start as many threads as there are cores in each.
+    return ThreadPoolExecutor(count, "halyard-experts", torch.set_num_threads, (1,))
 
 
 _library.impl("experts", _experts, "CompositeExplicitAutograd")
