@@ -20,16 +20,16 @@ class WeightRecipe:
 
     def make(self, tensors: list[Tensor]) -> Tensor:
         """Apply the recipe to the tensors of `sources`."""
-        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        # Imported here: both need the C++ library. They join without a joined copy.
         if self.bits:
             from halyard.hal.kernels.native.quantized_linear import quantize_linear
 
-            return quantize_linear(whole, self.bits)
-        if not self.packed:
-            return whole
-        from halyard.hal.kernels.native.linear import pack_linear  # needs the C++ library
+            return quantize_linear(*tensors, bits=self.bits)
+        if self.packed:
+            from halyard.hal.kernels.native.linear import pack_linear
 
-        return pack_linear(whole)
+            return pack_linear(*tensors)
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 @dataclass(slots=True)

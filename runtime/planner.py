@@ -264,19 +264,19 @@ def fit_memory(
 
 
 def _weight_bytes(config: EngineConfig, spec: ModelSpec, parameters: int, dtype: DType) -> int:
-    """The embedding and what no group divides keep their dtype; a group has an fp32 scale."""
-    from halyard.hal.kernels.native.quantized_linear import GROUPS  # with torch
-
+    """What no group divides keeps its dtype, and so does an embedding that isn't the head too."""
     whole = parameters * ITEM_SIZE[dtype]
     if config.quantization == "none":
         return whole
-    bits = {"int8": 8, "int4": 4}[config.quantization]
-    group = GROUPS[bits]
-    if spec.hidden_size % group or spec.intermediate_size % group:
+    from halyard.hal.kernels.native.quantized_linear import GROUP  # with torch
+
+    if spec.hidden_size % GROUP or spec.intermediate_size % GROUP:
         return whole
-    embedding = spec.vocab_size * spec.hidden_size
-    linears = parameters - embedding
-    return embedding * ITEM_SIZE[dtype] + linears * bits // 8 + linears // group * 4
+    bits = {"int8": 8, "int4": 4}[config.quantization]
+    lookups = 0 if spec.tied else spec.vocab_size * spec.hidden_size
+    quantised = parameters - lookups
+    scales = quantised // GROUP * 2  # bf16
+    return lookups * ITEM_SIZE[dtype] + quantised * bits // 8 + scales
 
 
 def _count_parameters(source: ModelSource | None, spec: ModelSpec, load_format: str) -> int:

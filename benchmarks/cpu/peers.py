@@ -109,6 +109,11 @@ class Engine:
         stdin.flush()
         return _answer(self.name, stdout)
 
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
 
 def _answer(name: str, stream: Any) -> dict[str, Any]:
     for line in stream:
@@ -213,9 +218,7 @@ def run(args: argparse.Namespace) -> None:
         rates.append(matrix_rate())
         print(f"round {number + 1} of {args.rounds} done", flush=True)
     for engine in engines:
-        assert engine.process.stdin is not None
-        engine.process.stdin.close()
-        engine.process.wait(timeout=60)
+        engine.stop()
     report(args, engines, reads, rates)
 
 
@@ -234,7 +237,7 @@ def report(
     ]
     ratios: dict[str, list[float]] = {}
     for workload in args.workloads:
-        cells = [_spread(engine.seconds[workload]) for engine in engines]
+        cells = [spread(engine.seconds[workload]) for engine in engines]
         ratio = "-"
         if ours and peers:
             best = min(peers, key=lambda one: statistics.median(one.seconds[workload]))
@@ -245,7 +248,7 @@ def report(
                 )
             ]
             ratios[workload] = found
-            ratio = f"{_spread(found)} ({best.name})"
+            ratio = f"{spread(found)} ({best.name})"
         lines.append(f"| {workload} | " + " | ".join(cells) + f" | {ratio} |")
     lines.append("| start-up, s | " + " | ".join(f"{e.startup:.1f}" for e in engines) + " | |")
     lines.append("| resident, GiB | " + " | ".join(
@@ -266,7 +269,7 @@ def report(
         args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 

@@ -16,9 +16,9 @@ INFO = CpuDevice().info
 @pytest.fixture(params=supported_isas(INFO.features), autouse=True)
 def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setenv("HALYARD_NATIVE_ISA", request.param)
-    linear._functions.cache_clear()
+    linear.functions.cache_clear()
     yield
-    linear._functions.cache_clear()
+    linear.functions.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

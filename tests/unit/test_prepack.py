@@ -11,8 +11,8 @@ from halyard.compiler.passes.prepack_linears import prepack_linears
 from halyard.compiler.passes.quantize_linears import quantize_linears_int4, quantize_linears_int8
 from halyard.hal.kernels.native.embedding import packed_embedding
 from halyard.hal.kernels.native.library import find_compiler
-from halyard.hal.kernels.native.linear import pack_linear, packed_linear
-from halyard.hal.kernels.native.quantized_linear import quantized_linear
+from halyard.hal.kernels.native.linear import pack_linear, packed_linear, unpack_linear
+from halyard.hal.kernels.native.quantized_linear import quantized_embedding, quantized_linear
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
 
@@ -45,6 +45,17 @@ def graph_of(model: nn.Module) -> ModelGraph:
     return ModelGraph(module, recipes)
 
 
+def run(graph: ModelGraph, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    state = dict(model.named_parameters())
+    arguments = []
+    for node in graph.module.graph.nodes:
+        if node.op == "placeholder":
+            name = node.meta.get("weight")
+            arguments.append(graph.recipes[name].make([state[name].detach()]) if name else ids)
+    found = graph.module(*arguments)
+    return found[0] if isinstance(found, tuple | list) else found
+
+
 def test_packed_graph_computes_the_same() -> None:
     torch.manual_seed(0)
     model = Tied()
@@ -54,17 +65,8 @@ def test_packed_graph_computes_the_same() -> None:
     assert targets.count(packed_linear) == 2
     assert targets.count(packed_embedding) == 1
     assert torch.ops.aten.linear.default not in targets
-    state = dict(model.named_parameters())
-    arguments = []
     ids = torch.randint(0, 100, (7,))
-    for node in graph.module.graph.nodes:
-        if node.op == "placeholder":
-            name = node.meta.get("weight")
-            arguments.append(
-                graph.recipes[name].make([s.detach() for s in [state[name]]]) if name else ids
-            )
-    found = graph.module(*arguments)
-    found = found[0] if isinstance(found, tuple | list) else found
+    found = run(graph, model, ids)
     torch.testing.assert_close(found, model(ids), atol=1e-5, rtol=1e-5)
     packed = [name for name, recipe in graph.recipes.items() if recipe.packed]
     assert sorted(packed) == ["embedding.weight", "middle.weight"]
@@ -84,6 +86,16 @@ def test_a_weight_with_another_reader_stays_plain() -> None:
     prepack_linears(graph)
     assert not any(recipe.packed for recipe in graph.recipes.values())
     assert isinstance(graph.module, fx.GraphModule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(1,), (64, 3), (128, 64, 70), (70, 30)])
+def test_packing_joins_and_can_be_undone(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    parts = [torch.randn(size, 34).to(dtype) for size in sizes]
+    packed = pack_linear(*parts)
+    assert torch.equal(unpack_linear(packed, sum(sizes)), torch.cat(parts))
+    rest = unpack_linear(packed, len(packed) * 64)[sum(sizes) :]
+    assert torch.equal(rest, torch.zeros_like(rest))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -112,7 +124,21 @@ def test_only_what_can_be_quantised(bits: int) -> None:
     (quantize_linears_int8 if bits == 8 else quantize_linears_int4)(graph)
     prepack_linears(graph)
     targets = [node.target for node in graph.module.graph.nodes]
-    assert targets.count(quantized_linear) == 1
-    assert targets.count(packed_linear) == 2  # the odd one and the tied one
+    assert targets.count(quantized_linear) == 2
+    assert targets.count(quantized_embedding) == 1
+    assert targets.count(packed_linear) == 1  # the odd one
     assert graph.recipes["middle.weight"].bits == bits
     assert graph.recipes["odd.weight"].bits == 0
+    assert graph.recipes["embedding.weight"].bits == bits
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_graph_computes_nearly_the_same(bits: int) -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    graph = graph_of(model)
+    (quantize_linears_int8 if bits == 8 else quantize_linears_int4)(graph)
+    prepack_linears(graph)
+    wanted, found = model(torch.arange(100)), run(graph, model, torch.arange(100))
+    loss = (found - wanted).norm() / wanted.norm()
+    assert 0 < loss < (0.02 if bits == 8 else 0.15)

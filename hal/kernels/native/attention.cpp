@@ -1,5 +1,5 @@
 // Paged attention for the CPU. Written once in 16-wide vector types, which the compiler maps to
-// AVX-512, AVX2, SSE or NEON; where AVX512-BF16 is there, bf16 products use its dot instruction.
+// AVX-512, AVX2, SSE or NEON; where the CPU has a dot instruction for bf16, products use it.
 //
 // One block of one layer holds, for each kv head, keys and then values of `block` tokens:
 //   fp32  K [head_dim][block]            V [block][head_dim]
@@ -221,7 +221,7 @@ struct Store<float> {
 
 template <>
 struct Store<uint16_t> {
-#if defined(__AVX512BF16__)
+#if defined(BF16_DOT)
     typedef uint32_t Query;   // bf16 pairs: [m][head_dim / 2]
     typedef uint32_t Weight;  // bf16 pairs of probabilities: [m][keys / 2]
     static int64_t query_len(int64_t dim) { return dim / 2; }
@@ -266,13 +266,12 @@ struct Store<uint16_t> {
             if (AHEAD)
 #pragma GCC unroll 4
                 for (int j = 0; j < J; j++) __builtin_prefetch(line_of_values(v[j], d), 0, 2);
-#if defined(__AVX512BF16__)
+#if defined(BF16_DOT)
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                const __m512bh x = (__m512bh)_mm512_set1_epi32(int(q[m * ldq + d]));
+                const uint32_t x = q[m * ldq + d];
 #pragma GCC unroll 4
-                for (int j = 0; j < J; j++)
-                    acc[m][j] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j], (__m512bh)pair[j], x);
+                for (int j = 0; j < J; j++) acc[m][j] = dot(acc[m][j], pair[j], x);
             }
 #else
 #pragma GCC unroll 4
@@ -290,13 +289,11 @@ struct Store<uint16_t> {
             for (int j = 0; j < J; j++) store(s + m * CHUNK * W + j * W, acc[m][j]);
     }
 
-#if defined(__AVX512BF16__)
+#if defined(BF16_DOT)
     static void prepare_weights(const float* p, uint32_t* out, int64_t stride, int num_queries) {
         for (int m = 0; m < num_queries; m++)
-            for (int64_t t = 0; t < stride; t += W) {
-                __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(p + m * stride + t));
-                std::memcpy(reinterpret_cast<uint16_t*>(out + m * stride / 2) + t, &rounded, 32);
-            }
+            for (int64_t t = 0; t < stride; t += W)
+                store_as(reinterpret_cast<uint16_t*>(out + m * stride / 2) + t, load(p + m * stride + t));
     }
     static const uint32_t* weights(const float*, const uint32_t* prepared) { return prepared; }
 #else
@@ -323,13 +320,12 @@ struct Store<uint16_t> {
                         line_of_keys(next[t / W], (d / W + j) * (W / 2) + (t % W) / 2, block), 0, 2);
             if (t + 1 == num_keys)  // the slot behind the last key holds anything
                 for (int j = 0; j < D; j++) pair[j] &= 0xffffu;
-#if defined(__AVX512BF16__)
+#if defined(BF16_DOT)
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                const __m512bh x = (__m512bh)_mm512_set1_epi32(int(p[m * (ldp / 2) + t / 2]));
+                const uint32_t x = p[m * (ldp / 2) + t / 2];
 #pragma GCC unroll 4
-                for (int j = 0; j < D; j++)
-                    acc[m][j] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j], (__m512bh)pair[j], x);
+                for (int j = 0; j < D; j++) acc[m][j] = dot(acc[m][j], pair[j], x);
             }
 #else
 #pragma GCC unroll 4

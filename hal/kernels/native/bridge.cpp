@@ -90,6 +90,24 @@ int32_t multiply(Handle x, Handle packed, Handle* bias, int64_t out, Handle* res
     return run(&args, in, weights);
 }
 
+// Makes y [..., in] for ids [...] and has `run` fill it.
+template <typename F>
+int32_t look_up(Handle ids, int64_t in, int32_t dtype, Handle* result, const F& run) {
+    const View indices(ids);
+    int64_t count, stride;
+    if (!indices.ok || indices.dtype != INT64 || indices.dim >= MAX_DIM) return FAILURE;
+    if (indices.dim == 0) count = stride = 1;
+    else if (!indices.rows(&count, &stride)) return FAILURE;
+    const int64_t last = indices.dim ? indices.sizes[indices.dim - 1] : 1;
+    if (stride != last && count > 1) return FAILURE;
+    int64_t sizes[MAX_DIM];
+    std::memcpy(sizes, indices.sizes, indices.dim * sizeof(int64_t));
+    sizes[indices.dim] = in;
+    if (empty(indices.dim + 1, sizes, dtype, result)) return FAILURE;
+    run(reinterpret_cast<const int64_t*>(indices.data), count * last, data_of(*result));
+    return SUCCESS;
+}
+
 }  // namespace
 
 extern "C" {
@@ -122,21 +140,23 @@ int32_t aoti_torch_cpu_quantized_linear(Handle x, Handle packed, Handle* bias, i
 
 // Rows `ids` of the matrix that was packed: [...] int64 -> [..., in].
 int32_t aoti_torch_cpu_packed_embedding(Handle ids, Handle packed, int64_t in, Handle* result) {
-    const View indices(ids), weights(packed);
-    int64_t count, stride;
-    if (!weights.ok || !indices.ok || indices.dtype != INT64 || indices.dim >= MAX_DIM) return FAILURE;
-    if (indices.dim == 0) count = stride = 1;
-    else if (!indices.rows(&count, &stride)) return FAILURE;
-    const int64_t last = indices.dim ? indices.sizes[indices.dim - 1] : 1;
-    if (stride != last && count > 1) return FAILURE;
-    int64_t sizes[MAX_DIM];
-    std::memcpy(sizes, indices.sizes, indices.dim * sizeof(int64_t));
-    sizes[indices.dim] = in;
-    if (empty(indices.dim + 1, sizes, weights.dtype, result)) return FAILURE;
-    const int64_t* wanted = reinterpret_cast<const int64_t*>(indices.data);
-    void* target = data_of(*result);
-    if (weights.dtype == FLOAT32) halyard_rows_float32(wanted, count * last, weights.data, in, target);
-    else halyard_rows_bfloat16(wanted, count * last, weights.data, in, target);
-    return SUCCESS;
+    const View weights(packed);
+    if (!weights.ok) return FAILURE;
+    return look_up(ids, in, weights.dtype, result, [&](const int64_t* wanted, int64_t count, void* y) {
+        (weights.dtype == FLOAT32 ? halyard_rows_float32 : halyard_rows_bfloat16)(wanted, count, weights.data,
+                                                                                in, y);
+    });
+}
+
+// Rows `ids` of the matrix that was quantised: [...] int64 -> [..., in], bf16 or fp32.
+int32_t aoti_torch_cpu_quantized_embedding(Handle ids, Handle packed, int64_t in, int64_t bits,
+                                           int32_t bfloat16, Handle* result) {
+    const View weights(packed);
+    if (!weights.ok) return FAILURE;
+    return look_up(ids, in, bfloat16 ? BFLOAT16 : FLOAT32, result,
+                   [&](const int64_t* wanted, int64_t count, void* y) {
+                       (bfloat16 ? halyard_quantized_rows_bfloat16 : halyard_quantized_rows_float32)(
+                           wanted, count, weights.data, in, bits, y);
+                   });
 }
 }

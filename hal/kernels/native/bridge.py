@@ -22,7 +22,7 @@ from halyard.hal.kernels.native.library import (
     take_threads,
 )
 from halyard.hal.kernels.native.linear import packed_linear
-from halyard.hal.kernels.native.quantized_linear import quantized_linear
+from halyard.hal.kernels.native.quantized_linear import quantized_embedding, quantized_linear
 
 __all__ = ["C_FUNCTIONS", "offer_operators", "take_torch_threads"]
 
@@ -40,6 +40,11 @@ C_FUNCTIONS = {
     packed_embedding: [
         "AOTITorchError aoti_torch_cpu_packed_embedding(AtenTensorHandle ids, "
         "AtenTensorHandle packed, int64_t in_features, AtenTensorHandle* result)"
+    ],
+    quantized_embedding: [
+        "AOTITorchError aoti_torch_cpu_quantized_embedding(AtenTensorHandle ids, "
+        "AtenTensorHandle packed, int64_t in_features, int64_t bits, int32_t bfloat16, "
+        "AtenTensorHandle* result)"
     ],
 }
 # Mirrors `struct Torch` of bridge.cpp.

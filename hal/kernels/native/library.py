@@ -31,9 +31,12 @@ __all__ = [
 
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(
-    _FOLDER / name for name in ("attention.cpp", "linear.cpp", "bridge.cpp", "pool.cpp")
+    _FOLDER / f"{name}.cpp"
+    for name in ("attention", "linear", "quantized", "pack", "bridge", "pool")
 )
-_HEADERS = tuple(_FOLDER / name for name in ("vectors.h", "operators.h", "pool.h"))
+_HEADERS = tuple(
+    _FOLDER / f"{name}.h" for name in ("vectors", "panels", "quantized", "operators", "pool")
+)
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 
 # name -> (features the CPU must have, compiler flags); best first.
@@ -132,10 +135,12 @@ def load_library(isa: str) -> ctypes.CDLL:
         path.unlink()
         _build(compiler, flags, path)
         library = ctypes.CDLL(str(path))
-    for name in ("halyard_args_size", "halyard_linear_args_size"):
-        getattr(library, name).restype = ctypes.c_int
+    for name in ("args_size", "linear_args_size", "pack_args_size"):
+        getattr(library, f"halyard_{name}").restype = ctypes.c_int
     for name in ("attend_float32", "attend_bfloat16", "linear_float32", "linear_bfloat16",
                  "quantized_float32", "quantized_bfloat16",
+                 "quantized_rows_float32", "quantized_rows_bfloat16", "pack_float32",
+                 "pack_bfloat16", "quantize_float32", "quantize_bfloat16",
                  "move_blocks", "bind_torch", "set_threads"):  # fmt: skip
         getattr(library, f"halyard_{name}").restype = None
     return library

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,8 +17,17 @@ from halyard.hal.kernels.native.library import (
     load_library,
     num_threads,
 )
+from halyard.hal.memory_advice import ask_for_huge_pages
 
-__all__ = ["PANEL", "multiply", "pack_linear", "packed_linear", "unpack_linear"]
+__all__ = [
+    "PANEL",
+    "fill_panels",
+    "functions",
+    "multiply",
+    "pack_linear",
+    "packed_linear",
+    "unpack_linear",
+]
 
 PANEL = 64  # outputs a panel; mirrors linear.cpp
 
@@ -34,24 +44,47 @@ class _Args(ctypes.Structure):
     )
 
 
-def pack_linear(weight: Tensor) -> Tensor:
-    """The packed form of a weight [out, in], fp32 or bf16 (then `in` must be even).
+class _PackArgs(ctypes.Structure):
+    """Mirrors `struct PackArgs` of pack.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "packed")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "first", "threads")),
+    )
+
+
+def pack_linear(*weights: Tensor) -> Tensor:
+    """The packed form of weights [out, in], joined along outputs; fp32 or bf16 (`in` even).
 
     Returns:
         [panels, in, 64] fp32, or [panels, in / 2, 64, 2] bf16; outputs are padded with zeros.
     """
-    weight = weight.contiguous()
-    num_outputs, num_inputs = weight.shape
-    panels = -(-num_outputs // PANEL)
-    pair = 1 if weight.dtype == torch.float32 else 2
-    packed = weight.new_zeros((panels, num_inputs // pair, PANEL, pair))
-    full = num_outputs // PANEL
-    whole = weight[: full * PANEL].view(full, PANEL, num_inputs // pair, pair)
-    packed[:full] = whole.transpose(1, 2)
-    if full < panels:
-        rest = weight[full * PANEL :].view(-1, num_inputs // pair, pair)
-        packed[full, :, : len(rest)] = rest.transpose(0, 1)
-    return packed.squeeze(-1) if pair == 1 else packed
+    num_inputs, dtype = weights[0].shape[1], weights[0].dtype
+    panels = -(-sum(len(weight) for weight in weights) // PANEL)
+    single = dtype == torch.float32
+    shape = (panels, num_inputs, PANEL) if single else (panels, num_inputs // 2, PANEL, 2)
+    packed = weights[0].new_empty(shape)
+    fill_panels("pack", weights, packed)
+    return packed
+
+
+def fill_panels(kind: str, weights: Sequence[Tensor], packed: Tensor, *more: Any) -> None:
+    """Write weights [out, in], joined along outputs, to `packed` as panels.
+
+    Args:
+        kind: "pack" or "quantize"; more: what the C function of that kind wants besides.
+    """
+    if isinstance(packed, torch._subclasses.FakeTensor):
+        return
+    if any(len(weight) % PANEL for weight in weights[:-1]):  # a panel would have two of them
+        weights = [torch.cat(list(weights))]
+    ask_for_huge_pages(packed.data_ptr(), packed.nbytes)
+    first = 0
+    for weight in weights:
+        plain = weight.contiguous()
+        args = _PackArgs(plain.data_ptr(), packed.data_ptr(), *plain.shape, first, num_threads())
+        functions()[kind, weight.dtype](ctypes.byref(args), *more)
+        first += len(weight) // PANEL
 
 
 def unpack_linear(packed: Tensor, out_features: int) -> Tensor:
@@ -61,19 +94,20 @@ def unpack_linear(packed: Tensor, out_features: int) -> Tensor:
 
 
 @cache
-def _functions() -> dict[tuple[str, torch.dtype], Any]:
-    """The library's products by kind of weight and dtype of input."""
+def functions() -> dict[tuple[str, torch.dtype], Any]:
+    """The library's functions by what they do and the dtype they work in."""
     from halyard.hal.devices.cpu import CpuDevice
 
     info = CpuDevice.probe().info
     if info is None:
         raise AssertionError("a CPU is always there")
     library = load_library(best_isa(info.features))
-    if library.halyard_linear_args_size() != ctypes.sizeof(_Args):
+    sizes = (library.halyard_linear_args_size(), library.halyard_pack_args_size())
+    if sizes != (ctypes.sizeof(_Args), ctypes.sizeof(_PackArgs)):
         raise AssertionError("the native library was built from another source")
     return {
         (kind, dtype): getattr(library, f"halyard_{kind}_{str(dtype).removeprefix('torch.')}")
-        for kind in ("linear", "quantized")
+        for kind in ("linear", "quantized", "quantized_rows", "pack", "quantize")
         for dtype in (torch.float32, torch.bfloat16)
     }
 
@@ -95,7 +129,7 @@ def multiply(
         x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
         rows, num_inputs, out_features, num_inputs, num_threads() if large else 1,
     )  # fmt: skip
-    _functions()[kind, x.dtype](ctypes.byref(args), *more)
+    functions()[kind, x.dtype](ctypes.byref(args), *more)
     return y
 
 

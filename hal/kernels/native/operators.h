@@ -1,4 +1,4 @@
-// What the library offers beside attention: linears over packed weights (linear.cpp).
+// What the library offers beside attention: linears over packed weights (linear.cpp, quantized.cpp).
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,12 @@ void halyard_linear_bfloat16(const LinearArgs* args);
 // The same over weights of 8 or 4 bits.
 void halyard_quantized_float32(const LinearArgs* args, int64_t bits);
 void halyard_quantized_bfloat16(const LinearArgs* args, int64_t bits);
+
+// Rows `ids` [count] of the matrix that was quantised, [count][in].
+void halyard_quantized_rows_float32(const int64_t* ids, int64_t count, const void* packed, int64_t in,
+                                    int64_t bits, void* y);
+void halyard_quantized_rows_bfloat16(const int64_t* ids, int64_t count, const void* packed, int64_t in,
+                                     int64_t bits, void* y);
 
 // Rows `ids` [count] of the matrix that was packed, [count][in].
 void halyard_rows_float32(const int64_t* ids, int64_t count, const void* packed, int64_t in, void* y);

@@ -6,6 +6,11 @@
 #include <cstring>
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define BF16_DOT 1  // products of bf16 pairs, summed in fp32, are one instruction
 #endif
 
 namespace {
@@ -51,5 +56,24 @@ inline void store_as(uint16_t* p, vf x) {
     for (int i = 0; i < W; i++) p[i] = float_to_bf16(x[i]);
 #endif
 }
+
+
+#if defined(__AVX512BF16__)
+// sums + a's pairs times one pair that all lanes share.
+inline vf dot(vf sums, vu pairs, uint32_t both) {
+    return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(int(both)));
+}
+#elif defined(BF16_DOT)
+inline vf dot(vf sums, vu pairs, uint32_t both) {
+    const bfloat16x8_t x = vreinterpretq_bf16_u32(vdupq_n_u32(both));
+    float32x4_t part[4];
+    bfloat16x8_t pair[4];
+    std::memcpy(part, &sums, sizeof(part));
+    std::memcpy(pair, &pairs, sizeof(pair));
+    for (int i = 0; i < 4; i++) part[i] = vbfdotq_f32(part[i], pair[i], x);
+    std::memcpy(&sums, part, sizeof(part));
+    return sums;
+}
+#endif
 
 }  // namespace
