@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,6 +71,9 @@ def lanes(matrix_path: Path | None = None) -> list[Lane]:
             found.setdefault(lane.lane, lane)
     for name, files in _TESTS.items():
         found[name] = Lane(name, ("-m", "pytest", "-p", "no:cacheprovider", *files))
+    if all(shutil.which(name) for name in ("aarch64-linux-gnu-g++", "qemu-aarch64")):
+        small = "not long_context and not 1024-640 and not 600-1000"  # half of an emulator's time
+        found["arm64"] = Lane("arm64", ("ci/arm64/check.py", "--", "-k", small))
     return list(found.values())
 
 

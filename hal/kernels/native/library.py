@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -19,8 +18,10 @@ from pathlib import Path
 from halyard.hal.errors import BackendUnavailableError
 
 __all__ = [
+    "BASE_FLAGS",
     "ISA_LEVELS",
     "MIN_PARALLEL_WORK",
+    "SOURCES",
     "best_isa",
     "find_compiler",
     "load_library",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(
+SOURCES = tuple(
     _FOLDER / f"{name}.cpp"
     for name in ("attention", "linear", "quantized", "pack", "bridge", "pool")
 )
@@ -47,12 +48,14 @@ ISA_LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "avx512": (_AVX512, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")),
     "avx2": (("avx2", "fma"), ("-mavx2", "-mfma")),
+    "neonbf16": (("neon", "armbf16"), ("-march=armv8.2-a+bf16",)),
+    "neon": (("neon",), ()),  # every 64-bit ARM has it
     "portable": ((), ()),
 }
 # Products below which one thread does a call alone: sharing it costs a microsecond or two.
 MIN_PARALLEL_WORK = 1 << 18
 
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno")
+BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno")
 
 
 _taken: int | None = None
@@ -121,9 +124,9 @@ def load_library(isa: str) -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise BackendUnavailableError("the native kernels need a C++ compiler: apt install g++")
-    flags = [*_FLAGS, *(ISA_LEVELS[isa][1] if platform.machine() in ("x86_64", "AMD64") else ())]
+    flags = [*BASE_FLAGS, *ISA_LEVELS[isa][1]]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
+    sources = [path.read_bytes() for path in (*SOURCES, *_HEADERS)]
     content = [*sources, " ".join(flags).encode(), version.stdout.encode()]
     digest = hashlib.sha256(b"\0".join([*content, torch.__version__.encode()])).hexdigest()[:16]
     path = _cache_dir() / f"kernels-{isa}-{digest}.so"
@@ -156,7 +159,7 @@ def _build(compiler: str, flags: list[str], path: Path) -> None:
             "set HALYARD_CACHE_DIR to a folder that can be written"
         ) from error
     os.close(handle)
-    command = [compiler, *flags, "-pthread", "-w", *map(str, _SOURCES), "-o", scratch]
+    command = [compiler, *flags, "-pthread", "-w", *map(str, SOURCES), "-o", scratch]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         os.replace(scratch, path)

@@ -52,6 +52,12 @@ inline void store_as(uint16_t* p, vf x) {
 #if defined(__AVX512BF16__)
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
     std::memcpy(p, &rounded, 32);
+#elif defined(BF16_DOT)
+    float32x4_t part[4];
+    std::memcpy(part, &x, sizeof(part));
+    for (int i = 0; i < 4; i += 2)
+        vst1q_bf16(reinterpret_cast<bfloat16_t*>(p) + 4 * i,
+                   vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(part[i]), part[i + 1]));
 #else
     for (int i = 0; i < W; i++) p[i] = float_to_bf16(x[i]);
 #endif
