@@ -17,15 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT / "pkg"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "pkg"))
 
 import pytest
 from remote_library import RemoteLibrary, recording
 
 from halyard.hal.kernels.native import kernels, library, linear
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 # Level -> what `-cpu` of the emulator has it and nothing better.
 LEVELS = {"neon": "cortex-a72", "neonbf16": "max"}
 TESTS = ("test_kernels_contract.py", "test_packed_linear.py", "test_quantized_linear.py")
@@ -48,7 +48,7 @@ def run_tests(level: str, remote: RemoteLibrary, more: list[str]) -> int:
 
         def pytest_configure(self) -> None:
             for module in (library, kernels, linear):
-                module.load_library = lambda _: remote  # type: ignore[attr-defined,assignment]
+                module.load_library = lambda _: remote  # type: ignore[attr-defined]
                 module.best_isa = lambda _: level  # type: ignore[attr-defined]
                 module.supported_isas = lambda _: (level,)  # type: ignore[attr-defined]
             linear.functions.cache_clear()

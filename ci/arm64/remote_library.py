@@ -32,7 +32,7 @@ def recording() -> Iterator[None]:
         _seen[storage.data_ptr()] = storage
         return plain(tensor)
 
-    torch.Tensor.data_ptr = data_ptr  # type: ignore[method-assign]
+    torch.Tensor.data_ptr = data_ptr  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
