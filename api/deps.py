@@ -10,7 +10,7 @@ from litestar import Request
 
 from halyard.api.errors import to_api_error
 from halyard.api.host import EngineHost
-from halyard.hal.errors import HalyardError
+from halyard.hal.errors import EngineDeadError, HalyardError
 
 __all__ = ["error_observer", "host_of", "new_id", "now"]
 
@@ -40,6 +40,8 @@ def error_observer(
     def observe(error: BaseException) -> None:
         told = to_api_error(error)
         host.observe_error(told.code or told.type)
+        if isinstance(error, EngineDeadError):
+            return  # the engine's client says so once, for all its requests
         if isinstance(error, HalyardError):
             logger.warning("%s: %s", path, error)
         else:

@@ -7,6 +7,7 @@ from halyard.api.context import current
 from halyard.api.convert import token_prompts
 from halyard.api.deps import new_id, now
 from halyard.api.errors import DeadlineError
+from halyard.api.generation import failure_of
 from halyard.api.host import EngineHost
 from halyard.api.limits import Admission
 from halyard.api.schemas.common import PromptTokensDetails
@@ -17,8 +18,8 @@ from halyard.api.schemas.embeddings import (
     EmbeddingUsage,
 )
 from halyard.api.tenants import caller
-from halyard.hal.errors import ContextLengthError, EngineDeadError, HalyardError, RequestError
-from halyard.runtime.client import SHUTTING_DOWN, Client, RequestStream
+from halyard.hal.errors import ContextLengthError, RequestError
+from halyard.runtime.client import Client, RequestStream
 from halyard.runtime.embedding import check_dimensions, finish_embedding
 from halyard.runtime.outputs import RequestDelta
 
@@ -145,7 +146,7 @@ class EmbeddingRun:
             self._streams.add(stream)
             pooled = b""
             async for delta in stream:
-                pooled = self._take(delta) or pooled
+                pooled = self._take(stream, delta) or pooled
             self._streams.discard(stream)
         vector = finish_embedding(pooled, request.dimensions, request.normalize is not False)
         if request.encoding_format == "base64":
@@ -153,10 +154,9 @@ class EmbeddingRun:
         values: list[float] = vector.tolist()
         return values
 
-    def _take(self, delta: RequestDelta) -> bytes | None:
+    def _take(self, stream: RequestStream, delta: RequestDelta) -> bytes | None:
         for new in delta.completions:
             if new.error is not None:
-                dead = new.error == SHUTTING_DOWN or self._client.error is not None
-                raise (EngineDeadError if dead else HalyardError)(new.error)
+                raise failure_of(stream, new.error)
         self._cached_tokens += delta.num_cached_tokens
         return delta.embedding

@@ -8,15 +8,24 @@ from halyard.api.errors import DeadlineError
 from halyard.api.schemas.common import CompletionUsage, PromptTokensDetails
 from halyard.api.tenants import caller
 from halyard.hal.errors import DeviceMemoryError, EngineDeadError, HalyardError, RequestError
-from halyard.runtime.client import SHUTTING_DOWN, Client, RequestStream
-from halyard.runtime.engine import OUT_OF_MEMORY
+from halyard.runtime.client import Client, RequestStream
+from halyard.runtime.engine import ASLEEP, OUT_OF_MEMORY
 from halyard.runtime.guided import TOO_COMPLEX
 from halyard.runtime.outputs import RequestDelta
 from halyard.runtime.request import SamplingParams
 
-__all__ = ["DEADLINE", "Generation"]
+__all__ = ["DEADLINE", "Generation", "failure_of"]
 
 DEADLINE = "deadline"  # stop_reason of an answer that its time cut short
+
+
+def failure_of(stream: RequestStream, error: str) -> HalyardError:
+    """What an error that the engine tells of a request is to its client."""
+    if stream.given_up or error == ASLEEP:
+        return EngineDeadError(error, retry_after=1.0)
+    if error.startswith(OUT_OF_MEMORY):
+        return DeviceMemoryError(error)
+    return HalyardError(error)
 
 
 class Generation:
@@ -154,13 +163,9 @@ class Generation:
         self._cached_tokens[number] = max(self._cached_tokens[number], delta.num_cached_tokens)
         for new in delta.completions:
             if new.error is not None:
-                if new.error == SHUTTING_DOWN or self._client.error is not None:
-                    raise EngineDeadError(new.error, retry_after=1.0)
-                if new.error.startswith(OUT_OF_MEMORY):
-                    raise DeviceMemoryError(new.error)
                 if new.error == TOO_COMPLEX and self.params.guided is not None:
                     raise RequestError(new.error, self.params.guided.param)
-                raise HalyardError(new.error)
+                raise failure_of(self._streams[number], new.error)
             self._begun = self._begun or bool(new.token_ids)
             if new.stop_reason == DEADLINE and not self._begun:
                 raise DeadlineError("the time given to this request passed before its answer began")

@@ -13,17 +13,16 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
 from halyard.api.context import current
-from halyard.api.errors import ApiError, ForbiddenError, to_api_error
-from halyard.api.limits import Meter
+from halyard.api.errors import ApiError, ForbiddenError, UnauthorizedError, to_api_error
 from halyard.api.message_answers import error_body
 from halyard.api.tenancy import Tenancy
-from halyard.api.tenants import Caller, Tenant, act_as
+from halyard.api.tenants import STRANGER, Caller, act_as
 from halyard.hal.errors import HalyardError, RequestError
 
 __all__ = ["ADMIN", "PUBLIC", "guard"]
 
 PUBLIC = ("/health", "/ready")
-"""Paths for everybody, by GET. They say whether the server is up, nothing else."""
+"""Paths for everybody, by GET. They say whether the server is up; why not, only to who has a key."""
 
 ADMIN = ("/admin", "/metrics")
 """Paths, with everything below them, that need an admin's key: they show or change what is others'."""
@@ -34,7 +33,6 @@ class _FramingError(RequestError):
 
 
 _READS = ("GET", "HEAD", "OPTIONS")
-_STRANGER = Tenant("", admin=False)
 
 
 def guard(
@@ -86,9 +84,9 @@ def _admit(scope: HTTPScope, tenancy: Tenancy, preflights: bool) -> Caller:
     method, path = scope["method"], scope["path"]
     if tenancy.keys is not None:
         if path in PUBLIC and method in _READS:
-            return Caller(_STRANGER, Meter())
+            return _known_or_stranger(headers, tenancy)
         if preflights and method == "OPTIONS" and b"access-control-request-method" in names:
-            return Caller(_STRANGER, Meter())
+            return STRANGER
     tenant, way = tenancy.recognise(headers)
     if way == "basic" and method not in _READS:
         _check_same_origin(headers)
@@ -102,6 +100,15 @@ def _admit(scope: HTTPScope, tenancy: Tenancy, preflights: bool) -> Caller:
     if method == "POST":
         who.meter.count_request(tenant.requests_per_minute)
     return who
+
+
+def _known_or_stranger(headers: Iterable[tuple[bytes, bytes]], tenancy: Tenancy) -> Caller:
+    """Nobody is turned away here; who brings a key is told more."""
+    try:
+        tenant, _ = tenancy.recognise(headers)
+    except UnauthorizedError:
+        return STRANGER
+    return tenancy.caller(tenant)
 
 
 def _check_same_origin(headers: Iterable[tuple[bytes, bytes]]) -> None:

@@ -17,6 +17,7 @@ from halyard.api.gate import Gate
 from halyard.api.provenance import Provenance
 from halyard.api.restarts import RestartConfig, Restarts
 from halyard.api.schemas.server import Readiness, Status
+from halyard.api.state import State
 from halyard.api.tenants import caller
 from halyard.hal.errors import EngineDeadError
 from halyard.runtime.client import Client
@@ -72,6 +73,7 @@ class EngineHost:
         self.admin = False  # whether routes below /admin do anything
         self.gate = Gate()
         self.asleep: int | None = None  # how deep
+        self.wakes_on_request = False  # while asleep: whether a request wakes it
         self._exchanging = False
         self._loader = loader
         self._served_names = tuple(served_names)
@@ -84,11 +86,13 @@ class EngineHost:
         self._failure: str | None = None
         self._loaded: Loaded | None = None
         self._on_end: OnEnd | None = None
-        self._pause: str | None = None  # why the engine, though loaded once, answers nothing now
+        # Why the engine, though loaded once, answers nothing now.
+        self._pause: tuple[State, str] | None = None
         self._since = time.monotonic()  # when the engine began to serve
         self._restarts = Restarts(restarts or RestartConfig(max_in_a_row=0))
         self._past: OrderedDict[str, tuple[float, Provenance]] = OrderedDict()  # by fingerprint
         self._retiring: set[Loaded] = set()
+        self._leaving: Loaded | None = None  # its end is expected
         self._tasks: set[asyncio.Task[None]] = set()
         self._samples: deque[tuple[float, int]] = deque(maxlen=64)
 
@@ -232,44 +236,29 @@ class EngineHost:
 
     def readiness(self) -> Readiness:
         if self.draining:
-            return Readiness(False, "shutting down")
+            return Readiness(False, "shutting down", "stopping")
         if self._failure is not None:
-            return Readiness(False, self._failure)
+            return Readiness(False, self._failure, "failed")
         if self._loaded is None:
-            return Readiness(False, f"loading: {self._phase}")
+            return Readiness(False, f"loading: {self._phase}", "loading")
         if self._pause is not None:
-            return Readiness(False, self._pause)
+            state, reason = self._pause
+            return Readiness(False, reason, state)
         client = self._loaded.client
         if not client.alive:
-            return Readiness(False, client.error or "the engine stopped")
-        return Readiness(True, "ready")
+            return Readiness(False, client.error or "the engine stopped", "failed")
+        return Readiness(True, "ready", "ready")
 
     @property
     def given_up(self) -> bool:
         """The engine could not be loaded, or failed too often: it stays down."""
         return self._failure is not None and not self.draining
 
-    @property
-    def state(self) -> str:
-        """In one word: see Status.state."""
-        if self.draining:
-            return "stopping"
-        if self._failure is not None:
-            return "failed"
-        if self._loaded is None:
-            return "loading"
-        readiness = self.readiness()
-        if readiness.ready:
-            return "ready"
-        if readiness.reason == (self._loaded.client.error or "the engine stopped"):
-            return "failed"
-        return "asleep" if "asleep" in readiness.reason else "restarting"  # or changed for another
-
     def status(self) -> Status:
         """A picture for the page."""
         readiness = self.readiness()
         if self._loaded is None:
-            return Status(readiness.ready, readiness.reason, __version__, self.state)
+            return Status(readiness.ready, readiness.reason, __version__, readiness.state)
         client = self._loaded.client
         stats = client.stats()
         scheduler = stats.scheduler
@@ -277,7 +266,7 @@ class EngineHost:
             ready=readiness.ready,
             reason=readiness.reason,
             version=__version__,
-            state=self.state,
+            state=readiness.state,
             model=self.served_names[0],
             backend=client.backend_name,
             device=self._loaded.device,
@@ -362,18 +351,26 @@ class EngineHost:
         finally:
             self._exchanging = False
 
-    def pause(self, reason: str | None) -> None:
-        """Refuse requests for now, and say why; None: take them again."""
-        self._pause = reason
+    def pause(self, state: State, reason: str) -> None:
+        """Refuse requests for now, and say why."""
+        self._pause = (state, reason)
 
-    def adopt(self, loaded: Loaded, loader: Loader | None = None) -> Loaded | None:
-        """From now on this engine answers. Returns the one before, whose requests go on.
+    def resume(self) -> None:
+        """Take requests again."""
+        self._pause = None
+
+    def adopt(self, loaded: Loaded, loader: Loader | None = None) -> None:
+        """From now on this engine answers. The one before finishes what it has, and ends.
 
         Args:
             loader: what makes another like it, should it die.
         """
         before, self._loaded = self._loaded, loaded
         self._loader = loader or self._loader
+        self._leaving = self._failure = None
+        if before is not None and before.client.alive:
+            self._retiring.add(before)
+            self.spawn(self._retire(before))
         if not self._served_names:
             self._served_names = (loaded.client.model_name,)  # it keeps its name
         if before is not None and before.provenance is not None:
@@ -387,11 +384,9 @@ class EngineHost:
         metrics.describe(__version__, loaded.device, loaded.dtype, facts.start_seconds)
         metrics.tell_ends(self._on_end)
         loaded.client.start(partial(self._died, loaded))
-        return before
 
-    async def retire(self, loaded: Loaded) -> None:
+    async def _retire(self, loaded: Loaded) -> None:
         """Let an engine that was replaced finish what it has, then end it."""
-        self._retiring.add(loaded)
         try:
             await self.gate.drained()
             quiet = 0
@@ -402,9 +397,13 @@ class EngineHost:
             self._retiring.discard(loaded)
             await loaded.client.close()
 
+    def let_go(self, loaded: Loaded) -> None:
+        """Whoever says so ends that engine and puts another in its place, also if it dies before."""
+        self._leaving = loaded
+
     def _died(self, loaded: Loaded, reason: str) -> None:
         """Its requests have been answered with an error by now."""
-        if loaded is not self._loaded or self.draining:
+        if loaded is not self._loaded or loaded is self._leaving or self.draining:
             return
         if self.asleep is not None:
             self.asleep = 2  # nothing is left of it; waking starts another
@@ -415,29 +414,37 @@ class EngineHost:
         """Start an engine in the place of one that is gone, as if it had died."""
         delay = self._restarts.delay(time.monotonic() - self._since)
         if self._restarts.config.max_in_a_row == 0:
-            self.pause(None)
+            self.resume()
             return  # the client's error says all
-        self.pause(f"restarting: {reason}")
-        self.spawn(self._restart(reason, delay))
+        self.pause("restarting", f"restarting: {reason}")
+        self.spawn(self._restart(self._loaded, reason, delay))
 
-    async def _restart(self, reason: str, delay: float | None) -> None:
-        if self._loaded is not None:
-            await self._loaded.client.close()
-        while delay is not None and not self.draining:
+    async def _restart(self, dead: Loaded | None, reason: str, delay: float | None) -> None:
+        if dead is not None:
+            await dead.client.close()
+
+        def wanted() -> bool:  # no other has taken its place meanwhile, and nobody let it sleep
+            return self._loaded is dead and self.asleep is None and not self.draining
+
+        while delay is not None and wanted():
             await asyncio.sleep(delay)
             try:
                 loaded = await self.load()
             except Exception as error:  # noqa: BLE001  # told below, and tried again
                 reason = f"loading failed: {error}"
                 logger.error("the engine could not be started again: %s", error)
-                self.pause(f"restarting: {reason}")
+                if wanted():
+                    self.pause("restarting", f"restarting: {reason}")
                 delay = self._restarts.delay(0.0)
             else:
+                if not wanted():
+                    await loaded.client.close()
+                    return
                 self.adopt(loaded)
                 loaded.client.metrics.observe_restart()
                 logger.warning("the engine was started again: %s", reason)
                 return
-        if not self.draining:
+        if wanted():
             self._failure = (
                 f"the engine failed {self._restarts.in_a_row} times in a row and stays down; "
                 f"last: {reason}"

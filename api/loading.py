@@ -62,9 +62,21 @@ class ServedModel:
         self._metrics = loaded.client.metrics
         return loaded
 
-    def with_model(self, model: str, revision: str | None) -> "ServedModel":
-        """The same, of another checkpoint."""
-        config = replace(self.config, model=model, revision=revision)
+    def with_model(
+        self, model: str, revision: str | None, manifest_digest: str | None
+    ) -> "ServedModel":
+        """The same, of another checkpoint.
+
+        Args:
+            manifest_digest: that its manifest must have; None: what this one's had to have.
+        """
+        config = replace(
+            self.config,
+            model=model,
+            revision=revision,
+            manifest_digest=manifest_digest or self.config.manifest_digest,
+            require_verified=self.config.require_verified or manifest_digest is not None,
+        )
         return ServedModel(
             config,
             hang_seconds=self.hang_seconds,

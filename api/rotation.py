@@ -19,6 +19,7 @@ from halyard.api.schemas.admin import Reloaded, ReloadRequest
 from halyard.hal.cpuinfo import memory_available
 from halyard.hal.errors import CapacityError, ModelError, RequestError
 from halyard.models.headers import check_checkpoint
+from halyard.models.manifest import MANIFEST, verify
 from halyard.models.source import ModelSource, resolve_source
 from halyard.runtime.config import EngineConfig
 
@@ -59,15 +60,19 @@ async def _exchange(
     started = time.monotonic()
     model = asked.model if asked.model is not None else loader.config.model
     revision = asked.revision if asked.model is not None else loader.config.revision
-    target = loader.with_model(model, revision)
+    target = loader.with_model(model, revision, asked.manifest_digest)
     try:
         source = await asyncio.to_thread(_checked, target.config, asked.digests)
+        in_place = asked.mode == "in_place" or (
+            asked.mode == "auto" and not await asyncio.to_thread(_fits_beside, before, source)
+        )
+        if in_place:  # now: the new engine looks for itself when the old one has gone
+            await asyncio.to_thread(_verify, target.config, source)
     except ModelError:
         host.observe_load_failure()
         raise
-    in_place = asked.mode == "in_place" or (
-        asked.mode == "auto" and not await asyncio.to_thread(_fits_beside, before, source)
-    )
+    if host.loaded is not before or not host.readiness().ready:
+        raise BusyError(f"the engine failed meanwhile: {host.readiness().reason}")
     if not in_place:
         try:
             loaded = await host.load(target)
@@ -77,9 +82,8 @@ async def _exchange(
             in_place = True
         else:
             host.adopt(loaded, target)
-            host.spawn(host.retire(before))
     if in_place:
-        loaded = await _in_place(host, loader, target, before)
+        loaded = await _in_place(host, loader, target, host.loaded or before)
     logger.warning("%s took over from %s", loaded.client.fingerprint, before.client.fingerprint)
     return Reloaded(
         loaded.client.fingerprint,
@@ -93,11 +97,12 @@ async def _in_place(
     host: EngineHost, loader: ServedModel, target: ServedModel, before: Loaded
 ) -> Loaded:
     host.gate.close()
+    host.let_go(before)
     try:
         await host.gate.drained()
         while before.client.num_requests and before.client.alive:
             await asyncio.sleep(0.02)
-        host.pause("another model is being loaded")
+        host.pause("restarting", "another model is being loaded")
         await before.client.close()
         try:
             loaded = await host.load(target)
@@ -120,6 +125,11 @@ def _checked(config: EngineConfig, digests: Mapping[str, str]) -> ModelSource:
     if config.load_format != "dummy":
         check_checkpoint(source)
     return source
+
+
+def _verify(config: EngineConfig, source: ModelSource) -> None:
+    if config.require_verified or (source.path / MANIFEST).exists():
+        verify(source.path, manifest_digest=config.manifest_digest)
 
 
 def _fits_beside(before: Loaded, source: ModelSource) -> bool:
@@ -145,5 +155,5 @@ def check_digests(source: ModelSource, digests: Mapping[str, str]) -> None:
             for chunk in iter(lambda: file.read(_CHUNK), b""):
                 hasher.update(chunk)
         found = f"sha256:{hasher.hexdigest()}"
-        if found != wanted:
+        if found != f"sha256:{wanted.removeprefix('sha256:').lower()}":
             raise ModelError(f"{name} of {source.name} is {found}, but {wanted} was asked for")

@@ -37,22 +37,22 @@ async def put_to_sleep(host: EngineHost, asked: SleepRequest) -> Asleep:
     if not isinstance(port, ProcessPort):
         raise RequestError("the engine of this server runs in its process: it can't sleep")
     with host.exchanging():
-        host.pause(ASLEEP)
+        host.pause("asleep", ASLEEP)
+        host.asleep = asked.level
         deadline = time.monotonic() + asked.grace_seconds
         while loaded.client.num_requests and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         loaded.client.give_up("the server goes to sleep")
-        host.asleep = asked.level
         try:
-            if asked.level == 1:
+            if host.asleep == 1:  # else it has died meanwhile
                 await port.call("sleep")
-            else:
-                await loaded.client.close()
         except HalyardError:
             host.asleep = 2  # the engine is dead; waking starts another
-        if asked.wake_on_request:
-            host.gate.close()
-            host.gate.on_knock = lambda: _knocked(host)
+        if host.asleep != 1:
+            await loaded.client.close()
+        host.wakes_on_request = asked.wake_on_request
+        if host.wakes_on_request:
+            _listen(host)
     return Asleep(host.asleep)
 
 
@@ -72,14 +72,21 @@ async def wake_up(host: EngineHost) -> Awake:
             port = loaded.client.port
             if host.asleep == 1 and isinstance(port, ProcessPort):
                 await port.call("wake")
-                host.pause(None)
+                host.resume()
             else:
                 host.adopt(await host.load())
             host.asleep = None
         finally:
             host.gate.on_knock = lambda: None
             host.gate.open()
+            if host.asleep is not None and host.wakes_on_request:
+                _listen(host)  # those that waited are told why; the next one tries again
     return Awake(time.monotonic() - started)
+
+
+def _listen(host: EngineHost) -> None:
+    host.gate.close()
+    host.gate.on_knock = lambda: _knocked(host)
 
 
 def _knocked(host: EngineHost) -> None:

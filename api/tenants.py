@@ -14,7 +14,7 @@ from halyard.api.prompt_log import PromptLog
 from halyard.hal.errors import ConfigError, ContextLengthError
 from halyard.runtime.request import RequestOptions, SamplingParams
 
-__all__ = ["ANYBODY", "Caller", "Tenant", "act_as", "caller"]
+__all__ = ["ANYBODY", "STRANGER", "Caller", "Tenant", "act_as", "caller"]
 
 
 class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -54,6 +54,11 @@ class Caller:
     known: bool = True  # False: there are no keys, everybody is the same tenant
     deadline: float | None = None  # time.monotonic() when the answer must be there
     prompt_log: PromptLog | None = None  # None: prompts are not logged
+
+    @property
+    def stranger(self) -> bool:
+        """Whether there are keys, and none was brought: at the few doors that are open."""
+        return self.known and not self.tenant.name
 
     def salt(self, own: str | None) -> str:
         """What keeps prefix blocks apart: the tenant, then what its client chose."""
@@ -127,6 +132,9 @@ class Caller:
 
 ANYBODY = Caller(Tenant(admin=True), Meter(), known=False)
 """Whoever calls a server without keys."""
+
+STRANGER = Caller(Tenant("", admin=False), Meter())
+"""Whoever brings no key to a server that has some."""
 
 _caller: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
 

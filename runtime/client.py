@@ -45,6 +45,7 @@ class RequestStream(AsyncIterator[RequestDelta]):
         self._wake = asyncio.Event()
         self._closed = False  # no delta comes after those in the queue
         self.begun = False  # something has come
+        self.given_up = False  # its engine is gone, or goes: the error is not this request's
 
     @property
     def request_id(self) -> str:
@@ -215,6 +216,8 @@ class Client:
         """End all requests with an error."""
         for stream in list(self._streams.values()):
             self.port.abort(stream.request_id)
+        if self._streams:
+            logger.warning("%s; requests that ended with an error: %d", reason, len(self._streams))
         self._fail_streams(reason)
 
     async def close(self, drain_seconds: float = 0.0) -> None:
@@ -306,11 +309,13 @@ class Client:
                 finished=True,
             )
             delivered.append((request, delta))
+            stream.given_up = True
             stream.put(delta)
         self.metrics.observe_deltas(delivered)
 
     def _die(self, reason: str) -> None:
         self.error = reason
+        logger.error("%s; requests that ended with an error: %d", reason, len(self._streams))
         self._fail_streams(reason)
         if self._on_death is not None:
             self._on_death(reason)

@@ -253,8 +253,12 @@ class ProcessPort:
         self._send(Abort(request_id, index))
 
     def stats(self) -> EngineStats:
-        since = time.monotonic() - self._stats_time
-        return replace(self._stats, uptime_seconds=self._stats.uptime_seconds + since)
+        told, since = self._stats, time.monotonic() - self._stats_time
+        # Those that it has not taken in wait too: it may hang.
+        scheduler = replace(
+            told.scheduler, num_waiting=told.scheduler.num_waiting + len(self._added)
+        )
+        return replace(told, scheduler=scheduler, uptime_seconds=told.uptime_seconds + since)
 
     async def picture(self) -> EnginePicture:
         picture: EnginePicture = await self.call("picture")
@@ -395,7 +399,6 @@ class ProcessPort:
         _processes.discard(self._process)
         if self._reason is None:
             self._reason = f"the engine's process {_how_it_ended(self._process.returncode)}"
-            logger.error("%s", self._reason)
         self._fail_calls(self._reason)
         self._died(self._reason)
 

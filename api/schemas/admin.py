@@ -12,6 +12,7 @@ class ReloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model: str | None = None  # folder or hub id; None: the one served now, read anew
     revision: str | None = None  # of a hub model
+    manifest_digest: str | None = None  # SHA-256 of its manifest; None: as the server was started
     digests: dict[str, str] = {}  # file name -> "sha256:...": it must be so, or nothing happens
     mode: Literal["auto", "beside", "in_place"] = "auto"  # auto: beside, if memory allows
 

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from halyard.api.state import State
+
 __all__ = ["Health", "ModelCard", "ModelList", "Readiness", "Status", "VersionInfo"]
 
 
@@ -33,7 +35,8 @@ class Readiness(msgspec.Struct, frozen=True):
     """Whether requests would be answered now."""
 
     ready: bool
-    reason: str  # "ready", or why not
+    reason: str  # "ready", or why not; in general words where keys exist and none was brought
+    state: State
 
 
 class VersionInfo(msgspec.Struct, frozen=True):
@@ -48,7 +51,7 @@ class Status(msgspec.Struct, frozen=True):
     ready: bool
     reason: str
     version: str
-    state: str  # loading, ready, restarting, asleep, stopping, failed
+    state: State
     model: str | None = None
     backend: str | None = None
     device: str | None = None

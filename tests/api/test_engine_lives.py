@@ -1,62 +1,25 @@
-"""`halyard serve` while its engine dies, is exchanged, sleeps and wakes. On the null backend: an answer
-counts on from its prompt's last token, so that each can be checked."""
+"""`halyard serve` while its engine dies, is exchanged, sleeps and wakes."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from serve_process import ROOT, ServeProcess
+from live_process import LiveProcess, events, until
+from serve_process import ROOT
 
-SMALL = ("--backend", "null", "--kv-blocks", "512", "--host-kv-blocks", "0")
 EMBEDDED = ROOT / "models" / "embedded"
 
 
-class Live(ServeProcess):
-    """With a client."""
-
-    def __init__(self, *arguments: str) -> None:
-        super().__init__(*arguments, *SMALL)
-        self.wait_for("Ready:")
-        self.http = httpx.Client(base_url=self.url, timeout=300)
-
-    def engines(self) -> list[int]:
-        """Pids of the engine processes."""
-        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task").glob("*/children")
-                for pid in pid.read_text().split()]  # fmt: skip
-
-    def ask(self, first: int, count: int = 5, **more: Any) -> httpx.Response:
-        body = {"prompt": [first], "max_tokens": count, "return_token_ids": True, "temperature": 0}
-        return self.http.post("/v1/completions", json=body | {"ignore_eos": True} | more)
-
-    def ready(self) -> httpx.Response:
-        return self.http.get("/ready")
-
-    def metric(self, name: str) -> float:
-        lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
-
-    def admin(self, path: str, **body: Any) -> httpx.Response:
-        return self.http.post(f"/admin/{path}", json=body)
-
-    def close(self) -> None:
-        self.http.close()
-        assert self.stop() == 0
-        assert "Traceback" not in self.stderr
-
-
 @pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    server = Live("--enable-admin", "--hang-seconds", "3")
+def live() -> Iterator[LiveProcess]:
+    server = LiveProcess("--enable-admin", "--hang-seconds", "3")
     yield server
     server.close()
 
@@ -70,22 +33,7 @@ def copy(tmp_path: Path) -> Path:
     return folder
 
 
-def until(condition: Callable[[], bool], seconds: float = 200.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.2)
-
-
-def events(server: Live, first: int, count: int) -> Iterator[dict[str, Any]]:
-    body = {"prompt": [first], "max_tokens": count, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                yield json.loads(line[6:])
-
-
-def test_a_killed_engine_is_replaced_and_everybody_is_told(live: Live) -> None:
+def test_a_killed_engine_is_replaced_and_everybody_is_told(live: LiveProcess) -> None:
     assert "libtorch" not in Path(f"/proc/{live.process.pid}/maps").read_text()
     before = live.metric("halyard_engine_restarts_total")
     stream = events(live, 100, 1900)
@@ -109,7 +57,7 @@ def test_a_killed_engine_is_replaced_and_everybody_is_told(live: Live) -> None:
     assert live.metric("halyard_kv_blocks_used") == 0
 
 
-def test_a_hanging_engine_is_replaced(live: Live) -> None:
+def test_a_hanging_engine_is_replaced(live: LiveProcess) -> None:
     os.kill(live.engines()[0], signal.SIGSTOP)
     answer = live.ask(5)
     assert answer.status_code == 503
@@ -121,7 +69,7 @@ def test_a_hanging_engine_is_replaced(live: Live) -> None:
 
 @pytest.mark.parametrize("mode", ["beside", "in_place"])
 def test_weights_rotate_under_load_and_no_answer_is_dropped_or_mixed(
-    live: Live, copy: Path, mode: str
+    live: LiveProcess, copy: Path, mode: str
 ) -> None:
     target = str(copy) if mode == "beside" else "embedded"
     old = live.ask(5).json()["system_fingerprint"]
@@ -163,7 +111,7 @@ def test_weights_rotate_under_load_and_no_answer_is_dropped_or_mixed(
     assert live.http.get("/v1/models").json()["data"][0]["id"] == "embedded"  # as it was called
 
 
-def test_what_cannot_be_loaded_leaves_the_old_model(live: Live, copy: Path) -> None:
+def test_what_cannot_be_loaded_leaves_the_old_model(live: LiveProcess, copy: Path) -> None:
     old = live.ask(5).json()["system_fingerprint"]
     weights = copy / "model.safetensors"
     other = {"model.safetensors": "sha256:" + "0" * 64}
@@ -184,7 +132,7 @@ def test_what_cannot_be_loaded_leaves_the_old_model(live: Live, copy: Path) -> N
     assert len(live.engines()) == 1
 
 
-def test_sleep_frees_and_wake_serves_again(live: Live) -> None:
+def test_sleep_frees_and_wake_serves_again(live: LiveProcess) -> None:
     assert live.admin("wake").status_code == 409
     assert live.admin("sleep", level=1).json() == {"level": 1}
     refused = live.ask(5)

@@ -248,11 +248,11 @@ def test_an_engine_that_is_replaced_and_one_that_sleeps(
     page.wait_for_selector("#state[data-state=ready]")
     assert page.locator("#banner:visible").count() == 0
     assert page.is_enabled("#send")
-    served.host.pause(ASLEEP)
+    served.host.pause("asleep", ASLEEP)
     page.wait_for_selector("#state[data-state=asleep]")
     assert page.inner_text("#banner") == "The engine sleeps. POST /admin/wake wakes it"
     check_fits(page, "asleep")
-    served.host.pause(None)
+    served.host.resume()
     page.wait_for_selector("#state[data-state=ready]")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from conftest import Served
 from scripted_engine import BlockedLoader, ScriptedEngine
@@ -31,6 +34,34 @@ def test_an_engine_that_breaks_is_replaced(serve_engine: Callable[..., Served]) 
     )
 
 
+def test_an_engine_that_dies_is_one_line_with_a_count(
+    serve_engine: Callable[..., Served], caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve_engine(ScriptedEngine("x" * 200, pause=0.02))
+    url = f"http://127.0.0.1:{served.port}/v1/completions"
+    lasts: list[str] = []
+
+    def stream() -> None:
+        body = {"prompt": "a", "max_tokens": 200, "stream": True}
+        lasts.append(httpx.post(url, json=body, timeout=30).text.splitlines()[-2])
+
+    threads = [threading.Thread(target=stream) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    assert served.until(lambda: len(served.engine.running) == 20)
+    served.post("/v1/completions", prompt="x?")
+    for thread in threads:
+        thread.join(20)
+    assert len(lasts) == 20
+    assert all('"engine_dead"' in last for last in lasts)
+    lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert lines == [
+        "the engine stopped",  # with its traceback
+        "the engine stopped: RuntimeError: secret of the inside; requests that ended with an "
+        "error: 21",
+    ]
+
+
 def test_a_crash_loop_ends_with_a_clear_error(serve_engine: Callable[..., Served]) -> None:
     loader = BlockedLoader(ScriptedEngine())
     loader.go_on.set()
@@ -45,6 +76,7 @@ def test_a_crash_loop_ends_with_a_clear_error(serve_engine: Callable[..., Served
         "ready": False,
         "reason": "the engine failed 4 times in a row and stays down; last: "
         "loading failed: no such luck",
+        "state": "failed",
     }
     assert served.http.get("/health").status_code == 503
     assert served.http.get("/status").json()["state"] == "failed"

@@ -83,6 +83,22 @@ def test_every_route_is_closed_without_a_key(keyed: Keyed) -> None:
     assert keyed.served.engine.generated == 0
 
 
+def test_why_it_is_not_ready_is_for_those_with_a_key(keyed: Keyed) -> None:
+    keyed.ask("acme", "x?")  # breaks the engine
+    whole = keyed.call("acme", "GET", "/ready")
+    assert whole.status_code == 503
+    assert whole.json()["reason"] == "the engine stopped: RuntimeError: secret of the inside"
+    for bring in ({}, {"x-api-key": "nobody"}, {"authorization": "Basic !!"}):
+        plain = keyed.served.http.get("/ready", headers=bring)
+        assert plain.status_code == 503
+        assert plain.json() == {
+            "ready": False,
+            "reason": "the engine has failed: the server's log says why",
+            "state": "failed",
+        }
+        assert "secret" not in keyed.served.http.get("/health", headers=bring).text
+
+
 @pytest.mark.parametrize("path", ["/admin/reload", "/admin/sleep", "/admin/wake"])
 def test_admin_routes_are_an_admins_alone(keyed: Keyed, path: str) -> None:
     keyed.served.host.admin = True  # or nobody could use them
@@ -279,7 +295,8 @@ def test_limits(serve_engine: Callable[..., Served], tmp_path: Path) -> None:
     body = {"model": "letters", "prompt": "x", "max_tokens": 100, "stream": True}
     bring = {"authorization": f"Bearer {keyed.keys['rival']}"}
     with keyed.served.http.stream("POST", "/v1/completions", json=body, headers=bring) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # held: an iterator that goes closes the stream
+        next(lines)
         busy = keyed.ask("rival", max_tokens=1)
         assert busy.status_code == 429
         assert "1 requests at once" in busy.json()["error"]["message"]
