@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import resource
 import sys
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from halyard.runtime.workloads import Workload
 
 __all__ = ["Measurement", "measure_throughput", "peak_rss_bytes", "report"]
+
+_runs = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,8 @@ def measure_throughput(
 ) -> Measurement:
     """Run the workload `warmup` times unmeasured, then `repeat` times.
 
-    Prefixes cached by one run must not help the next: each run has prompts of its own, made by
-    adding a constant to every token, so lengths and what is shared within a run stay the same.
+    Prefixes cached by one run must not help the next: each run of a process has prompts of its own,
+    made by adding a constant to every token, so lengths and what is shared within a run stay the same.
 
     With `limits` every step's bytes and arithmetic are counted, by what the scheduler planned.
 
@@ -70,9 +73,9 @@ def measure_throughput(
             f"workload {workload.name} has a request of {workload.longest} tokens, but the context "
             f"holds {context}: raise --max-model-len or --kv-blocks"
         )
-    for run in range(warmup):
-        _run(llm, workload, run)
-    runs = [_measured(llm, workload, warmup + run, limits) for run in range(repeat)]
+    for _ in range(warmup):
+        _run(llm, workload)
+    runs = [_measured(llm, workload, limits) for _ in range(repeat)]
     seconds = tuple(elapsed for elapsed, _, _ in runs)
     _, gained, least = min(runs, key=lambda one: one[0])
     queries = gained["prefix_queries"]
@@ -90,7 +93,7 @@ def measure_throughput(
 
 
 def _measured(
-    llm: LLM, workload: Workload, run: int, limits: DeviceLimits | None
+    llm: LLM, workload: Workload, limits: DeviceLimits | None
 ) -> tuple[float, dict[str, int], float]:
     """Seconds of one run, by how much it raised the engine's totals, seconds at the limits."""
     before = _totals(llm.engine.stats())
@@ -102,13 +105,14 @@ def _measured(
             least += limits.least_seconds(work_of(plan, llm))
 
     with watched_plans(llm, count) if limits is not None else nullcontext():
-        elapsed = _run(llm, workload, run)
+        elapsed = _run(llm, workload)
     after = _totals(llm.engine.stats())
     return elapsed, {name: after[name] - before[name] for name in after}, least
 
 
-def _run(llm: LLM, workload: Workload, run: int) -> float:
+def _run(llm: LLM, workload: Workload) -> float:
     """Seconds from the first submission to the last token."""
+    run = next(_runs)
     vocab_size = llm.engine.intake.limits.vocab_size
     prompts = [
         {"prompt_token_ids": [(token + run) % vocab_size for token in one.prompt_token_ids]}

@@ -2,8 +2,8 @@
 
 The host's time is taken by wrapping the parts of an engine; each moment belongs to the innermost
 one. The device's comes from torch's profiler, by the names of kernels. On a device without kernels
-of its own (a CPU) the host's time is all there is, and the profiler tells matrix products from the
-rest between two attentions.
+of its own (a CPU) the host's time is all there is; the profiler and the native library's own clock
+tell matrix products from the rest between two attentions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from halyard.hal.kernels.native.library import product_seconds
 
 if TYPE_CHECKING:
     from halyard.runtime.engine import Engine
@@ -137,7 +139,7 @@ def profiled(engine: Engine, host_only: bool = False) -> Iterator[StepProfile]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    before = engine.stats()
+    before, in_products = engine.stats(), product_seconds()
     executor.device.synchronize()
     began = time.perf_counter()
     try:
@@ -163,7 +165,9 @@ def profiled(engine: Engine, host_only: bool = False) -> Iterator[StepProfile]:
     clock.totals["wait"] = min(waited, clock.totals["other"])
     clock.totals["other"] -= clock.totals["wait"]
     profile.host = {name: seconds for name, seconds in clock.totals.items() if seconds}
+    in_products = product_seconds() - in_products
     if trace is None:
+        _part_products(profile, in_products)
         return
     for event in trace.key_averages():
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) * 1e-6
@@ -175,8 +179,13 @@ def profiled(engine: Engine, host_only: bool = False) -> Iterator[StepProfile]:
             profile.device[kind] = profile.device.get(kind, 0.0) + seconds
     profile.kernels.sort(key=lambda kernel: -kernel[1])
     if not on_gpu:
-        rest = profile.host.get("norms and the rest", 0.0)
         products = sum(s for name, s, _ in profile.kernels if _kind(name) == "GEMMs")
-        profile.host["GEMMs"] = min(products, rest)
-        profile.host["norms and the rest"] = rest - profile.host["GEMMs"]
-        profile.host = {n: profile.host[n] for n in HOST_PARTS if n in profile.host}
+        _part_products(profile, max(products, in_products))
+
+
+def _part_products(profile: StepProfile, seconds: float) -> None:
+    """Products run within what was counted as the rest of the program."""
+    rest = profile.host.get("norms and the rest", 0.0)
+    profile.host["GEMMs"] = min(seconds, rest)
+    profile.host["norms and the rest"] = rest - profile.host["GEMMs"]
+    profile.host = {n: profile.host[n] for n in HOST_PARTS if profile.host.get(n)}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from halyard.api.profile_page import profile_page
 from halyard.hal.devices.cpu import CpuDevice
@@ -14,7 +16,7 @@ from halyard.hal.errors import ConfigError
 from halyard.models.shapes import shape_config
 from halyard.runtime.bench import measure_throughput, report
 from halyard.runtime.latency import measure_steps, percentiles
-from halyard.runtime.limits import DeviceLimits, device_limits
+from halyard.runtime.limits import DeviceLimits, device_limits, measure_limits
 from halyard.runtime.llm import LLM
 from halyard.runtime.profile import profiled
 from halyard.runtime.request import SamplingParams
@@ -48,6 +50,8 @@ def test_report_of_a_prefix_workload(llm: LLM) -> None:
     assert found["total_tokens_per_second"] == pytest.approx(8960 / found["seconds"])
     # The shared 512 tokens are computed once a run: runs don't warm each other's cache.
     assert found["computed_prompt_tokens"] == 512 + 16 * 32
+    again = measure_throughput(llm, workload)  # as a profile's run does
+    assert again.computed_prompt_tokens == 512 + 16 * 32
     assert 0.8 < found["prefix_hit_rate"] < 1
     assert found["steps"] > 0
     assert found["peak_rss_bytes"] > 1 << 20
@@ -131,7 +135,7 @@ def test_a_profile_accounts_for_the_time(llm: LLM) -> None:
     assert measure_steps(llm, 2, 5, 3).seconds
 
 
-def test_limits_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_a_gpu_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def measure(device: object, dtype: str) -> DeviceLimits:
@@ -140,6 +144,7 @@ def test_limits_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("halyard.runtime.limits.measure_limits", measure)
     device = CpuDevice()
+    device.info = replace(device.info, kind="cuda")
     assert device_limits(device, "float32", tmp_path) == LIMITS
     assert device_limits(device, "float32", tmp_path) == LIMITS
     assert calls == ["float32"]
@@ -147,3 +152,22 @@ def test_limits_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file.write_text("{")
     assert device_limits(device, "float32", tmp_path) == LIMITS
     assert calls == ["float32"] * 2
+
+
+def test_limits_of_a_cpu_are_the_highest_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [replace(LIMITS, bytes_per_second=3e9), replace(LIMITS, flops_per_second=5e12), LIMITS]
+    monkeypatch.setattr("halyard.runtime.limits.measure_limits", lambda *_: found.pop(0))
+    told = [device_limits(CpuDevice(), "float32", tmp_path) for _ in range(3)]
+    assert [one.bytes_per_second for one in told] == [3e9, 3e9, 3e9]
+    assert [one.flops_per_second for one in told] == [1e12, 5e12, 5e12]
+
+
+def test_limits_use_all_cores() -> None:
+    device = CpuDevice()
+    torch.set_num_threads(1)
+    found = measure_limits(device, "float32")
+    assert torch.get_num_threads() == 1
+    assert found.bytes_per_second > 1e8
+    assert found.flops_per_second > 1e8

@@ -26,6 +26,7 @@ __all__ = [
     "find_compiler",
     "load_library",
     "num_threads",
+    "product_seconds",
     "supported_isas",
     "take_threads",
 ]
@@ -59,6 +60,7 @@ BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-f
 
 
 _taken: int | None = None
+_loaded: list[ctypes.CDLL] = []
 
 
 def take_threads() -> None:
@@ -140,13 +142,20 @@ def load_library(isa: str) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     for name in ("args_size", "linear_args_size", "pack_args_size"):
         getattr(library, f"halyard_{name}").restype = ctypes.c_int
+    library.halyard_product_nanoseconds.restype = ctypes.c_int64
     for name in ("attend_float32", "attend_bfloat16", "linear_float32", "linear_bfloat16",
                  "quantized_float32", "quantized_bfloat16",
                  "quantized_rows_float32", "quantized_rows_bfloat16", "pack_float32",
                  "pack_bfloat16", "quantize_float32", "quantize_bfloat16",
                  "move_blocks", "bind_torch", "set_threads"):  # fmt: skip
         getattr(library, f"halyard_{name}").restype = None
+    _loaded.append(library)
     return library
+
+
+def product_seconds() -> float:
+    """What this process spent in linears so far, generated code's calls included."""
+    return 1e-9 * sum(int(library.halyard_product_nanoseconds()) for library in _loaded)
 
 
 def _build(compiler: str, flags: list[str], path: Path) -> None:

@@ -5,6 +5,9 @@
 // register tiles of rows pass over it. Sums are fp32: over a slice's inputs in order, then over the
 // slices, so that a row's outputs depend neither on the other rows nor on the number of threads.
 
+#include <atomic>
+#include <chrono>
+
 #include "panels.h"
 
 namespace {
@@ -96,6 +99,7 @@ void one_panel(const LinearArgs& a, const typename Weights<T>::X* x, int64_t pan
 
 template <typename T>
 void linear(const LinearArgs& a) {
+    const ProductTimer timer;
     const auto x = tiled_inputs<T>(a);
     const int64_t panels = (a.out + PANEL - 1) / PANEL;
     if (a.rows == 1) return one_row<T>(a, x.data());
@@ -118,10 +122,21 @@ void rows_of(const int64_t* ids, int64_t count, const T* packed, int64_t in, T* 
     }
 }
 
+std::atomic<int64_t> product_nanoseconds{0};
+
+int64_t now() {
+    using namespace std::chrono;
+    return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
 }  // namespace
+
+ProductTimer::ProductTimer() : began(now()) {}
+ProductTimer::~ProductTimer() { product_nanoseconds.fetch_add(now() - began, std::memory_order_relaxed); }
 
 extern "C" {
 
+int64_t halyard_product_nanoseconds() { return product_nanoseconds.load(std::memory_order_relaxed); }
 void halyard_linear_float32(const LinearArgs* args) { linear<float>(*args); }
 void halyard_linear_bfloat16(const LinearArgs* args) { linear<uint16_t>(*args); }
 void halyard_rows_float32(const int64_t* ids, int64_t count, const void* packed, int64_t in, void* y) {

@@ -11,7 +11,20 @@ struct LinearArgs {
     int64_t rows, in, out, stride, threads;
 };
 
+// Adds the time that it lives to what halyard_product_nanoseconds tells: calls of two threads add up.
+class ProductTimer {
+public:
+    ProductTimer();
+    ~ProductTimer();
+
+private:
+    int64_t began;
+};
+
 extern "C" {
+
+// Since the library was loaded, in products.
+int64_t halyard_product_nanoseconds();
 
 void halyard_linear_float32(const LinearArgs* args);
 void halyard_linear_bfloat16(const LinearArgs* args);

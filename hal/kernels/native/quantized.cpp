@@ -266,6 +266,7 @@ void by_panels(const LinearArgs& a, const F& run) {
 
 template <typename T, int BITS>
 void quantized(const LinearArgs& a) {
+    const ProductTimer timer;
 #if defined(BF16_DOT)
     if constexpr (sizeof(T) == 2) {
         if (a.rows <= FUSED) {
