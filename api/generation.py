@@ -10,7 +10,7 @@ from halyard.api.tenants import caller
 from halyard.hal.errors import DeviceMemoryError, EngineDeadError, HalyardError, RequestError
 from halyard.runtime.client import Client, RequestStream
 from halyard.runtime.engine import ASLEEP, OUT_OF_MEMORY
-from halyard.runtime.guided import TOO_COMPLEX
+from halyard.runtime.masks import TOO_COMPLEX
 from halyard.runtime.outputs import RequestDelta
 from halyard.runtime.request import SamplingParams
 

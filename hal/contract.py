@@ -44,6 +44,7 @@ __all__ = [
     "Executable",
     "Fetch",
     "GraphCompiler",
+    "MaskingKernels",
     "OverlappingDevice",
     "PagedKernels",
     "ThriftyDevice",
@@ -191,6 +192,20 @@ class DrawingKernels(Protocol):
         Returns:
             tokens [n] int64 below vocab; bad [n] bool: the row's logits were not numbers; codes [n]
             int64: 2 x token + bad, both in one piece for the host.
+        """
+
+
+@runtime_checkable
+class MaskingKernels(Protocol):
+    """What PagedKernels may offer besides: tokens that grammars forbid are barred in one pass."""
+
+    def bar(self, logits: Tensor, allowed: Tensor, places: Tensor | None) -> None:
+        """Add -inf to the logits of forbidden tokens, in place.
+
+        Args:
+            logits: [any, vocab] fp32, last dim contiguous.
+            allowed: [n, bytes] uint8, contiguous, a bit a token, lowest first; on the host.
+            places: [n] int64, different rows of the logits, on the host; None: the first n.
         """
 
 

@@ -13,7 +13,13 @@ from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.captured import CapturedProgram
 from halyard.compiler.null_program import NullProgram
 from halyard.compiler.program import HeadShape, Program, UnboundProgram
-from halyard.hal.contract import Device, DrawingKernels, GraphCompiler, PagedKernels
+from halyard.hal.contract import (
+    Device,
+    DrawingKernels,
+    GraphCompiler,
+    MaskingKernels,
+    PagedKernels,
+)
 from halyard.hal.errors import RequestError
 from halyard.hal.registry import load_part
 from halyard.models import experts as _experts  # noqa: F401 - its operator is called by cached programs
@@ -235,13 +241,14 @@ def _build_executor(
             host_pool = coming.result()
     draws = config.device_sampling and isinstance(kernels, DrawingKernels)
     drawing = cast(DrawingKernels, kernels) if draws else None
+    masking = cast(MaskingKernels, kernels) if isinstance(kernels, MaskingKernels) else None
     return Executor(
         device,
         kernels,
         program,
         pool,
         host_pool,
-        Sampler(spec.vocab_size, drawing),
+        Sampler(spec.vocab_size, drawing, masking),
         -(-memory.max_model_len // config.block_size),
         config.shared_attention,
     )

@@ -28,6 +28,7 @@ from halyard.hal.errors import CapacityError, DeviceMemoryError
 from halyard.hal.memory_errors import is_out_of_memory
 from halyard.hal.types import BlockMove, KVPool
 from halyard.runtime.batcher import Batcher, PackedStep, PooledSpan
+from halyard.runtime.masks import Masks
 from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenLogprob
 from halyard.runtime.sampler import Draw, Sampler
 from halyard.runtime.scores import Scores, score_tokens
@@ -75,6 +76,7 @@ class RunningStep:
     prompt_logprobs: dict[int, tuple[TokenLogprob, ...]]  # by plan row
     pooled_rows: tuple[int, ...]  # plan rows that pool
     pooled: Fetch | None  # [pooled rows, hidden] fp32, sums
+    masks: Masks | None = None  # of guided rows
 
     def ready(self) -> bool:
         """Whether `wait` would return at once."""
@@ -93,7 +95,10 @@ class RunningStep:
         rows = self.plan.rows
         drawn = self.drawn.wait() if self.drawn is not None else None
         codes = drawn.tolist() if drawn is not None else []
-        tokens = _by_row(rows, [code >> 1 for code in codes])
+        drawn_ids = [code >> 1 for code in codes]
+        if self.masks is not None:
+            self.masks.follow(drawn_ids)
+        tokens = _by_row(rows, drawn_ids)
         nothing = (None,) * len(rows)
         logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = nothing
         if self.scored:
@@ -216,6 +221,7 @@ class Executor:
 
     def prepare(self, plan: StepPlan) -> PreparedStep:
         """All that the host does for a step: pack its inputs, draw its random numbers."""
+        self.sampler.lend()
         packed = self.batcher.pack(plan)
         return PreparedStep(plan, packed, self.sampler.prepare(packed.samples))
 
@@ -268,6 +274,7 @@ class Executor:
             scored,
             pooled_rows,
             pooled,
+            step.draw.masks,
         )
 
     def _beside(self, step: bool) -> AbstractContextManager[None]:

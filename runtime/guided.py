@@ -1,8 +1,6 @@
-"""Answers held to a grammar: compiled with the checkpoint's tokenizer, one mask a token. No torch.
+"""Answers held to a grammar, compiled with the checkpoint's tokenizer. No torch.
 
-A constraint compiles once to a matcher that is copied for each answer. Before a step's program is
-launched, the masks of its guided rows begin in a thread (Rust, without the interpreter's lock), so
-that they are ready when the logits are.
+A constraint compiles once to a matcher that is copied for each answer; masks.py has the rest.
 """
 
 from __future__ import annotations
@@ -11,21 +9,18 @@ import importlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from halyard.hal.errors import RequestError
+from halyard.runtime.masks import Guidance, MaskMaker
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from halyard.runtime.request import Constraint
 
-__all__ = ["TOO_COMPLEX", "GrammarCompiler", "Guidance", "MaskRow", "Masks", "Vocabulary"]
+__all__ = ["GrammarCompiler", "Vocabulary"]
 
 _CACHED = 64  # compiled constraints kept
 _MAX_TEXT = 128 << 10  # characters of a constraint
@@ -46,8 +41,6 @@ _LIMITS = {
 _LONGEST = {"time": 24, "date-time": 35}
 _DATA = frozenset({"const", "enum", "default", "examples"})  # hold values of a schema, no schemas
 _TRIED_STEPS = 3
-_PARALLEL_ROWS = 48  # fewer take less time (20 to 50 us each) than waking a pool on a busy machine
-TOO_COMPLEX = "the answer's grammar grew too complex to go on"
 
 
 class Vocabulary(Protocol):
@@ -66,57 +59,8 @@ class Vocabulary(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
-class MaskRow(NamedTuple):
-    """A row of a step that is guided."""
-
-    position: int  # among the step's sampled rows
-    guidance: Guidance
-    answer_index: int
-    answer_token_ids: list[int]  # so far
-
-
-@dataclass(frozen=True, slots=True)
-class Masks:
-    """What a step's guided rows may draw."""
-
-    positions: list[int]  # rows, as in MaskRow
-    allowed: NDArray[np.uint8]  # [len(positions), bytes] a bit a token, lowest first
-    failures: dict[int, str]  # by position: the row's grammar broke down, its mask allows all
-
-
-@dataclass(slots=True)
-class _State:
-    """How far one answer is in its grammar."""
-
-    matcher: Any
-    consumed: int = 0  # tokens of the answer
-
-
-@dataclass(slots=True)
-class Guidance:
-    """One request's constraint and the state of its answers. Belongs to the engine's thread."""
-
-    compiler: GrammarCompiler
-    template: Any  # the matcher at its start; never advanced
-    states: dict[int, _State] = field(default_factory=dict)  # by answer
-
-    def advance(self, row: MaskRow) -> Any:
-        """The answer's matcher, with the tokens that are new since the last call."""
-        state = self.states.get(row.answer_index)
-        if state is None or state.consumed > len(row.answer_token_ids):
-            state = self.states[row.answer_index] = _State(self.template.deep_copy())
-        new = row.answer_token_ids[state.consumed :]
-        state.consumed += len(new)
-        if new and not state.matcher.is_stopped():
-            state.matcher.consume_tokens(new)
-        return state.matcher
-
-
 class GrammarCompiler:
-    """Compiles constraints for one model, and makes the masks of its steps.
-
-    `guidance` may be called from several threads, `begin` from the engine's.
-    """
+    """Compiles constraints for one model. May be called from several threads."""
 
     def __init__(
         self, vocabulary: Callable[[], Vocabulary], vocab_size: int, eos_token_ids: frozenset[int]
@@ -127,8 +71,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._trie: Any = None  # llguidance's view of the vocabulary: built when first needed
         self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
-        self._worker: ThreadPoolExecutor | None = None
-        self._parallel: Any = None
+        self._maker = MaskMaker(vocab_size, self._eos)
 
     def guidance(self, constraint: Constraint) -> Guidance:
         """A constraint, ready for one request.
@@ -143,44 +86,7 @@ class GrammarCompiler:
             self._compiled[constraint] = matcher
             if len(self._compiled) > _CACHED:
                 self._compiled.popitem(last=False)
-        return Guidance(self, matcher)
-
-    def begin(self, rows: Sequence[MaskRow]) -> Future[Masks]:
-        """Start to compute masks; they are ready soon, usually before the logits."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="halyard-masks")
-            self._parallel = importlib.import_module("llguidance").LLExecutor()
-        return self._worker.submit(self._masks, list(rows))
-
-    def _masks(self, rows: list[MaskRow]) -> Masks:
-        words = -(-self.vocab_size // 32)
-        packed = np.zeros((len(rows), words), np.int32)
-        matchers = [row.guidance.advance(row) for row in rows]
-        work = []
-        for number, matcher in enumerate(matchers):
-            if matcher.is_stopped():
-                self._allow_ends(packed[number])
-            else:
-                work.append((matcher, number))
-        start = packed.ctypes.data
-        if len(work) < _PARALLEL_ROWS:
-            for matcher, number in work:
-                matcher.unsafe_compute_mask_ptr(start + number * words * 4, words * 4)
-        else:
-            self._parallel.unsafe_compute_mask_ptr(work, start, words * 4, len(rows))
-        failures = {}
-        for number, (row, matcher) in enumerate(zip(rows, matchers, strict=True)):
-            if matcher.is_error():
-                failures[row.position] = TOO_COMPLEX
-                packed[number] = -1
-            elif not packed[number].any():  # the matcher found just now that nothing can follow
-                self._allow_ends(packed[number])
-        return Masks([row.position for row in rows], packed.view(np.uint8), failures)
-
-    def _allow_ends(self, packed: NDArray[np.int32]) -> None:
-        view = packed.view(np.uint32)
-        for token in self._eos:
-            view[token // 32] |= np.uint32(1 << token % 32)
+        return Guidance(self._maker, matcher)
 
     def _compile(self, constraint: Constraint) -> Any:
         param = constraint.param

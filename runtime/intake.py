@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, Unpack
 
 from halyard.hal.errors import ContextLengthError, RequestError
-from halyard.runtime.guided import Guidance
+from halyard.runtime.masks import Guidance
 from halyard.runtime.request import (
     POOLINGS,
     Constraint,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 from halyard.hal.errors import RequestError
 
 if TYPE_CHECKING:
-    from halyard.runtime.guided import Guidance
+    from halyard.runtime.masks import Guidance
 
 __all__ = [
     "MAX_LOGPROBS",

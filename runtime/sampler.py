@@ -11,7 +11,6 @@ work, so that it may run while the host goes on.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halyard.hal.contract import DrawingKernels
+from halyard.hal.contract import DrawingKernels, MaskingKernels
 from halyard.runtime.batcher import stage
 from halyard.runtime.drawing import choose, uniform
-from halyard.runtime.guided import MaskRow, Masks
+from halyard.runtime.masks import Allowed, MaskRow, Masks
 from halyard.runtime.samples import (
     BIASED,
     GUIDED,
@@ -37,9 +36,6 @@ from halyard.runtime.scores import Scores, score
 from halyard.runtime.token_counts import CountUpdate, TokenCounts
 
 __all__ = ["Draw", "SampledTokens", "Sampler"]
-
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_BARRED = np.where(_BITS == 1, np.float32(0), np.float32(-np.inf))  # [256, 8] by a byte of a mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +61,7 @@ class Draw:
     counts: CountUpdate | None  # of the penalised rows
     biases: NDArray[np.float64]  # [3, n] (position, token, what is added to its logit)
     forbidden: NDArray[np.int64]  # [2, n] (position, token that may not come yet)
-    masks: Future[Masks] | None  # of guided rows
+    masks: Masks | None  # of guided rows
 
     @property
     def adjusts_logits(self) -> bool:
@@ -82,20 +78,33 @@ class Sampler:
 
     Args:
         kernels: draw on the device, where it has kernels for that.
+        masking: bar what grammars forbid, where there are kernels for that.
     """
 
-    def __init__(self, vocab_size: int, kernels: DrawingKernels | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        kernels: DrawingKernels | None = None,
+        masking: MaskingKernels | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self._kernels = kernels
         self._counts = TokenCounts(vocab_size)
-        self._scratch = np.empty((0, 8), np.float32)  # of masks, on a CPU
+        self._masking = masking
+        self._masks: Masks | None = None  # of the last step that was drawn
+
+    def lend(self) -> None:
+        """Let the masks after the last step begin."""
+        if self._masks is not None:
+            self._masks.lend()
+            self._masks = None
 
     def forget(self) -> None:
         """Count the tokens of penalised rows anew."""
         self._counts = TokenCounts(self.vocab_size)
 
     def prepare(self, samples: Samples) -> Draw:
-        """What doesn't depend on logits; the masks of guided rows begin in their thread."""
+        """What doesn't depend on logits; the masks that guided rows lack begin in their thread."""
         flags = int(np.bitwise_or.reduce(samples.records["flags"])) if len(samples) else 0
         nothing = np.empty(0, np.int64)
         penalised = samples.having(PENALISED) if flags & PENALISED else nothing
@@ -135,9 +144,14 @@ class Sampler:
         raw = raw.float()
         work = self._changed(raw, draw, before) if draw.adjusts_logits else raw
         if draw.masks is not None:
-            masks = draw.masks.result()
-            failures = masks.failures
-            work = self._masked(work, raw, masks, samples)
+            allowed = draw.masks.result()
+            self._masks = draw.masks
+            failures = allowed.failures
+            if work is logits or (work is raw and len(scored)):
+                work = work.clone()  # what was given, or is wanted once more, stays
+            self._mask(work, allowed, samples)
+            if draw.forbidden.shape[1]:
+                _free_ends(work, raw, allowed, samples)
         codes: Tensor | None = None
         if kernels is not None:
             tokens, bad, codes = self._draw_there(kernels, work, draw, True)
@@ -204,38 +218,31 @@ class Sampler:
             logits[positions, tokens] = float("-inf")
         return logits
 
-    def _masked(self, work: Tensor, raw: Tensor, masks: Masks, samples: Samples) -> Tensor:
-        """Logits [rows, vocab] where only what the grammars allow can be drawn. May write to `work`.
+    def _mask(self, work: Tensor, allowed: Allowed, samples: Samples) -> None:
+        """Bar from `work` [rows, vocab] what the grammars forbid: its logits become -inf.
 
-        A number that is none stays none where a grammar forbids its token. Valid until the next call.
+        A number that is none stays none where a grammar forbids its token.
         """
-        barred = self._barred(masks.allowed, work)
-        if len(masks.positions) == len(samples):
-            masked = barred.add_(work)
+        bits, positions = allowed.bits, allowed.positions
+        places = None if len(positions) == len(samples) else torch.tensor(positions)
+        if self._masking is not None:
+            self._masking.bar(work, torch.from_numpy(bits), places)
         else:
-            masked = work.clone() if work is raw else work
-            index = torch.tensor(masks.positions, device=work.device)
-            masked[index] = barred.add_(work[index])
-        # min_tokens may forbid the one thing that a complete answer allows: its end.
-        short = samples.positions < samples.records["least"]
-        for number, position in enumerate(masks.positions):
-            if short[position] and not torch.isfinite(masked[position].amax()):
-                forbidden = _forbidden_by(masks.allowed[number : number + 1], work)[0]
-                masked[position] = raw[position].masked_fill(forbidden, float("-inf"))
-        return masked
+            barred = torch.zeros_like(work[: len(positions)])
+            barred.masked_fill_(_forbidden_by(bits, work), float("-inf"))
+            if places is None:
+                work += barred
+            else:
+                work.index_add_(0, places.to(work.device), barred)
 
-    def _barred(self, allowed: NDArray[np.uint8], logits: Tensor) -> Tensor:
-        """Zero for a token that is allowed, else -inf: [rows, vocab] like the logits."""
-        rows, vocab = len(allowed), logits.shape[-1]
-        if logits.device.type != "cpu":
-            forbidden = _forbidden_by(allowed, logits)
-            return torch.zeros_like(logits[:rows]).masked_fill_(forbidden, float("-inf"))
-        # masked_fill takes ten times as long and more, fresh memory five times.
-        if self._scratch.size < allowed.size * 8:
-            self._scratch = np.empty((allowed.size, 8), np.float32)
-        out = self._scratch[: allowed.size]
-        np.take(_BARRED, allowed.reshape(-1), axis=0, out=out, mode="clip")
-        return torch.from_numpy(out.reshape(rows, -1)[:, :vocab])
+
+def _free_ends(work: Tensor, raw: Tensor, allowed: Allowed, samples: Samples) -> None:
+    """min_tokens may have forbidden the one thing that a complete answer allows: its end."""
+    short = samples.positions < samples.records["least"]
+    for number, position in enumerate(allowed.positions):
+        if short[position] and not torch.isfinite(work[position].amax()):
+            forbidden = _forbidden_by(allowed.bits[number : number + 1], work)[0]
+            work[position] = raw[position].masked_fill(forbidden, float("-inf"))
 
 
 def _forbidden_by(allowed: NDArray[np.uint8], logits: Tensor) -> Tensor:
@@ -265,12 +272,12 @@ def _forbidden(samples: Samples) -> NDArray[np.int64]:
     return np.ascontiguousarray(np.array(found, np.int64).reshape(-1, 2).T)
 
 
-def _begin_masks(samples: Samples) -> Future[Masks] | None:
-    guided = []
+def _begin_masks(samples: Samples) -> Masks | None:
+    answers, guided = samples.answers.tolist(), []
     for position in samples.having(GUIDED).tolist():
         sequence = samples.sequences[position]
         guidance = sequence.request.guidance
         if guidance is not None:
-            answer = sequence.token_ids[sequence.num_prompt_tokens :]
-            guided.append(MaskRow(position, guidance, int(samples.answers[position]), answer))
-    return guided[0].guidance.compiler.begin(guided) if guided else None
+            tokens, num_prompt = sequence.token_ids, sequence.num_prompt_tokens
+            guided.append(MaskRow(position, guidance, answers[position], tokens, num_prompt))
+    return guided[0].guidance.maker.begin(guided) if guided else None

@@ -23,8 +23,8 @@ import jsonschema
 from live_server import LiveServer, live_server
 
 from halyard.hal.errors import HalyardError, RequestError
-from halyard.runtime.guided import TOO_COMPLEX
 from halyard.runtime.llm import LLM
+from halyard.runtime.masks import TOO_COMPLEX
 from halyard.runtime.request import Constraint, SamplingParams
 
 PATTERNS = ("^[a-f]{1,4}$", "^(yes|no)$", "^[0-9]{2}-[0-9]{2}$", "^x+y{1,2}$")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halyard.runtime.drawing import uniform
-from halyard.runtime.guided import Masks
+from halyard.runtime.masks import Allowed
 from halyard.runtime.plan import PlanRow
 from halyard.runtime.request import Request, SamplingParams
 from halyard.runtime.sampler import Sampler
@@ -279,12 +279,12 @@ class Grammar:
         tokens = np.zeros(-(-VOCAB // 32) * 32, np.uint8)
         tokens[list(allowed)] = 1
         self.packed = np.packbits(tokens, bitorder="little")
-        self.compiler = self
+        self.maker = self
 
-    def begin(self, rows: Any) -> Future[Masks]:
-        made: Future[Masks] = Future()
+    def begin(self, rows: Any) -> Future[Allowed]:
+        made: Future[Allowed] = Future()
         packed = np.stack([row.guidance.packed for row in rows])
-        made.set_result(Masks([row.position for row in rows], packed, {}))
+        made.set_result(Allowed([row.position for row in rows], packed, {}))
         return made
 
 

@@ -49,6 +49,15 @@ class _Args(ctypes.Structure):
     )
 
 
+class _MaskArgs(ctypes.Structure):
+    """Mirrors `struct MaskArgs` of operators.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "allowed", "places")),
+        *((name, ctypes.c_int64) for name in ("rows", "vocab", "stride", "bytes")),
+    )
+
+
 def _threads(batch: StepBatch, layer: AttentionLayer) -> int:
     work = batch.num_tokens * batch.max_seq_len * layer.num_heads * layer.head_dim
     return num_threads() if work >= MIN_PARALLEL_WORK else 1
@@ -116,6 +125,13 @@ class NativeKernels:
         )  # fmt: skip
         self._attend[q.dtype](ctypes.byref(args))
         return out
+
+    def bar(self, logits: Tensor, allowed: Tensor, places: Tensor | None) -> None:
+        args = _MaskArgs(
+            logits.data_ptr(), allowed.data_ptr(), None if places is None else places.data_ptr(),
+            len(allowed), logits.shape[1], logits.stride(0), allowed.stride(0),
+        )  # fmt: skip
+        self._library.halyard_bar_float32(ctypes.byref(args))
 
     def copy_blocks(self, pool: KVPool, moves: Sequence[BlockMove]) -> None:
         self._move(pool, pool, moves)

@@ -1,4 +1,5 @@
-// What the library offers beside attention: linears over packed weights (linear.cpp, quantized.cpp).
+// What the library offers beside attention: linears over packed weights (linear.cpp,
+// quantized.cpp), masks (mask.cpp).
 #pragma once
 
 #include <cstdint>
@@ -21,10 +22,19 @@ private:
     int64_t began;
 };
 
+struct MaskArgs {
+    float* logits;           // [any][vocab], `stride` elements from one row to the next
+    const uint8_t* allowed;  // [rows][bytes], a bit a token, lowest first
+    const int64_t* places;   // [rows] of the logits, or null: the first `rows`
+    int64_t rows, vocab, stride, bytes;
+};
+
 extern "C" {
 
 // Since the library was loaded, in products.
 int64_t halyard_product_nanoseconds();
+// Forbidden tokens' logits become -inf.
+void halyard_bar_float32(const MaskArgs* args);
 
 void halyard_linear_float32(const LinearArgs* args);
 void halyard_linear_bfloat16(const LinearArgs* args);

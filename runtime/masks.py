@@ -1,0 +1,248 @@
+"""Which tokens a step's guided answers may draw: made beside the host's work. No torch.
+
+As soon as a step's tokens are known, the masks of those after them begin (`Masks.follow`): one call
+of the library in a thread, which needs no lock of the interpreter but for its first moment. It gets
+that before the next step is packed (`lend`). `MaskMaker.begin` finds the masks when that step is
+prepared, and starts those that are missing: of answers that begin, or went another way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["TOO_COMPLEX", "Allowed", "Guidance", "MaskMaker", "MaskRow", "Masks"]
+
+TOO_COMPLEX = "the answer's grammar grew too complex to go on"
+_MOST_THREADS = 16
+_LENT = 0.001  # seconds, at most
+
+
+class MaskRow(NamedTuple):
+    """A row of a step that is guided."""
+
+    position: int  # among the step's sampled rows
+    guidance: Guidance
+    answer_index: int
+    token_ids: Sequence[int]  # prompt and answer so far
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a step's guided rows may draw."""
+
+    positions: list[int]  # rows, as in MaskRow
+    bits: NDArray[np.uint8]  # [len(positions), bytes] a bit a token, lowest first
+    failures: dict[int, str]  # by position: the row's grammar broke down, its mask allows all
+
+
+class _Batch:
+    """Masks that are made together."""
+
+    __slots__ = ("_begun", "_error", "_making", "made", "packed", "states", "work")
+
+    def __init__(self, states: list[_State], num_words: int) -> None:
+        self.states = states  # of its rows
+        self.packed = np.zeros((len(states), num_words), np.int32)  # a bit a token
+        self.work: list[tuple[Any, int]] = []  # matchers and their rows, those that go on
+        self.made = False  # as far as the engine's thread knows
+        self._making = threading.Lock()  # held until they are
+        self._begun = threading.Lock()  # held until the thread has begun
+        self._error: BaseException | None = None
+        self._making.acquire()
+        self._begun.acquire()
+
+    def make(self, executor: Any) -> None:
+        """In the thread."""
+        packed = self.packed
+        place = (packed.ctypes.data, packed.shape[1] * 4, packed.shape[0])
+        self._begun.release()
+        try:
+            executor.unsafe_compute_mask_ptr(self.work, *place)
+        except Exception as error:  # noqa: BLE001  # whoever waits raises it
+            self._error = error
+        self.finish()
+
+    def finish(self) -> None:
+        self._making.release()
+
+    def lend(self) -> None:
+        """Lend the interpreter to the thread until it has begun."""
+        if self.work:
+            self._begun.acquire(timeout=_LENT)
+
+    def wait(self) -> None:
+        """Until they are made."""
+        if not self.made:
+            self._making.acquire()
+            self._making.release()
+            if self._error is not None:
+                raise self._error
+            self.made = True
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    """How far one answer is in its grammar."""
+
+    matcher: Any
+    consumed: int = 0  # tokens of the answer
+    stopped: bool = False  # nothing but the end can follow
+    batch: _Batch | None = None  # holds the mask of the token after them; None: nobody has begun it
+    row: int = 0  # in the batch
+
+    def consume(self, tokens: list[int]) -> None:
+        batch = self.batch
+        if batch is not None:
+            if not batch.made:
+                batch.wait()  # the matcher is in use until then
+            self.batch = None
+        self.consumed += len(tokens)
+        if not self.stopped:
+            matcher = self.matcher
+            matcher.consume_tokens(tokens)
+            self.stopped = matcher.is_stopped()
+
+
+@dataclass(slots=True)
+class Guidance:
+    """One request's constraint and the state of its answers. Belongs to the engine's thread."""
+
+    maker: MaskMaker
+    template: Any  # the matcher at its start; never advanced
+    states: dict[int, _State] = field(default_factory=dict)  # by answer
+
+    def state(self, row: MaskRow) -> _State:
+        """The answer's state, with the tokens that are new since the last call."""
+        length = len(row.token_ids) - row.num_prompt_tokens
+        state = self.states.get(row.answer_index)
+        if state is None or state.consumed > length:
+            state = self.states[row.answer_index] = _State(self.template.deep_copy())
+        if state.consumed < length:
+            state.consume(list(row.token_ids[row.num_prompt_tokens + state.consumed :]))
+        return state
+
+
+class Masks:
+    """The masks of one step's guided rows. Belongs to the engine's thread."""
+
+    def __init__(self, maker: MaskMaker, rows: list[MaskRow], states: list[_State]) -> None:
+        self._maker = maker
+        self._rows = rows
+        self._states = states
+        self._followed: _Batch | None = None  # the masks after these
+
+    def result(self) -> Allowed:
+        """Wait for them."""
+        packed = self._packed()
+        positions = [row.position for row in self._rows]
+        failures = {}
+        broken = [state.matcher.is_error() for state in self._states]
+        if any(broken):
+            packed[broken] = -1
+            failures = {
+                position: TOO_COMPLEX
+                for position, failed in zip(positions, broken, strict=True)
+                if failed
+            }
+        some = packed.any(axis=1)
+        if not some.all():  # complete, or found just now that nothing can follow
+            packed[~some] = self._maker.ends
+        return Allowed(positions, packed.view(np.uint8), failures)
+
+    def _packed(self) -> NDArray[np.int32]:
+        """[rows, words]: the batch itself if it holds these rows and no others."""
+        states = self._states
+        batch = states[0].batch
+        if batch is not None and batch.states == states:
+            batch.wait()
+            return batch.packed
+        return np.stack([_mask(state) for state in states])
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """The step has drawn these [samples]: the masks of what comes after them begin."""
+        for row, state in zip(self._rows, self._states, strict=True):
+            state.consume([tokens[row.position]])
+        self._followed = self._maker.start(self._states)
+
+    def lend(self) -> None:
+        """Let the masks that follow begin, if they haven't: the host may keep the interpreter's lock."""
+        if self._followed is not None:
+            self._followed.lend()
+            self._followed = None
+
+
+def _mask(state: _State) -> NDArray[np.int32]:
+    if state.batch is None:
+        raise AssertionError("nobody has begun this mask")
+    state.batch.wait()
+    mask: NDArray[np.int32] = state.batch.packed[state.row]
+    return mask
+
+
+class MaskMaker:
+    """Makes the masks of one model's steps.
+
+    Args:
+        vocab_size: of the logits.
+        eos_token_ids: what a complete answer allows.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._num_words = -(-vocab_size // 32)
+        ends = np.zeros(self._num_words, np.uint32)
+        for token in eos_token_ids:
+            ends[token // 32] |= np.uint32(1 << token % 32)
+        self.ends = ends.view(np.int32)  # [words]
+        self._batches: SimpleQueue[_Batch | None] | None = None  # of the thread, once there is one
+
+    def begin(self, rows: Sequence[MaskRow]) -> Masks:
+        """The masks of a step that is prepared; those that nobody has begun begin."""
+        rows = list(rows)
+        states = [row.guidance.state(row) for row in rows]
+        missing = [state for state in states if state.batch is None]
+        if missing:
+            self.start(missing)
+        return Masks(self, rows, states)
+
+    def start(self, states: list[_State]) -> _Batch:
+        """Begin the next mask of answers that have none."""
+        batch = _Batch(states, self._num_words)
+        for number, state in enumerate(states):
+            state.batch, state.row = batch, number
+        batch.work = [(s.matcher, number) for number, s in enumerate(states) if not s.stopped]
+        if not batch.work:
+            batch.finish()
+        else:
+            self._thread().put(batch)
+        return batch
+
+    def _thread(self) -> SimpleQueue[_Batch | None]:
+        if self._batches is None:
+            batches: SimpleQueue[_Batch | None] = SimpleQueue()
+            self._batches = batches
+            threads = max(1, min((os.cpu_count() or 1) - 1, _MOST_THREADS))
+            executor = importlib.import_module("llguidance").LLExecutor(threads)
+            threading.Thread(
+                target=_work, args=(batches, executor), name="halyard-masks", daemon=True
+            ).start()
+            weakref.finalize(self, batches.put, None)
+        return self._batches
+
+
+def _work(batches: SimpleQueue[_Batch | None], executor: Any) -> None:
+    while (batch := batches.get()) is not None:
+        batch.make(executor)
+        del batch  # and the matchers of requests that are over
