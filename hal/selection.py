@@ -33,7 +33,7 @@ class Selection:
     device: DeviceInfo
     dtype: DType
     dtype_reason: str  # why that dtype
-    others: tuple[BackendReport, ...]  # in order of preference; available ones were just later
+    others: tuple[BackendReport, ...]  # in order of preference; later ones weren't asked
 
 
 def probe_backend(row: BackendRow) -> BackendReport:
@@ -87,27 +87,31 @@ def select_backend(
     """
     order = [matrix.row(requested)] if requested else [matrix.row(name) for name in matrix.select]
     chosen: tuple[BackendReport, DType, str] | None = None
-    rejected: list[BackendReport] = []
+    others: list[BackendReport] = []
     for row in order:
+        if chosen is not None:  # what comes later isn't asked: that would import its packages
+            others.append(BackendReport(row, (), None))
+            continue
         report = probe_backend(row)
-        if report.available and report.device is not None and chosen is None:
+        if report.available and report.device is not None:
             own, why = resolve_dtype(dtype, checkpoint_dtype, row, report.device)
             missing = _unmet(row, need, own)
             if not missing:
                 chosen = (report, own, why)
                 continue
             report = BackendReport(row, tuple(missing), report.device)
-        rejected.append(report)
+        others.append(report)
     if chosen is None:
-        told = "; ".join(f"{r.row.name}: {', '.join(r.reasons)}" for r in rejected)
+        told = "; ".join(f"{r.row.name}: {', '.join(r.reasons)}" for r in others)
         what = f"backend {requested!r} can't run here" if requested else "no backend can run here"
         raise BackendUnavailableError(f"{what}: {told}")
     known = {row.name for row in order}
-    rejected += [probe_backend(row) for row in matrix.rows if row.name not in known]
+    by_name = ("taken when asked for by name",)
+    others += [BackendReport(row, by_name, None) for row in matrix.rows if row.name not in known]
     report, own, why = chosen
     if report.device is None:
         raise AssertionError("an available backend has a device")
-    return Selection(report.row, report.device, own, why, tuple(rejected))
+    return Selection(report.row, report.device, own, why, tuple(others))
 
 
 def _unmet(row: BackendRow, need: Requirements, dtype: DType) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halyard.hal.errors import ModelError
 from halyard.hal.types import DType, KVSpec, Requirements
+from halyard.models.spec_cache import SpecCache
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,6 +23,20 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _LAYER_TYPES = ("full_attention", "sliding_attention")  # what our attention computes
 # Layer types of transformers' configs that keep a recurrent or compressed state, not a KV cache.
 _STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
+
+
+class _Config:
+    """A model's config, read when it is asked for if it isn't there yet."""
+
+    def __init__(self, config: PretrainedConfig | None, source: ModelSource | None = None) -> None:
+        self._config, self._source = config, source
+
+    def get(self) -> PretrainedConfig:
+        if self._config is None:
+            if self._source is None:
+                raise AssertionError("a spec without a config has the source of one")
+            self._config = _read_config(self._source)
+        return self._config
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +61,26 @@ class ModelSpec:
     dtype: DType  # of the checkpoint
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
-    config: PretrainedConfig  # the text decoder's
+    config_digest: str
+    held: _Config = field(repr=False, compare=False)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """As transformers has it; imports transformers if the spec came from a cache."""
+        return self.held.get()
 
     @classmethod
-    def load(cls, source: ModelSource) -> ModelSpec:
-        """Read config.json (and generation_config.json) of a source."""
-        from transformers import AutoConfig
+    def load(cls, source: ModelSource, cache: SpecCache | None = None) -> ModelSpec:
+        """Read config.json (and generation_config.json) of a source, or what `cache` knows of them.
 
-        try:
-            config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).split("\n")[0]
-            raise ModelError(f"can't read the config of {source.name}: {reason}") from error
+        Raises:
+            ModelError: there is no config, or the model is none that can be served.
+        """
+        key = cache.key(Path(source.path)) if cache is not None else None
+        kept = cache.find(key) if cache is not None and key is not None else None
+        if kept is not None and (known := cls._from_facts(kept, source)) is not None:
+            return known
+        config = _read_config(source)
         generation: dict[str, Any] = {}
         path = Path(source.path) / "generation_config.json"
         if path.is_file():
@@ -65,7 +88,21 @@ class ModelSpec:
                 generation = json.loads(path.read_text())
             except ValueError as error:
                 raise ModelError(f"{path} is not valid JSON: {error}") from error
-        return cls.from_hf(config, name=source.name, generation_config=generation)
+        spec = cls.from_hf(config, name=source.name, generation_config=generation)
+        if cache is not None and key is not None:
+            cache.keep(key, {name: getattr(spec, name) for name in _KEPT})
+        return spec
+
+    @classmethod
+    def _from_facts(cls, facts: dict[str, Any], source: ModelSource) -> ModelSpec | None:
+        """None if they are not of this form."""
+        if set(facts) != set(_KEPT):
+            return None
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in facts.items()
+        }
+        return cls(name=source.name, held=_Config(None, source), **values)
 
     @classmethod
     def from_hf(
@@ -148,7 +185,8 @@ class ModelSpec:
             dtype=dtype if dtype in _DTYPES else "bfloat16",  # type: ignore[arg-type]
             eos_token_ids=_ids(eos),
             bos_token_id=getattr(text, "bos_token_id", None),
-            config=text if text is config else config,
+            config_digest=_digest(config),
+            held=_Config(config),
         )
 
     def kv_spec(self, dtype: DType, block_size: int = 16) -> KVSpec:
@@ -170,11 +208,30 @@ class ModelSpec:
 
     def digest(self) -> str:
         """A digest of the config: models with equal digests trace to equal graphs."""
-        facts = self.config.to_dict()
-        for key in ("_name_or_path", "name_or_path", "transformers_version", "dtype"):
-            facts.pop(key, None)
-        text = json.dumps(facts, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return self.config_digest
+
+
+# What a cache keeps: all that doesn't depend on where the files lie.
+_KEPT = tuple(one.name for one in fields(ModelSpec) if one.name not in ("name", "held"))
+
+
+def _read_config(source: ModelSource) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"can't read the config of {source.name}: {reason}") from error
+    return config
+
+
+def _digest(config: PretrainedConfig) -> str:
+    facts = config.to_dict()
+    for key in ("_name_or_path", "name_or_path", "transformers_version", "dtype"):
+        facts.pop(key, None)
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _need(config: PretrainedConfig, field: str) -> int:

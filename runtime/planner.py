@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halyard.compiler.cache import default_directory
 from halyard.hal.errors import CapacityError, ConfigError
 from halyard.hal.matrix import load_matrix
 from halyard.hal.selection import Selection, select_backend
@@ -17,6 +18,7 @@ from halyard.hal.types import ITEM_SIZE, DeviceInfo, DType, KVSpec
 from halyard.models.headers import check_checkpoint
 from halyard.models.source import ModelSource, resolve_source
 from halyard.models.spec import ModelSpec
+from halyard.models.spec_cache import SpecCache
 from halyard.runtime.config import EngineConfig
 from halyard.runtime.cost_model import PreemptionCost
 
@@ -120,12 +122,16 @@ class ExecutionPlan:
 
 
 def resolve_model(
-    model: Any, revision: str | None = None, mirror: Path | None = None
+    model: Any,
+    revision: str | None = None,
+    mirror: Path | None = None,
+    cache_dir: Path | None = None,
 ) -> tuple[ModelSource | None, ModelSpec]:
     """A name, a folder or a transformers config object -> its source (None for the last) and spec."""
     if isinstance(model, str) or hasattr(model, "__fspath__"):
         source = resolve_source(model, revision, mirror)
-        return source, ModelSpec.load(source)
+        cache = SpecCache((cache_dir or default_directory()) / "specs")
+        return source, ModelSpec.load(source, cache)
     config: PretrainedConfig = model
     return None, ModelSpec.from_hf(config)
 
@@ -136,7 +142,7 @@ def make_plan(config: EngineConfig) -> ExecutionPlan:
     Raises:
         HalyardError: no such model or backend, or it doesn't fit; one line says what to do.
     """
-    source, spec = resolve_model(config.model, config.revision, config.mirror)
+    source, spec = resolve_model(config.model, config.revision, config.mirror, config.cache_dir)
     if source is None and config.load_format != "dummy":
         raise ConfigError('a config object has no weights: use load_format="dummy"')
     matrix = load_matrix(config.matrix)
