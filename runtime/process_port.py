@@ -254,9 +254,20 @@ class ProcessPort:
 
     def stats(self) -> EngineStats:
         told, since = self._stats, time.monotonic() - self._stats_time
-        # Those that it has not taken in wait too: it may hang.
-        scheduler = replace(
-            told.scheduler, num_waiting=told.scheduler.num_waiting + len(self._added)
+        # Those that it has not taken in wait too: it may hang. A dead one has nothing any more.
+        scheduler = (
+            replace(told.scheduler, num_waiting=told.scheduler.num_waiting + len(self._added))
+            if self._reason is None
+            else replace(
+                told.scheduler,
+                num_running=0,
+                num_waiting=0,
+                num_swapped=0,
+                blocks_used=0,
+                blocks_cached=0,
+                host_blocks_used=0,
+                host_blocks_cached=0,
+            )
         )
         return replace(told, scheduler=scheduler, uptime_seconds=told.uptime_seconds + since)
 

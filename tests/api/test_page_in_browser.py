@@ -29,7 +29,7 @@ CHROMIUM = (
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 SCRIPT = "Say <b>no</b> & run **now**:\n```python\nprint('<i>')\n```\n1. one\n2. `two`\nDone."
-SIZES = {"phone": (390, 844), "tablet": (834, 1112), "desktop": (1440, 900)}
+SIZES = {"phone": (390, 844), "tablet": (1024, 768), "desktop": (1600, 1000)}
 
 
 @pytest.fixture(scope="module")

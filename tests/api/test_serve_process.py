@@ -50,7 +50,7 @@ def test_sigterm_lets_a_running_request_finish() -> None:
     try:
         server.wait_for("Ready:")
         answers: list[httpx.Response] = []
-        body = {"prompt": "def ", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        body = {"prompt": "def ", "max_tokens": 900, "temperature": 0, "ignore_eos": True}
         asking = threading.Thread(
             target=lambda: answers.append(
                 httpx.post(f"{server.url}/v1/completions", json=body, timeout=100)
@@ -60,9 +60,10 @@ def test_sigterm_lets_a_running_request_finish() -> None:
         while not httpx.get(f"{server.url}/status").json()["running"] and asking.is_alive():
             pass
         server.process.send_signal(signal.SIGTERM)
+        server.wait_for("Stopping: 1 requests")  # it runs: nothing is waited for in vain
         asking.join(90)
         assert answers[0].status_code == 200
-        assert answers[0].json()["usage"]["completion_tokens"] == 12
+        assert answers[0].json()["usage"]["completion_tokens"] == 900
     finally:
         status = server.stop()
     assert status == 0

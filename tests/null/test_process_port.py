@@ -107,6 +107,8 @@ def test_a_killed_engine_answers_everybody() -> None:
             assert "SIGKILL" in ((await collect(stream))[1] or "")
         assert len(reasons) == 1
         assert not client.alive
+        left = engine.stats().scheduler  # what metrics and the page show until another is there
+        assert (left.num_running, left.num_waiting, left.blocks_used) == (0, 0, 0)
         with pytest.raises(EngineDeadError, match="SIGKILL"):
             client.submit([7], greedy(1))
         with pytest.raises(EngineDeadError):
@@ -126,7 +128,7 @@ def test_only_requests_count_as_waiting_there() -> None:
             engine.abort("unknown")
         assert engine.num_waiting == 0
         stream = client.submit([7], greedy(5))
-        assert engine.num_waiting == 1
+        assert engine.num_waiting == engine.stats().scheduler.num_waiting == 1
         os.kill(engine.pid, signal.SIGCONT)
         await collect(stream)
         assert engine.num_waiting == 0
