@@ -19,7 +19,6 @@ class PromptLog:
     """One tenant's file: a JSON object a line. Readable by the server's user alone."""
 
     def __init__(self, folder: Path, tenant: str) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = folder / f"{tenant}.jsonl"
 
     def write(
@@ -36,6 +35,7 @@ class PromptLog:
             }
         )
         try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(handle, "ab") as file:
                 file.write(line + b"\n")

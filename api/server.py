@@ -31,6 +31,7 @@ logger = logging.getLogger("halyard.api")
 
 _FAILED = 2  # exit status of a start that could not work
 _INTERRUPTED = 130  # exit status after a second Ctrl-C
+_HURRY_SECONDS = 1.0  # the application gets that long to end after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,9 @@ class _Server(uvicorn.Server):
         await self._host.close(self._grace_seconds, lambda: self.force_exit)
         await asyncio.sleep(0)  # answers that the close made possible
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves the application as it is then
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), _HURRY_SECONDS)
 
 
 def _welcome(url: str, host: EngineHost, loaded: Loaded, keys: bool) -> list[str]:

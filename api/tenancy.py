@@ -16,6 +16,7 @@ from halyard.api.keys import KeyRing
 from halyard.api.limits import Meter, check_seconds
 from halyard.api.prompt_log import PromptLog
 from halyard.api.tenants import ANYBODY, Caller, Tenant
+from halyard.hal.errors import ConfigError
 
 __all__ = ["Credentials", "Tenancy"]
 
@@ -30,6 +31,9 @@ class Tenancy:
         keys: None: there are none, and everybody may do everything.
         request_timeout: seconds after which any answer ends; None: as long as it takes.
         prompt_log: a folder for prompts and answers; None: they are not logged.
+
+    Raises:
+        ConfigError: that folder can't be had.
     """
 
     def __init__(
@@ -42,6 +46,11 @@ class Tenancy:
         self.since = time.time()
         self._request_timeout = request_timeout
         self._prompt_log = prompt_log
+        if prompt_log is not None:
+            try:
+                prompt_log.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"can't log prompts to {prompt_log}: {error.strerror}") from None
         self._meters: dict[str, Meter] = {}
 
     @property

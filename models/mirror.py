@@ -19,7 +19,14 @@ from halyard.models.manifest import (
     read_manifest,
     write_manifest,
 )
-from halyard.models.source import HUB_FILES, ModelSource, check_folder, hub_errors
+from halyard.models.source import (
+    EMBEDDED,
+    EMBEDDED_NAMES,
+    HUB_FILES,
+    ModelSource,
+    check_folder,
+    hub_errors,
+)
 
 __all__ = ["find_in_mirror", "list_mirror", "mirror_model"]
 
@@ -67,7 +74,7 @@ def mirror_model(model: str, mirror: Path, revision: str | None = None) -> tuple
     Raises:
         ModelError: it can't be had whole; what was there stays.
     """
-    local = Path(model).expanduser()
+    local = EMBEDDED if model in EMBEDDED_NAMES else Path(model).expanduser()
     name = local.resolve().name if local.is_dir() else model
     target = _folder(mirror, name)
     staging = mirror / _STAGING / name.replace("/", "--")
@@ -97,6 +104,8 @@ def _copy(source: Path, staging: Path) -> tuple[str | None, str, dict[str, str]]
     """Like _download."""
     check_folder(source, str(source))
     for name in files_of(source):
+        if "__pycache__" in name:
+            continue
         place = staging / name
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, place)

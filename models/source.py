@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from halyard.hal.errors import ModelError
+from halyard.models.manifest import MANIFEST
 
 __all__ = [
+    "EMBEDDED",
     "EMBEDDED_NAMES",
     "HUB_FILES",
     "ModelSource",
@@ -20,6 +22,7 @@ __all__ = [
 ]
 
 EMBEDDED_NAMES = ("embedded", "halyard/embedded")
+EMBEDDED = Path(__file__).parent / "embedded"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "tokenizer*"]
 
 
@@ -46,7 +49,10 @@ def resolve_source(
     """
     text = str(model)
     if text in EMBEDDED_NAMES:
-        return ModelSource("embedded", Path(__file__).parent / "embedded", "embedded")
+        text = EMBEDDED_NAMES[0]
+        # The copy in a mirror can be verified; where there is none, the one that ships will do.
+        if mirror is None or not (mirror / text / MANIFEST).is_file():
+            return ModelSource(text, EMBEDDED, "embedded")
     if not text:
         raise ModelError("no such model folder: the name is empty")
     if mirror is not None and not text.startswith((".", "/", "~")):
@@ -105,6 +111,9 @@ def hub_errors(model: str, revision: str | None) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    # Without a network its HTTP library's own errors come through, whichever library that is.
+    unreachable: tuple[type[Exception], ...]
+    unreachable = (LocalEntryNotFoundError, *HfHubHTTPError.__bases__, OSError)
     try:
         yield
     except GatedRepoError:
@@ -119,7 +128,7 @@ def hub_errors(model: str, revision: str | None) -> Iterator[None]:
         ) from None
     except HFValidationError:
         raise ModelError(f"{model!r} is neither a folder here nor a hub id (owner/name)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except unreachable as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ModelError(
             f"{model!r} is no folder here, and the hub can't be reached ({reason}): "

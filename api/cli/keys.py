@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def _create(args: argparse.Namespace) -> int:
         tenant = content.tenants.get(args.tenant, Tenant(args.tenant))
         content.tenants[args.tenant] = msgspec.structs.replace(tenant, **given)
         key = create_key(content, args.tenant, expires=expires, note=args.note)
+    print(f"a key of {args.tenant}, kept in {args.api_keys}:", file=sys.stderr)
     print(key)  # alone on standard output, for scripts; it can't be shown again
     return 0
 

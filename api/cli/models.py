@@ -79,7 +79,10 @@ def _list(args: argparse.Namespace) -> int:
     from halyard.models.manifest import read_manifest
     from halyard.models.mirror import list_mirror
 
-    for name, folder in list_mirror(_root(args)):
+    root = _root(args)
+    if not root.is_dir():
+        raise ConfigError(f"no such mirror: {root}; `halyard models mirror` makes it")
+    for name, folder in list_mirror(root):
         found = read_manifest(folder)
         if found is not None:
             manifest, digest = found

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,11 +23,6 @@ class LiveProcess(ServeProcess):
         super().__init__(*arguments, *SMALL)
         self.wait_for("Ready:")
         self.http = httpx.Client(base_url=self.url, timeout=300)
-
-    def engines(self) -> list[int]:
-        """Pids of the engine processes."""
-        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task").glob("*/children")
-                for pid in pid.read_text().split()]  # fmt: skip
 
     def ask(self, first: int, count: int = 5, **more: Any) -> httpx.Response:
         body = {"prompt": [first], "max_tokens": count, "return_token_ids": True, "temperature": 0}

@@ -67,6 +67,11 @@ class ServeProcess:
             reader.join(5)
         return status
 
+    def engines(self) -> list[int]:
+        """Pids of the engine processes."""
+        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task").glob("*/children")
+                for pid in pid.read_text().split()]  # fmt: skip
+
     @property
     def stderr(self) -> str:
         return "".join(self.errors)

@@ -70,3 +70,5 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
             ServerConfig(**options)  # type: ignore[arg-type]
     assert main(["serve", "--port", "0", "--api-keys", str(tmp_path / "none.json")]) == 2
     assert main(["serve", "--port", "0", "--request-timeout", "-3"]) == 2
+    (tmp_path / "file").write_text("")
+    assert main(["serve", "--port", "0", "--prompt-log", str(tmp_path / "file")]) == 2

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from halyard.models.provenance import file_digests
 from halyard.models.source import resolve_source
 from halyard.models.spec import ModelSpec
 from halyard.models.weights import load_weights
+from halyard.runtime import build
 
 EMBEDDED = ROOT / "models" / "embedded"
 WEIGHTS = "model.safetensors"
@@ -96,6 +98,21 @@ def test_a_model_comes_from_the_hub_that_the_environment_names(tmp_path: Path) -
     assert resolve_source("acme/tiny", COMMIT, mirror) == source
     with pytest.raises(ModelError, match=f"at revision {COMMIT}, not main"):
         resolve_source("acme/tiny", "main", mirror)
+    gone = fetch(hub.url)
+    assert gone.returncode == 2
+    (line,) = gone.stderr.strip().splitlines()
+    assert "the hub can't be reached" in line
+    assert resolve_source("acme/tiny", None, mirror) == source  # what was there stays
+
+
+def test_the_model_that_ships_can_be_mirrored(tmp_path: Path) -> None:
+    assert resolve_source("embedded", None, tmp_path).kind == "embedded"
+    assert main(["models", "mirror", "embedded", "--mirror", str(tmp_path)]) == 0
+    assert resolve_source("embedded", None, tmp_path).kind == "mirror"
+    flip(tmp_path / "embedded" / WEIGHTS)
+    with pytest.raises(ModelError, match=WEIGHTS):
+        LLM("embedded", mirror=tmp_path, require_verified=True, backend="null", kv_blocks=16,
+            max_model_len=64)  # fmt: skip
 
 
 def test_a_mirrored_models_weights_are_the_originals(mirror: Path) -> None:
@@ -246,6 +263,22 @@ def test_a_file_that_changes_after_it_was_verified_is_noticed(mirror: Path) -> N
         verified.check_untouched()
 
 
+def test_a_file_that_changes_while_it_is_loaded_ends_the_start(
+    mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = build._build_executor
+
+    def slow(*arguments: Any) -> Any:
+        made = honest(*arguments)
+        shutil.copyfile(mirror / "small" / WEIGHTS, mirror / "small" / "new")
+        (mirror / "small" / "new").replace(mirror / "small" / WEIGHTS)
+        return made
+
+    monkeypatch.setattr(build, "_build_executor", slow)
+    with pytest.raises(ModelError, match=f"{WEIGHTS} was changed after it was verified"):
+        load(mirror)
+
+
 def test_names_stay_inside_the_mirror(
     mirror: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +290,8 @@ def test_names_stay_inside_the_mirror(
         r"small  19\.6 MB  from a folder  \S+Z  manifest [0-9a-f]{64}\n", capsys.readouterr().out
     )
     assert main(["models", "verify", "--mirror", str(mirror)]) == 0
+    assert main(["models", "list", "--mirror", str(mirror / "nowhere")]) == 2
+    assert "no such mirror" in capsys.readouterr().err
     monkeypatch.delenv("HALYARD_MIRROR", raising=False)
     assert main(["models", "list"]) == 2
     assert "which mirror?" in capsys.readouterr().err

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import httpx
 from serve_process import ROOT, ServeProcess
@@ -86,6 +88,27 @@ def test_ctrl_c_ends_a_stream_with_an_error_event_after_the_grace_period() -> No
     finally:
         server.stop()
     assert "Traceback" not in server.stderr
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    server = ServeProcess("--backend", "null", *SMALL, "--grace-seconds", "60")
+    try:
+        server.wait_for("Ready:")
+        body = {"prompt": "def ", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+        [engine] = server.engines()
+        os.kill(engine, signal.SIGSTOP)  # nothing ends by itself
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            server.process.send_signal(signal.SIGINT)
+            server.wait_for("Stopping: 1 requests")
+            server.process.send_signal(signal.SIGINT)
+            *_, last = (line for line in answer.iter_lines() if line)
+        assert "shutting down" in last
+        assert server.process.wait(20) == 130
+        assert not Path(f"/proc/{engine}").exists()
+    finally:
+        server.stop()
+    (line,) = server.stderr.splitlines()
+    assert "requests that ended with an error: 1" in line
 
 
 def test_ctrl_c_while_loading() -> None:
