@@ -10,7 +10,6 @@ from litestar import Litestar
 from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
 from litestar.types import ASGIApp
 
 from halyard import __version__
@@ -34,6 +33,7 @@ from halyard.api.files import FileStore
 from halyard.api.guard import guard
 from halyard.api.history import SAMPLE_SECONDS, History
 from halyard.api.host import EngineHost
+from halyard.api.openapi import JsonDocument, YamlDocument
 from halyard.api.pictures import Pictures
 from halyard.api.response_store import ResponseStore
 from halyard.api.tenancy import Tenancy
@@ -126,8 +126,8 @@ def create_app(
             version=__version__,
             path="/schema",
             render_plugins=[
-                JsonRenderPlugin(path=["/", "/openapi.json"]),
-                YamlRenderPlugin(path="/openapi.yaml"),
+                JsonDocument(path=["/", "/openapi.json"]),
+                YamlDocument(path="/openapi.yaml"),
             ],
         ),
         logging_config=None,
