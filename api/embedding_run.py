@@ -18,15 +18,17 @@ from halyard.api.schemas.embeddings import (
     EmbeddingUsage,
 )
 from halyard.api.tenants import caller
-from halyard.hal.errors import ContextLengthError, RequestError
+from halyard.hal.errors import ContextLengthError, QueueFullError, RequestError
 from halyard.runtime.client import Client, RequestStream
 from halyard.runtime.embedding import check_dimensions, finish_embedding
 from halyard.runtime.outputs import RequestDelta
+from halyard.runtime.request import RequestOptions
 
 __all__ = ["MAX_INPUTS", "EmbeddingRun"]
 
 MAX_INPUTS = 2048  # as OpenAI's
 _AT_ONCE = 32  # inputs of one HTTP request that are with the engine together
+_AGAIN = 0.05  # seconds until an input that found no room in the queue comes again
 
 
 class EmbeddingRun:
@@ -41,6 +43,7 @@ class EmbeddingRun:
         self._prompts: list[list[int]] = []
         self._streams: set[RequestStream] = set()
         self._cached_tokens = 0
+        self._taken = False  # the engine has one of its inputs, or had
         self._who = caller()
         self._admission: Admission | None = None  # None: not begun
 
@@ -142,7 +145,7 @@ class EmbeddingRun:
             options = self._who.submit_options(
                 f"{self._id}-{number}", request.priority, request.cache_salt
             )
-            stream = self._client.embed(self._prompts[number], request.pooling or "last", **options)
+            stream = await self._begin(number, options)
             self._streams.add(stream)
             pooled = b""
             async for delta in stream:
@@ -153,6 +156,20 @@ class EmbeddingRun:
             return b64encode(vector.astype("<f4").tobytes()).decode()
         values: list[float] = vector.tolist()
         return values
+
+    async def _begin(self, number: int, options: RequestOptions) -> RequestStream:
+        """Queue one input. Once one of them was taken, the others wait where there is no room now."""
+        pooling = self._request.pooling or "last"
+        while True:
+            try:
+                stream = self._client.embed(self._prompts[number], pooling, **options)
+            except QueueFullError:
+                if not self._taken:
+                    raise
+                await asyncio.sleep(_AGAIN)
+            else:
+                self._taken = True
+                return stream
 
     def _take(self, stream: RequestStream, delta: RequestDelta) -> bytes | None:
         for new in delta.completions:

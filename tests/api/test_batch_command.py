@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +108,45 @@ def test_an_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 1"):
         done_ids(other)
     assert other.read_text() == '{"no": "batch"}\n'
+
+
+def test_a_process_that_is_killed_half_way_is_gone_on_with(tmp_path: Path) -> None:
+    """SIGKILL while lines are answered; then every line is there once, and none was asked again."""
+    count = 60
+    source = write(
+        tmp_path / "in.jsonl",
+        *(line(n, prompt=f"x{n} = ", max_tokens=16, ignore_eos=True) for n in range(count)),
+    )
+    output = tmp_path / "out.jsonl"
+    command = [
+        sys.executable, "-m", "halyard.api.cli.main", "batch", str(source), str(output),
+        "--backend", "cpu-eager", "--kv-blocks", "64", "--max-num-sequences", "4",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while len(whole_lines(output)) < 15 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+    before = whole_lines(output)
+    assert 15 <= len(before) < count
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"{count} requests: {len(before)} were there" in done.stderr
+    assert whole_lines(output)[: len(before)] == before
+    found = answers(output)  # each custom_id once
+    assert set(found) == {f"r{n}" for n in range(count)}
+    assert {one["status_code"] for one in found.values()} == {200}
+
+
+def whole_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    return [one for one in path.read_text().splitlines(keepends=True) if one.endswith("\n")]
 
 
 def test_the_command_with_the_embedded_model(tmp_path: Path) -> None:

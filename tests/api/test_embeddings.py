@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,40 @@ def test_many_inputs_in_bounded_company(live: LiveServer, http: httpx.Client) ->
     assert rows.shape == (150, SIZE)
     for number in (0, 77, 149):
         np.testing.assert_allclose(rows[number], vectors(ask(http, texts[number]))[0], atol=1e-5)
+
+
+def test_many_requests_at_once_are_all_answered() -> None:
+    """More inputs than the queue takes: each request is answered whole or refused with a time to come
+    again, one that comes again is answered in the end, and nothing stays behind."""
+    inputs = [[300 + number, 301, 302] for number in range(40)]
+    engine = {"max_queue_len": 48, "max_num_sequences": 4}
+    statuses: Counter[int] = Counter()
+
+    async def once(http: httpx.AsyncClient, number: int) -> None:
+        while True:
+            answer = await http.post("/v1/embeddings", json={"input": inputs[: 1 + number % 40]})
+            statuses[answer.status_code] += 1
+            if answer.status_code == 200:
+                assert len(answer.json()["data"]) == 1 + number % 40
+                return
+            assert answer.json()["error"]["code"] == "queue_full", answer.text
+            assert int(answer.headers["retry-after"]) >= 1
+            await asyncio.sleep(0.05 * (1 + number % 7))  # sooner than told
+
+    async def all_at_once(url: str) -> None:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
+            async with asyncio.timeout(60):
+                await asyncio.gather(*(once(http, number) for number in range(100)))
+
+    with live_server("null", engine=engine) as live:
+        asyncio.run(all_at_once(live.url))
+        deadline = time.monotonic() + 10
+        while live.client.stats().scheduler.blocks_used or live.client.num_requests:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert statuses[200] == 100
+    assert set(statuses) == {200, 429}, statuses  # some were refused first
 
 
 def test_whoever_goes_away_leaves_nothing(live: LiveServer) -> None:
