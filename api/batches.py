@@ -61,7 +61,10 @@ class BatchStore:
         """
         if endpoint not in ENDPOINTS:
             raise RequestError(f"endpoint must be one of {', '.join(ENDPOINTS)}", "endpoint")
-        self._files.path(input_file_id)
+        try:
+            self._files.path(input_file_id)
+        except NotFoundError as error:
+            raise NotFoundError(str(error), "input_file_id") from None
         created = now()
         batch: dict[str, Any] = {
             "id": new_id("batch").replace("-", "_"),

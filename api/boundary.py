@@ -50,11 +50,13 @@ def with_context(app: ASGIApp, traces: Traces | None) -> ASGIApp:
         if traces is not None:
             traces.begin(method, path, scope["headers"], context)
         token = current.set(context)
+        # HEAD is GET whose body the HTTP server leaves out: it looks at its own scope.
+        inner: Scope = {**scope, "method": "GET"} if method == "HEAD" else scope
         try:
-            await app(scope, receive, send_with_id)
+            await app(inner, receive, send_with_id)
         finally:
             if traces is not None:
-                route = scope.get("path_template") or ""
+                route = inner.get("path_template") or ""
                 traces.end(context, route if isinstance(route, str) else "", status, whole)
             if _access.isEnabledFor(logging.INFO):
                 seconds = time.monotonic() - started

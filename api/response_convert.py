@@ -33,6 +33,8 @@ def as_chat(request: ResponseRequest, before: list[InputMessage]) -> ChatComplet
     if request.background and request.store is False:
         raise RequestError("background needs store", "background")
     messages = [*before, *read_items(request.input)]
+    if not messages:
+        raise RequestError("input is empty: give a text or an item", "input")
     if request.instructions:
         messages.insert(0, InputMessage("system", request.instructions))
     chat = ChatCompletionRequest(

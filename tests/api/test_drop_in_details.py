@@ -93,3 +93,22 @@ def test_bytes_that_are_no_request(served: Served, body: bytes) -> None:
 def test_nul_is_a_character(served: Served) -> None:
     answer = served.post("/v1/completions", prompt="a\0b", echo=True, max_tokens=1).json()
     assert answer["choices"][0]["text"] == "a\0bH"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics"])
+def test_whoever_watches_may_ask_for_the_head_alone(served: Served, path: str) -> None:
+    """Load balancers and uptime checks do."""
+    head, whole = served.http.head(path), served.http.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert served.http.head("/v1/chat/completions").status_code == 405
+    assert served.http.get(path).content  # the connection goes on
+
+
+def test_what_is_not_there_is_blamed_by_the_callers_word(served: Served) -> None:
+    empty = served.post("/v1/responses", input=[])
+    assert (empty.status_code, empty.json()["error"]["param"]) == (400, "input")
+    batch = served.post(
+        "/v1/batches", input_file_id="file-x", endpoint="/v1/completions", completion_window="24h"
+    )
+    assert (batch.status_code, batch.json()["error"]["param"]) == (404, "input_file_id")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -49,6 +50,24 @@ def sdk(server: LiveServer) -> Iterator[Any]:
     server.client.tokenizer = server.plain
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as sdk:
         yield sdk
+
+
+def test_three_guided_texts_in_one_stream(sdk: Any) -> None:
+    """Each choice holds to the form by itself, and says what it says without a stream."""
+    asked: Any = {
+        "model": MODEL, "prompt": "x = ", "n": 3, "temperature": 1.0, "seed": 7, "max_tokens": 40,
+        "extra_body": {"guided_regex": "[0-9]{3}(\\.[0-9]{1,4})? # [a-z]{2,9}"},
+    }  # fmt: skip
+    texts, ends = ["", "", ""], [None, None, None]
+    for chunk in sdk.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            ends[choice.index] = choice.finish_reason or ends[choice.index]
+    assert ends == ["stop"] * 3
+    assert all(re.fullmatch(r"[0-9]{3}(\.[0-9]{1,4})? # [a-z]{2,9}", text) for text in texts)
+    assert len(set(texts)) > 1
+    whole = sdk.completions.create(**asked).choices
+    assert [choice.text for choice in sorted(whole, key=lambda one: one.index)] == texts
 
 
 def check_calls(calls: Any) -> None:
