@@ -17,7 +17,7 @@ from halyard.api.host import EngineHost, Loaded
 from halyard.api.loading import ServedModel
 from halyard.api.schemas.admin import Reloaded, ReloadRequest
 from halyard.hal.cpuinfo import memory_available
-from halyard.hal.errors import CapacityError, ModelError, RequestError
+from halyard.hal.errors import CapacityError, HalyardError, ModelError, RequestError
 from halyard.models.headers import check_checkpoint
 from halyard.models.manifest import MANIFEST, verify
 from halyard.models.source import ModelSource, resolve_source
@@ -48,7 +48,11 @@ async def reload_model(host: EngineHost, asked: ReloadRequest) -> Reloaded:
 
     async def work() -> Reloaded:
         with host.exchanging():
-            return await _exchange(host, loader, before, asked)
+            try:
+                return await _exchange(host, loader, before, asked)
+            except HalyardError as error:
+                logger.warning("%s was not loaded: %s", asked.model or "the model", error)
+                raise
 
     # Shielded: whoever asked may hang up, the exchange still comes to its end.
     return await asyncio.shield(asyncio.ensure_future(work()))

@@ -223,7 +223,9 @@ class Load:
         if answer.error is not None:
             code = answer.error.get("code")
             counts[f"error_{code}"] += 1
-            if code not in ("engine_dead", "not_ready", "queue_full"):
+            # A rotation drops no request: only a kill is an excuse.
+            excused = ("engine_dead", "not_ready") if self.args.kill_every else ()
+            if code not in (*excused, "queue_full"):
                 self.outcome.wrong.append(f"{answer.status}: {answer.error}")
             await asyncio.sleep(1.0)
             return
@@ -266,7 +268,7 @@ class Load:
             *chaos, *(self.work(n % len(self.keys)) for n in range(self.args.streams))
         )
         seconds = time.monotonic() - started
-        await self.settle()
+        await self.settle(server)
         return {
             "backend": self.args.backend,
             "streams": self.args.streams,
@@ -278,7 +280,7 @@ class Load:
             "wrong": self.outcome.wrong[:20],
         }
 
-    async def settle(self) -> None:
+    async def settle(self, server: asyncio.subprocess.Process) -> None:
         """All is over: nothing may be left."""
         end = time.monotonic() + 120
         while time.monotonic() < end:
@@ -287,6 +289,7 @@ class Load:
                 name: sum(map(float, re.findall(rf"^{name}{{.*}} (\S+)$", text, re.M)))
                 for name in HELD
             }
+            left["engines too many"] = len(engines(server.pid)) - 1
             if (await get(self.port, "/ready"))[0] == 200 and not any(left.values()):
                 found = re.findall(r"^halyard_engine_restarts_total{.*} (\S+)$", text, re.M)
                 self.outcome.counts["restarts"] = int(sum(map(float, found)))

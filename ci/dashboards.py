@@ -131,7 +131,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
          [(mean("step_rows"), "sequences a step"), (mean("step_tokens"), "tokens a step")],
          "Means."),
         ("Fallbacks, restarts, memory", "none", 8, "bars",
-         [(f"sum by (part) (increase(halyard_fallbacks_total{{{WHERE}}}[1h]))", "{{part}}"),
+         [(f"sum by (part) (halyard_fallbacks_total{{{WHERE}}})", "{{part}}, since its engine started"),
           (f"sum (increase(halyard_engine_restarts_total{{{WHERE}}}[1h]))", "restarts"),
           (f"sum (increase(halyard_load_failures_total{{{WHERE}}}[1h]))", "failed loads"),
           (f"sum (increase(halyard_out_of_memory_steps_total{{{WHERE}}}[1h]))", "out of memory"),

@@ -98,6 +98,7 @@ def test_a_reload_takes_from_the_mirror_only_what_it_verifies(
     touched.undo()  # type: ignore[attr-defined]
     refused = live.admin("reload", model="new", mode="in_place", manifest_digest="0" * 64)
     assert "0" * 64 in refused.json()["error"]["message"]
+    assert "nobody was not loaded: no model 'nobody' in the mirror" in live.stderr
     assert (fingerprint(live), live.engines()) == (old, pid)  # none of it cost anything
     own = json.loads((mirror / "new" / "halyard-manifest.json").read_text())
     digests = {WEIGHTS: own["files"][WEIGHTS]["sha256"]}
