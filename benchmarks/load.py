@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,11 +250,16 @@ class Load:
                 self.outcome.wrong.append("/health was not 200")
 
     async def rotate(self) -> None:
+        """To the other checkpoint and back: they differ in their fingerprints alone."""
+        models = itertools.cycle([str(self.args.other), "embedded"])
         while time.monotonic() + 5 < self.deadline:
             await asyncio.sleep(self.args.reload_every)
-            mode = self.random.choice(["beside", "in_place"])
+            asked = {
+                "mode": self.random.choice(["beside", "in_place"]),
+                "model": next(models),
+            }
             status, _ = await get(
-                self.port, "/admin/reload", self.admin, json.dumps({"mode": mode}).encode()
+                self.port, "/admin/reload", self.admin, json.dumps(asked).encode()
             )
             self.outcome.counts[f"reload_{status}"] += 1
             if status not in (200, 409, 503):
@@ -319,6 +326,12 @@ def engines(pid: int) -> list[int]:
 async def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "keys.json"
+        args.other = Path(folder) / "other"
+        shutil.copytree(
+            ROOT / "models" / "embedded", args.other,
+            ignore=shutil.ignore_patterns("*.py", "__pycache__"),
+        )  # fmt: skip
+        (args.other / "notes.txt").write_text("another version")
         return await measure(args, path, make_keys(path, args.tenants))
 
 

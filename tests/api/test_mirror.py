@@ -196,8 +196,10 @@ def test_a_missing_file_is_named(mirror: Path) -> None:
 def test_a_server_does_not_start_on_touched_weights(mirror: Path) -> None:
     flip(mirror / "small" / WEIGHTS)
     server = ServeProcess("small", "--mirror", str(mirror), "--backend", "null")
-    assert server.process.wait(60) == 2
-    server.stop()
+    try:
+        assert server.process.wait(60) == 2
+    finally:
+        server.stop()
     assert "Ready" not in "".join(iter(server.lines.get, ""))
     assert len(re.findall(r"[0-9a-f]{64}", server.stderr)) == 2
     assert WEIGHTS in server.stderr

@@ -111,42 +111,6 @@ def test_a_reload_takes_from_the_mirror_only_what_it_verifies(
     until(lambda: len(live.engines()) == 1)
 
 
-@pytest.mark.parametrize(("mode", "model"), [("beside", "old"), ("in_place", "new")])
-def test_an_engine_that_dies_while_another_takes_its_place(
-    live: LiveProcess, mode: str, model: str
-) -> None:
-    """The new one serves, and none of those that were started meanwhile is left or takes over again."""
-    before = fingerprint(live)
-    answers: list[httpx.Response] = []
-    reloads: list[httpx.Response] = []
-    long = threading.Thread(target=lambda: answers.append(live.ask(7, 400)))
-    reload = threading.Thread(
-        target=lambda: reloads.append(live.admin("reload", model=model, mode=mode))
-    )
-    [engine] = live.engines()
-    os.kill(engine, signal.SIGSTOP)  # so that it has a request, and is there when the reload begins
-    long.start()
-    until(lambda: live.metric("halyard_requests_waiting") == 1)
-    reload.start()
-    until(lambda: len(live.engines()) == 2 if mode == "beside" else held(live))
-    os.kill(engine, signal.SIGKILL)
-    for thread in (long, reload):
-        thread.join(120)
-    assert answers[0].status_code == 503
-    assert reloads[0].status_code == 200, reloads[0].text
-    until(lambda: live.ready().status_code == 200 and len(live.engines()) == 1)
-    assert fingerprint(live) == reloads[0].json()["fingerprint"] != before
-
-
-def held(live: LiveProcess) -> bool:
-    """Whether requests wait at the gate."""
-    try:
-        live.http.get("/v1/models", timeout=0.3)
-    except httpx.ReadTimeout:
-        return True
-    return False
-
-
 def test_neither_model_can_be_loaded_in_place(
     live: LiveProcess, mirror: Path, touched: Callable[[Path], None]
 ) -> None:
@@ -181,6 +145,61 @@ def test_a_request_wakes_it_as_soon_as_it_can_be_loaded(
     assert live.http.get("/status").json()["state"] == "asleep"
     touched.undo()  # type: ignore[attr-defined]
     assert live.ask(5).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("mode", "model", "late"),
+    [("beside", "old", "restarted"), ("beside", "new", "reloaded"), ("in_place", "old", "")],
+)
+def test_an_engine_that_dies_while_another_takes_its_place(
+    live: LiveProcess, mode: str, model: str, late: str
+) -> None:
+    """The new one serves, and none of those that were started meanwhile is left or takes over again."""
+    before = fingerprint(live)
+    answers: list[httpx.Response] = []
+    reloads: list[httpx.Response] = []
+    long = threading.Thread(target=lambda: answers.append(live.ask(7, 400)))
+    reload = threading.Thread(
+        target=lambda: reloads.append(live.admin("reload", model=model, mode=mode))
+    )
+    [engine] = live.engines()
+    os.kill(engine, signal.SIGSTOP)  # so that it has a request, and is there when the reload begins
+    long.start()
+    until(lambda: live.metric("halyard_requests_waiting") == 1)
+    reload.start()
+    if mode == "beside":  # two load now: whichever comes last must not decide
+        until(lambda: len(live.engines()) == 2)
+        (reloaded,) = set(live.engines()) - {engine}
+        if late == "reloaded":
+            os.kill(reloaded, signal.SIGSTOP)
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: bool(set(live.engines()) - {engine, reloaded}))
+        (restarted,) = set(live.engines()) - {engine, reloaded}
+        if late == "restarted":
+            os.kill(restarted, signal.SIGSTOP)
+            until(lambda: bool(reloads))
+            os.kill(restarted, signal.SIGCONT)
+        else:
+            until(lambda: live.ready().status_code == 200)
+            os.kill(reloaded, signal.SIGCONT)
+    else:
+        until(lambda: held(live))
+        os.kill(engine, signal.SIGKILL)
+    for thread in (long, reload):
+        thread.join(120)
+    assert answers[0].status_code == 503
+    assert reloads[0].status_code == 200, reloads[0].text
+    until(lambda: live.ready().status_code == 200 and len(live.engines()) == 1)
+    assert fingerprint(live) == reloads[0].json()["fingerprint"] != before
+
+
+def held(live: LiveProcess) -> bool:
+    """Whether requests wait at the gate."""
+    try:
+        live.http.get("/v1/models", timeout=0.3)
+    except httpx.ReadTimeout:
+        return True
+    return False
 
 
 def test_requests_that_sleep_ends_are_told_to_come_again(live: LiveProcess) -> None:
