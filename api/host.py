@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,8 +115,8 @@ class EngineHost:
         self.spawn(self._first_load())
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something in the background, as long as the server runs."""
-        task = asyncio.get_running_loop().create_task(work)
+        """Run something in the background, as long as the server runs, in nobody's name."""
+        task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -383,7 +384,8 @@ class EngineHost:
         metrics, facts = loaded.client.metrics, loaded.client.port.facts
         metrics.describe(__version__, loaded.device, loaded.dtype, facts.start_seconds)
         metrics.tell_ends(self._on_end)
-        loaded.client.start(partial(self._died, loaded))
+        # In no request's name either: what is logged of it later is not the reload's.
+        Context().run(loaded.client.start, partial(self._died, loaded))
 
     async def _retire(self, loaded: Loaded) -> None:
         """Let an engine that was replaced finish what it has, then end it."""

@@ -242,6 +242,8 @@ class Load:
     async def kill(self, server: asyncio.subprocess.Process) -> None:
         while time.monotonic() + 5 < self.deadline:
             await asyncio.sleep(self.args.kill_every * self.random.uniform(0.6, 1.4))
+            if time.monotonic() > self.deadline:
+                return  # what is left over is looked for now
             pids = engines(server.pid)
             if pids and (await get(self.port, "/ready"))[0] == 200:
                 os.kill(pids[0], self.random.choice([signal.SIGKILL, signal.SIGSEGV]))
