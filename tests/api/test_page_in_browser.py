@@ -189,6 +189,13 @@ def test_live_with_none_one_and_three_hundred_requests(
             " return c.getContext('2d').getImageData(4, 4, 1, 1).data[3] })()"  # fmt: skip
     assert page.evaluate(drawn) == 255
     check_fits(page, "live-300")
+    for width, height in SIZES.values():  # how old it is can be read without scrolling sideways
+        page.set_viewport_size({"width": width, "height": height})
+        last = "#requests tbody td:last-child"
+        assert (
+            page.evaluate(f"document.querySelector('{last}').getBoundingClientRect().right")
+            <= width
+        )
     served.engine.script = ""  # all end
     page.wait_for_selector("#no-requests:visible")
     asking.join(10)
