@@ -224,3 +224,18 @@ def test_hostile_constraints_cost_little(llm: LLM, name: str) -> None:
     assert seconds < 1.0
     assert peak < 200e6
     assert refused in (None, "guided")
+
+
+TOO_LARGE = {
+    "values in a schema": (Constraint.json_schema({"enum": list(range(4100))}), "at most 4000 are taken"),
+    "a schema's text": (Constraint.json_schema({"description": "x" * 140_000}), "at most 131072 are taken"),
+    "a pattern": (Constraint.regex("a" * 17_000), "at most 16384 are taken"),
+    "a grammar": (Constraint.grammar('start: "' + "a" * 17_000 + '"'), "at most 16384 are taken"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TOO_LARGE)
+def test_what_is_too_large_is_refused_before_it_is_compiled(llm: LLM, what: str) -> None:
+    constraint, told = TOO_LARGE[what]
+    with pytest.raises(RequestError, match=told):
+        llm.engine.intake.guidance(SamplingParams(guided=constraint))
