@@ -130,7 +130,7 @@ def _params(
         for name in (
             "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature",
             "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos",
-            "min_tokens", "include_stop_str_in_output", "skip_special_tokens",
+            "min_tokens", "include_stop_str_in_output", "skip_special_tokens", "guided_finish",
         )
         if (value := getattr(request, name)) is not None
     }  # fmt: skip

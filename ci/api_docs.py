@@ -72,7 +72,9 @@ are not listed are ignored. `null` is the default everywhere.
 **Structured output.** `response_format`, `structured_outputs` or one of the `guided_*` fields, at most
 one. Needs `llguidance`. Schemas are always held to (`strict` changes nothing); what can't be held to,
 can't be satisfied or is too complex is refused before anything runs. Models that think do so first:
-the form holds for what follows the thought.
+the form holds for what follows the thought. An answer that `max_tokens` cuts off ends with
+`finish_reason` "length" and is no whole form, as elsewhere; with `guided_finish` it is led to the end of
+its form instead once few tokens are left (looked for within the last 512), and ends with "stop".
 
 **Tools.** The chat template decides how calls are written (Hermes and Qwen, Mistral, Llama 3); a model
 whose template knows none refuses `tools`. `tool_choice` required or by name is enforced by a

@@ -90,6 +90,9 @@ class Engine:
         return self.scheduler.num_waiting
 
     def add(self, request: Request) -> None:
+        params = request.params
+        if request.guidance is not None and params.guided_finish and not params.ignore_eos:
+            request.guidance.most = request.max_tokens  # known only now: the context may leave less
         self.scheduler.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:

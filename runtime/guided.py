@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from halyard.hal.errors import RequestError
+from halyard.runtime.closing import Closer
 from halyard.runtime.masks import Guidance, MaskMaker
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._trie: Any = None  # llguidance's view of the vocabulary: built when first needed
         self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
-        self._maker = MaskMaker(vocab_size, self._eos)
+        closer = Closer(vocabulary, vocab_size, self._eos)
+        self._maker = MaskMaker(vocab_size, self._eos, closer)
 
     def guidance(self, constraint: Constraint) -> Guidance:
         """A constraint, ready for one request.

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from halyard.runtime.closing import Closer, Lead
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -102,6 +104,7 @@ class _State:
     stopped: bool = False  # nothing but the end can follow
     batch: _Batch | None = None  # holds the mask of the token after them; None: nobody has begun it
     row: int = 0  # in the batch
+    lead: Lead | None = None  # of an answer that must be complete
 
     def consume(self, tokens: list[int]) -> None:
         batch = self.batch
@@ -110,10 +113,21 @@ class _State:
                 batch.wait()  # the matcher is in use until then
             self.batch = None
         self.consumed += len(tokens)
+        if self.lead is not None:
+            self.lead.drawn(tokens)
         if not self.stopped:
             matcher = self.matcher
             matcher.consume_tokens(tokens)
             self.stopped = matcher.is_stopped()
+
+    def close(self, room: int, closer: Closer) -> None:
+        """See to it that the answer is complete when no room is left."""
+        if self.lead is None:
+            self.lead = Lead()
+        if room <= self.lead.look and not self.stopped:
+            if self.batch is not None:
+                self.batch.wait()
+            self.lead.follow(self.matcher, room, closer)
 
 
 @dataclass(slots=True)
@@ -123,6 +137,7 @@ class Guidance:
     maker: MaskMaker
     template: Any  # the matcher at its start; never advanced
     states: dict[int, _State] = field(default_factory=dict)  # by answer
+    most: int = 0  # tokens that an answer must be complete with; 0: it may be cut off
 
     def state(self, row: MaskRow) -> _State:
         """The answer's state, with the tokens that are new since the last call."""
@@ -160,6 +175,11 @@ class Masks:
         some = packed.any(axis=1)
         if not some.all():  # complete, or found just now that nothing can follow
             packed[~some] = self._maker.ends
+        for number, state in enumerate(self._states):
+            if state.lead is not None and state.lead.way and not broken[number]:
+                token = state.lead.way[0]
+                packed[number] = 0
+                packed[number].view(np.uint32)[token // 32] = 1 << token % 32
         return Allowed(positions, packed.view(np.uint8), failures)
 
     def _packed(self) -> NDArray[np.int32]:
@@ -198,9 +218,13 @@ class MaskMaker:
     Args:
         vocab_size: of the logits.
         eos_token_ids: what a complete answer allows.
+        closer: finds the ends of answers that must be complete.
     """
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, vocab_size: int, eos_token_ids: Sequence[int], closer: Closer | None = None
+    ) -> None:
+        self._closer = closer
         self._num_words = -(-vocab_size // 32)
         ends = np.zeros(self._num_words, np.uint32)
         for token in eos_token_ids:
@@ -212,6 +236,10 @@ class MaskMaker:
         """The masks of a step that is prepared; those that nobody has begun begin."""
         rows = list(rows)
         states = [row.guidance.state(row) for row in rows]
+        if self._closer is not None:
+            for row, state in zip(rows, states, strict=True):
+                if row.guidance.most:
+                    state.close(row.guidance.most - state.consumed, self._closer)
         missing = [state for state in states if state.batch is None]
         if missing:
             self.start(missing)

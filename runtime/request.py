@@ -118,6 +118,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     guided: Constraint | None = None  # what the answer must look like
+    guided_finish: bool = False  # led to the form's end before max_tokens, instead of cut off there
 
     def __post_init__(self) -> None:
         def check(ok: bool, param: str, rule: str) -> None:

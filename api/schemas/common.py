@@ -109,6 +109,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    guided_finish: bool | None = None  # near max_tokens the answer is led to the end of its form
     # Refused: api/parameters.py says why.
     use_beam_search: bool | None = None
     length_penalty: float | None = None

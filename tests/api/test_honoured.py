@@ -64,6 +64,7 @@ SHARED: dict[str, Any] = {
     "truncate_prompt_tokens": 2,
     "max_tokens": 3,
     **FORMS,
+    "guided_finish": True,
 }
 CHATS: dict[str, Any] = {
     "messages": [{"role": "user", "content": "ho"}],

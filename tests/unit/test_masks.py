@@ -124,3 +124,43 @@ def test_kernels_bar_what_is_forbidden_where_it_lies(isa: str, vocab: int) -> No
         assert torch.equal(work.nan_to_num(nan=7.0), wanted.nan_to_num(nan=7.0))
         assert torch.equal(work.isnan(), wanted.isnan())
         assert not whole[:, vocab:].any()
+
+
+LIST = {
+    "$defs": {"node": {
+        "type": "object",
+        "properties": {"v": {"type": "string", "pattern": "^x+y{1,2}$"},
+                       "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}},
+        "required": ["v", "next"], "additionalProperties": False}},
+    "$ref": "#/$defs/node",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("room", [60, 90, 200])
+def test_an_answer_that_must_be_complete_is(compiler: GrammarCompiler, room: int) -> None:
+    """Whatever is drawn before, its form ends with its last token at the latest."""
+    rng = random.Random(room)
+    guidance, spelled = (
+        compiler.guidance(Constraint.json_schema(LIST)),
+        compiler._vocabulary().token_bytes,
+    )
+    maker, answer = guidance.maker, list[int]()
+    guidance.most = room
+    while not answer or answer[-1] != END:
+        assert len(answer) < room, "it was cut off"
+        masks = maker.begin([MaskRow(0, guidance, 0, answer, 0)])
+        allowed = tokens(masks.result().bits[0])
+        going_on = [one for one in allowed if not spelled(one).startswith(b"n")]  # not null
+        answer.append(rng.choice(going_on or allowed))
+        masks.follow(answer[-1:])
+    assert len(answer) > room // 3
+    matcher = guidance.template.deep_copy()
+    assert matcher.consume_tokens(answer)
+
+
+def test_without_room_for_the_form_it_is_cut_off(compiler: GrammarCompiler) -> None:
+    guidance = compiler.guidance(Constraint.json_schema(LIST))
+    guidance.most = 3
+    bits = guidance.maker.begin([MaskRow(0, guidance, 0, [], 0)]).result().bits
+    fresh = compiler.guidance(Constraint.json_schema(LIST))
+    assert bits.tolist() == fresh.maker.begin([MaskRow(0, fresh, 0, [], 0)]).result().bits.tolist()
