@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Closer", "Lead"]
 
 _FIRST_LOOK = 512  # tokens left when the first way is searched
-_LEAST_JUMP = 32  # tokens that a way grows by with one token drawn, at most, is what is hoped for
+_JUMP = 32  # tokens that a way grows by with one token drawn, at most, is what is hoped for
 _AGAIN = 0.3  # what a token costs more each time: nobody should write the same letter for ever
-_CLOSING, _OPENING = b'}])"', (b"{", b"[", b",")
+_MANY = 64  # tokens allowed: inside a text, where its end is wanted and brackets close nothing
+_CLOSING, _OPENING = b'}]"', (b"{", b"[", b",")
 
 
 class Closer:
@@ -39,6 +40,7 @@ class Closer:
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._costs: NDArray[np.float32] | None = None  # [vocab_size]
+        self._elsewhere = np.ones(vocab_size, np.float32)  # inside a text: what doesn't end it
 
     def way(self, matcher: Any, most: int) -> list[int] | None:
         """At most that many tokens, an end last, that complete what the matcher has read; or None."""
@@ -55,7 +57,10 @@ class Closer:
             if matcher.is_stopped() or bits[self._eos].any() or not bits.any():
                 return [*way, self._eos[0]]
             allowed = np.flatnonzero(bits[: self._vocab_size])
-            token = int(allowed[costs[allowed].argmin()])
+            own = costs[allowed]
+            if len(allowed) > _MANY:
+                own = own + self._elsewhere[allowed]
+            token = int(allowed[own.argmin()])
             costs[token] += _AGAIN if costs[token] > 0.5 else _AGAIN / 10
             if not matcher.consume_token(token):
                 return None
@@ -69,7 +74,9 @@ class Closer:
             special = vocabulary.special_ids
             for token in range(min(self._vocab_size, vocabulary.vocab_size)):
                 if token not in special:
-                    self._costs[token] = _cost(vocabulary.token_bytes(token))
+                    spelled = vocabulary.token_bytes(token)
+                    self._costs[token] = _cost(spelled)
+                    self._elsewhere[token] = not spelled.startswith(b'"')
         return self._costs
 
 
@@ -88,10 +95,11 @@ def _cost(text: bytes) -> float:
 class Lead:
     """Leads one answer to the end of its form before its tokens run out."""
 
-    __slots__ = ("look", "way")
+    __slots__ = ("jump", "look", "way")
 
     def __init__(self) -> None:
         self.way: list[int] = []  # what is drawn from now on; empty: what the answer likes
+        self.jump = 0  # what one token drawn may add to the way; 0: no way was found so far
         self.look = _FIRST_LOOK  # tokens left when a way is searched next
 
     def follow(self, matcher: Any, room: int, closer: Closer) -> None:
@@ -106,7 +114,8 @@ class Lead:
         if way is None:
             self.look = room - 1 - room // 8
             return
-        jump = max(_LEAST_JUMP, len(way))
+        self.jump = self.jump or min(_JUMP, room // 2)  # few tokens in all: some of them are free
+        jump = max(self.jump, len(way))
         free = room - len(way)
         if free <= jump:
             self.way = way
