@@ -196,6 +196,20 @@ class DrawingKernels(Protocol):
 
 
 @runtime_checkable
+class GreedyKernels(Protocol):
+    """What PagedKernels may offer besides: a greedy row's token without a copy of its logits."""
+
+    def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's first largest number, NaN being larger than all.
+
+        Args:
+            logits: [rows, vocab] fp32 or bf16, last dim contiguous; on the host.
+        Returns:
+            where [rows] int64, and the numbers [rows] fp32.
+        """
+
+
+@runtime_checkable
 class MaskingKernels(Protocol):
     """What PagedKernels may offer besides: tokens that grammars forbid are barred in one pass."""
 

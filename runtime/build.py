@@ -17,6 +17,7 @@ from halyard.hal.contract import (
     Device,
     DrawingKernels,
     GraphCompiler,
+    GreedyKernels,
     MaskingKernels,
     PagedKernels,
 )
@@ -242,13 +243,14 @@ def _build_executor(
     draws = config.device_sampling and isinstance(kernels, DrawingKernels)
     drawing = cast(DrawingKernels, kernels) if draws else None
     masking = cast(MaskingKernels, kernels) if isinstance(kernels, MaskingKernels) else None
+    greedy = cast(GreedyKernels, kernels) if isinstance(kernels, GreedyKernels) else None
     return Executor(
         device,
         kernels,
         program,
         pool,
         host_pool,
-        Sampler(spec.vocab_size, drawing, masking),
+        Sampler(spec.vocab_size, drawing, masking, greedy),
         -(-memory.max_model_len // config.block_size),
         config.shared_attention,
     )

@@ -184,7 +184,10 @@ class Executor:
         self.pool = pool
         self.host_pool = host_pool
         self.sampler = sampler
+        # Asked once: a protocol's isinstance takes as long as a small layer.
         self.overlaps = isinstance(device, OverlappingDevice)  # a step may be issued behind another
+        self._copying = device if isinstance(device, CopyingDevice) else None
+        self._fetching = device if isinstance(device, OverlappingDevice) else None
         size = pool.layout.spec.block_size
         share = share and getattr(kernels, "reads_shared_rows", False)
         if isinstance(program, CapturedProgram):
@@ -240,8 +243,8 @@ class Executor:
                 self.move(plan.swap_out, plan.swap_in)
         self.move(copies=plan.copies)
         self._moved = True
-        if self.host_pool is not None and isinstance(self.device, CopyingDevice):
-            self.device.mark()
+        if self.host_pool is not None and self._copying is not None:
+            self._copying.mark()
         inputs = packed.put(self.device.torch_device)
         if inputs.places is not None and inputs.sources is not None:
             if before is None or before.token_ids is None:
@@ -278,11 +281,11 @@ class Executor:
         )
 
     def _beside(self, step: bool) -> AbstractContextManager[None]:
-        return self.device.beside(step) if isinstance(self.device, CopyingDevice) else nullcontext()
+        return self._copying.beside(step) if self._copying is not None else nullcontext()
 
     def _fetch(self, tensor: Tensor) -> Fetch:
-        if isinstance(self.device, OverlappingDevice):
-            return self.device.fetch(tensor)
+        if self._fetching is not None:
+            return self._fetching.fetch(tensor)
         return _Here(tensor)
 
     def close(self) -> None:

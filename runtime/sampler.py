@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halyard.hal.contract import DrawingKernels, MaskingKernels
+from halyard.hal.contract import DrawingKernels, GreedyKernels, MaskingKernels
 from halyard.runtime.batcher import stage
 from halyard.runtime.drawing import choose, uniform
 from halyard.runtime.masks import Allowed, MaskRow, Masks
@@ -36,6 +36,8 @@ from halyard.runtime.scores import Scores, score
 from halyard.runtime.token_counts import CountUpdate, TokenCounts
 
 __all__ = ["Draw", "SampledTokens", "Sampler"]
+
+_COMMON = (torch.float32, torch.bfloat16)  # dtypes that GreedyKernels look through
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Sampler:
     Args:
         kernels: draw on the device, where it has kernels for that.
         masking: bar what grammars forbid, where there are kernels for that.
+        greedy: draw what greedy rows draw, where there are kernels for that alone.
     """
 
     def __init__(
@@ -86,9 +89,11 @@ class Sampler:
         vocab_size: int,
         kernels: DrawingKernels | None = None,
         masking: MaskingKernels | None = None,
+        greedy: GreedyKernels | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self._kernels = kernels
+        self._greedy = greedy
         self._counts = TokenCounts(vocab_size)
         self._masking = masking
         self._masks: Masks | None = None  # of the last step that was drawn
@@ -141,6 +146,10 @@ class Sampler:
         raw = logits
         if not samples.identity:
             raw = logits[torch.from_numpy(samples.logits_rows).to(logits.device)]
+        plain = draw.numbers is None and not draw.changes_logits and not len(scored)
+        if plain and self._greedy is not None and raw.dtype in _COMMON:
+            tokens, peaks = self._greedy.largest(raw)
+            return SampledTokens(tokens, ~torch.isfinite(peaks), scored, None)
         raw = raw.float()
         work = self._changed(raw, draw, before) if draw.adjusts_logits else raw
         if draw.masks is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "pkg"))
 
 import pytest
-from remote_library import RemoteLibrary, recording
+from remote_library import RemoteLibrary, forget, recording
 
 from halyard.hal.kernels.native import kernels, library, linear
 
@@ -52,6 +52,9 @@ def run_tests(level: str, remote: RemoteLibrary, more: list[str]) -> int:
                 module.best_isa = lambda _: level  # type: ignore[attr-defined]
                 module.supported_isas = lambda _: (level,)  # type: ignore[attr-defined]
             linear.functions.cache_clear()
+
+        def pytest_runtest_teardown(self) -> None:
+            forget()
 
         def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
             left = ("reference", "every_isa_of_this_machine")  # they are not about `level`

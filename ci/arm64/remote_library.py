@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["RemoteLibrary", "recording"]
+__all__ = ["RemoteLibrary", "forget", "recording"]
 
-_seen: dict[int, torch.UntypedStorage] = {}  # by address
+_seen: dict[int, torch.UntypedStorage] = {}  # by address, kept alive
+_ADDRESSES = range(1 << 40, 1 << 47)  # no count, stride or pair of floats of a call lies there
 
 
 @contextmanager
@@ -39,18 +40,30 @@ def recording() -> Iterator[None]:
         torch.Tensor.data_ptr = plain  # type: ignore[method-assign]
 
 
+def forget() -> None:
+    """Let go of all tensors: what was asked for so far is not called with again."""
+    _seen.clear()
+
+
 class _Call:
     """The storages that a call points into, numbered as they are met."""
 
     def __init__(self) -> None:
         self.storages: list[torch.UntypedStorage] = []
 
-    def address(self, pointer: int) -> bytes:
+    @staticmethod
+    def storage_at(pointer: int) -> int | None:
+        """Where the storage begins that an address lies in."""
         for start, storage in _seen.items():
-            if start <= pointer < start + max(1, storage.nbytes()):
-                break
-        else:
+            if start and start <= pointer < start + max(1, storage.nbytes()):  # an empty one: null
+                return start
+        return None
+
+    def address(self, pointer: int) -> bytes:
+        start = self.storage_at(pointer)
+        if start is None:
             raise AssertionError(f"nobody asked for the address {pointer:#x} of a tensor")
+        storage = _seen[start]
         same = [i for i, one in enumerate(self.storages) if one.data_ptr() == start]
         if not same:
             self.storages.append(storage)
@@ -65,14 +78,14 @@ class _Call:
         if isinstance(value, ctypes.c_int64 | int):
             number = value if isinstance(value, int) else value.value
             return struct.pack("<Bq", 0, number)
-        whole: ctypes.Structure = value._obj  # of byref()
+        content = value if isinstance(value, bytes) else bytes(value._obj)  # a byref()
         patches = []
-        for name, kind, *_ in whole._fields_:
-            pointer = getattr(whole, name)
-            if kind is ctypes.c_void_p and pointer:
-                patches.append(struct.pack("<I", getattr(type(whole), name).offset))
-                patches[-1] += self.address(pointer)
-        content = bytes(whole)
+        for offset in range(0, len(content) // 8 * 8, 8):
+            (word,) = struct.unpack_from("<q", content, offset)
+            if self.storage_at(word) is not None:  # counts and strides are no addresses
+                patches.append(struct.pack("<I", offset) + self.address(word))
+            elif word in _ADDRESSES:
+                raise AssertionError(f"nobody asked for the address {word:#x} of a tensor")
         return b"".join([
             struct.pack("<BI", 2, len(content)), content, struct.pack("<I", len(patches)), *patches
         ])  # fmt: skip
@@ -136,8 +149,6 @@ class RemoteLibrary:
         for storage in call.storages:
             ctypes.memmove(storage.data_ptr(), answer[at : at + storage.nbytes()], storage.nbytes())
             at += storage.nbytes()
-        if call.storages:  # others may be on their way into the next call's arguments
-            _seen.clear()
         self.calls[name] = self.calls.get(name, 0) + 1
         return int(struct.unpack("<q", answer[:8])[0])
 

@@ -322,3 +322,25 @@ def test_the_oracle_sees_wrong_kernels(kernels: Any) -> None:
 def test_every_isa_of_this_machine_is_tested() -> None:
     assert set(KERNELS) == {"reference", *(f"native-{isa}" for isa in ISAS)}
     assert list(itertools.chain(ISAS))[-1] == "portable"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_first_largest_number_of_each_row(isa: str, dtype: torch.dtype) -> None:
+    """Ties, NaN, rows of -inf, odd lengths, rows that lie apart."""
+    found = NativeKernels(DEVICE, isa)
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 31, 32, 33, 100, 1027, 32000):
+        wide = torch.randint(-9, 9, (12, count + 5), generator=generator).to(dtype)
+        wide[1] = -float("inf")
+        wide[2, count // 2] = float("nan")
+        wide[3, count - 1] = 99
+        wide[4, count - 1], wide[4, 0] = float("inf"), float("inf")
+        wide[5] = -float("inf")
+        wide[5, count // 3] = -3
+        logits = wide[:, :count]
+        where, values = found.largest(logits)
+        wanted = torch.from_numpy(logits.float().numpy().argmax(axis=-1))
+        assert torch.equal(where, wanted), count
+        chosen = logits.float().gather(1, wanted[:, None])[:, 0]
+        assert torch.equal(values.nan_to_num(7e5), chosen.nan_to_num(7e5))

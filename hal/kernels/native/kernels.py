@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -31,22 +32,10 @@ from halyard.hal.types import (
 
 __all__ = ["NativeKernels"]
 
-_POINTERS = ("q", "k", "v", "out", "pool", "slot_mapping", "block_tables", "seq_lens",
-             "query_start", "sinks")  # fmt: skip
-_NUMBERS = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "num_tokens", "num_rows",
-            "max_blocks", "num_heads", "num_kv_heads", "head_dim", "block", "window")  # fmt: skip
-
-
-class _Args(ctypes.Structure):
-    """Mirrors `struct Args` of attention.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("threads", ctypes.c_int64),
-    )
+# `struct Args` of attention.cpp: ten addresses; strides, counts and shapes; scale, softcap; threads.
+# One call that packs numbers takes a quarter of the time of a ctypes structure with as many fields,
+# and between two segments that stream weights through the caches every call is a cold one.
+_ARGS = struct.Struct("10P14q2fq")
 
 
 class _MaskArgs(ctypes.Structure):
@@ -58,9 +47,13 @@ class _MaskArgs(ctypes.Structure):
     )
 
 
-def _threads(batch: StepBatch, layer: AttentionLayer) -> int:
-    work = batch.num_tokens * batch.max_seq_len * layer.num_heads * layer.head_dim
-    return num_threads() if work >= MIN_PARALLEL_WORK else 1
+def _addresses(batch: StepBatch) -> tuple[int, ...]:
+    return (
+        batch.slot_mapping.data_ptr(),
+        batch.block_tables.data_ptr(),
+        batch.seq_lens.data_ptr(),
+        batch.query_start.data_ptr(),
+    )
 
 
 class NativeKernels:
@@ -80,12 +73,19 @@ class NativeKernels:
         self.device = device
         self.isa = isa or best_isa(device.info.features)
         self._library = load_library(self.isa)
-        if self._library.halyard_args_size() != ctypes.sizeof(_Args):
+        if self._library.halyard_args_size() != _ARGS.size:
             raise AssertionError("the native library was built from another source")
         self._attend = {
             torch.float32: self._library.halyard_attend_float32,
             torch.bfloat16: self._library.halyard_attend_bfloat16,
         }
+        self._largest = {
+            torch.float32: self._library.halyard_largest_float32,
+            torch.bfloat16: self._library.halyard_largest_bfloat16,
+        }
+        # Of the last call: a step's layers have these in common.
+        self._batch: tuple[StepBatch | None, tuple[int, ...]] = (None, ())
+        self._data: tuple[Tensor | None, int, int] = (None, 0, 0)
 
     @classmethod
     def probe(cls, device: DeviceInfo) -> Probe:
@@ -105,26 +105,48 @@ class NativeKernels:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pool: KVPool, layer: AttentionLayer, batch: StepBatch
     ) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype)
-        data = pool.data
-        # Queries are read as packed vectors; a transposed view would be read wrongly.
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        if q.dtype != data.dtype:
-            raise AssertionError(f"queries are {q.dtype}, the KV pool is {data.dtype}")
-        sinks = layer.sinks.float().contiguous() if layer.sinks is not None else None
-        args = _Args(
+        data, dtype = pool.data, q.dtype
+        if dtype != data.dtype:
+            raise AssertionError(f"queries are {dtype}, the KV pool is {data.dtype}")
+        q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+        if q_strides[2] != 1 or k_strides[2] != 1 or v_strides[2] != 1:
+            # Queries are read as packed vectors; a transposed view would be read wrongly.
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+            q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+        if self._batch[0] is not batch:
+            self._batch = (batch, _addresses(batch))
+        if self._data[0] is not data:
+            self._data = (data, data.data_ptr(), data.stride(0) * data.element_size())
+        _, first, layer_bytes = self._data
+        num_heads, head_dim, sinks = layer.num_heads, layer.head_dim, layer.sinks
+        if sinks is not None:
+            sinks = sinks.float().contiguous()
+        work = batch.num_tokens * batch.max_seq_len * num_heads * head_dim
+        out = torch.empty(q.shape, dtype=dtype)
+        args = _ARGS.pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
-            data.data_ptr() + layer.index * data.stride(0) * data.element_size(),
-            batch.slot_mapping.data_ptr(), batch.block_tables.data_ptr(),
-            batch.seq_lens.data_ptr(), batch.query_start.data_ptr(),
-            None if sinks is None else sinks.data_ptr(),
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            first + layer.index * layer_bytes,
+            *self._batch[1],
+            0 if sinks is None else sinks.data_ptr(),
+            q_strides[0], q_strides[1], k_strides[0], k_strides[1], v_strides[0], v_strides[1],
             batch.num_tokens, batch.num_rows, batch.block_tables.shape[1],
-            layer.num_heads, layer.num_kv_heads, layer.head_dim, pool.layout.spec.block_size,
-            layer.window, layer.scale, layer.softcap, _threads(batch, layer),
+            num_heads, layer.num_kv_heads, head_dim, pool.layout.spec.block_size,
+            layer.window, layer.scale, layer.softcap,
+            num_threads() if work >= MIN_PARALLEL_WORK else 1,
         )  # fmt: skip
-        self._attend[q.dtype](ctypes.byref(args))
+        self._attend[dtype](args)
         return out
+
+    def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        rows, count = logits.shape
+        where = torch.empty(rows, dtype=torch.int64)
+        values = torch.empty(rows, dtype=torch.float32)
+        self._largest[logits.dtype](
+            ctypes.c_void_p(logits.data_ptr()), ctypes.c_int64(rows), ctypes.c_int64(count),
+            ctypes.c_int64(logits.stride(0)), ctypes.c_void_p(where.data_ptr()),
+            ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(num_threads()),
+        )  # fmt: skip
+        return where, values
 
     def bar(self, logits: Tensor, allowed: Tensor, places: Tensor | None) -> None:
         args = _MaskArgs(

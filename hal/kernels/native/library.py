@@ -34,7 +34,7 @@ __all__ = [
 _FOLDER = Path(__file__).parent
 SOURCES = tuple(
     _FOLDER / f"{name}.cpp"
-    for name in ("attention", "linear", "mask", "quantized", "pack", "bridge", "pool")
+    for name in ("attention", "linear", "largest", "mask", "quantized", "pack", "bridge", "pool")
 )
 _HEADERS = tuple(
     _FOLDER / f"{name}.h" for name in ("vectors", "panels", "quantized", "operators", "pool")
@@ -147,7 +147,7 @@ def load_library(isa: str) -> ctypes.CDLL:
                  "quantized_float32", "quantized_bfloat16",
                  "quantized_rows_float32", "quantized_rows_bfloat16", "pack_float32",
                  "pack_bfloat16", "quantize_float32", "quantize_bfloat16",
-                 "bar_float32", "move_blocks", "bind_torch", "set_threads"):  # fmt: skip
+                 "bar_float32", "largest_float32", "largest_bfloat16", "move_blocks", "bind_torch", "set_threads"):  # fmt: skip
         getattr(library, f"halyard_{name}").restype = None
     _loaded.append(library)
     return library

@@ -102,13 +102,13 @@ void linear(const LinearArgs& a) {
     const ProductTimer timer;
     const auto x = tiled_inputs<T>(a);
     const int64_t panels = (a.out + PANEL - 1) / PANEL;
-    if (a.rows == 1) return one_row<T>(a, x.data());
+    if (a.rows == 1) return one_row<T>(a, x.get());
     // Panels that lie side by side are claimed together: the next one is fetched ahead.
     const int64_t size = std::max<int64_t>(1, panels / (8 * a.threads));
     halyard::parallel((panels + size - 1) / size, a.threads, [&](int64_t group) {
         alignas(64) float c[ROWS * PANEL];
         const int64_t last = std::min(panels, (group + 1) * size);
-        for (int64_t panel = group * size; panel < last; panel++) one_panel<T>(a, x.data(), panel, c);
+        for (int64_t panel = group * size; panel < last; panel++) one_panel<T>(a, x.get(), panel, c);
     });
 }
 

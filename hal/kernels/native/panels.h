@@ -4,7 +4,7 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "operators.h"
 #include "pool.h"
@@ -165,16 +165,20 @@ inline void write_row(T* y, const float* sums, const T* bias, int64_t width) {
 }
 
 // The inputs of a product, tile by tile: `tile` rows each; the last has what is left, or zeros behind
-// it if it is to be `full`.
+// it if it is to be `full`. Memory is not cleared first: that would be a pass over it by one thread.
 template <typename T>
-std::vector<typename Weights<T>::X> tiled_inputs(const LinearArgs& a, int64_t tile = TILE, bool full = false) {
+std::unique_ptr<typename Weights<T>::X[]> tiled_inputs(const LinearArgs& a, int64_t tile = TILE,
+                                                       bool full = false) {
+    typedef typename Weights<T>::X X;
     const T* raw = static_cast<const T*>(a.x);
     const int64_t tiles = (a.rows + tile - 1) / tile;
-    std::vector<typename Weights<T>::X> x((full ? tiles * tile : a.rows) * a.in);
+    std::unique_ptr<X[]> x(new X[(full ? tiles * tile : a.rows) * a.in]);
     const int64_t copiers = a.rows * a.in <= 1 << 16 ? 1 : a.threads;
     halyard::parallel(tiles, copiers, [&](int64_t i) {
         const int64_t m = i * tile, rows = std::min<int64_t>(tile, a.rows - m);
-        copy_tile(raw + m * a.stride, a.stride, rows, full ? tile : rows, a.in, x.data() + m * a.in);
+        X* target = x.get() + m * a.in;
+        if (full && rows < tile) std::fill(target, target + tile * a.in, X(0));
+        copy_tile(raw + m * a.stride, a.stride, rows, full ? tile : rows, a.in, target);
     });
     return x;
 }

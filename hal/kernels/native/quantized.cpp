@@ -273,14 +273,14 @@ void quantized(const LinearArgs& a) {
             const int64_t tile = tile_of(a.rows);
             const auto x = tiled_inputs<T>(a, tile, true);
             return by_panels(a, [&](int64_t first, int64_t last) {
-                fused_panels<BITS>(a, x.data(), tile, first, last);
+                fused_panels<BITS>(a, x.get(), tile, first, last);
             });
         }
     }
 #endif
     const auto x = tiled_inputs<T>(a);
     by_panels(a, [&](int64_t first, int64_t last) {
-        for (int64_t panel = first; panel < last; panel++) many_rows<T, BITS>(a, x.data(), panel);
+        for (int64_t panel = first; panel < last; panel++) many_rows<T, BITS>(a, x.get(), panel);
     });
 }
 
