@@ -180,7 +180,7 @@ def test_models_and_aliases(serve_engine: Callable[..., Served]) -> None:
 def test_operators_routes(served: Served) -> None:
     http = served.http
     assert http.get("/health").json() == {"status": "ok"}
-    assert http.get("/ready").json() == {"ready": True, "reason": "ready"}
+    assert http.get("/ready").json() == {"ready": True, "state": "ready", "reason": "ready"}
     assert set(http.get("/version").json()) == {"version"}
     status = http.get("/status").json()
     assert status["kv_blocks_total"] == 100
