@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from halyard.hal import fallbacks
+
 __all__ = ["SpecCache"]
 
 _CONFIGS = ("config.json", "generation_config.json")
@@ -54,11 +56,15 @@ class SpecCache:
         return kept if isinstance(kept, dict) else None
 
     def keep(self, key: str, facts: Mapping[str, Any]) -> None:
+        """Write an entry; where the disk refuses, say so and go on: the next start derives it again."""
+        scratch: str | None = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             handle, scratch = tempfile.mkstemp(suffix=".new", dir=self.directory)
-        except OSError:  # the next start derives it again; the program cache tells of the folder
-            return
-        with os.fdopen(handle, "w") as file:
-            json.dump(facts, file)
-        os.replace(scratch, self.directory / f"{key}.json")
+            with os.fdopen(handle, "w") as file:
+                json.dump(facts, file)
+            os.replace(scratch, self.directory / f"{key}.json")
+        except OSError as error:
+            if scratch is not None:
+                Path(scratch).unlink(missing_ok=True)
+            fallbacks.note("spec_cache", f"can't write to the cache {self.directory}: {error}")

@@ -73,6 +73,22 @@ def test_damage_is_no_harm(cache: SpecCache, folder: Path):
     assert ModelSpec.load(source, cache) == first
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(
+    cache: SpecCache,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("halyard.models.spec_cache.json.dump", full)
+    source = resolve_source(str(folder))
+    assert ModelSpec.load(source, cache) == ModelSpec.load(source)
+    assert list(cache.directory.iterdir()) == []
+    assert "No space left" in caplog.text
+
+
 def test_errors_are_told_each_time(cache: SpecCache, folder: Path):
     (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     source = resolve_source(str(folder))
