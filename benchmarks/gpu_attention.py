@@ -66,6 +66,7 @@ CELLS = [
     for rows, context in itertools.product((1, 64, 256), (1024, 8192, 32768))
 ] + [
     Cell("prefill 1 x 8192", ((8192, 8192),)),
+    Cell("prefill 2 x 4000", ((4000, 4000),) * 2),
     Cell("prefill 8 x 1024", ((1024, 1024),) * 8),
     Cell("chunk 512 of 16384", ((512, 16384),)),
     Cell("mixed 63 x 4096 + 512", ((1, 4096),) * 63 + ((512, 2048),)),
@@ -252,7 +253,7 @@ class Bench:
                     yield Tile(rows, n, warps, stages), split
         else:
             for m, n, warps, stages in itertools.product(
-                (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
+                (64, 128), (64, 128), (4, 8), (2, 3, 4)
             ):
                 yield Tile(m, n, warps, stages), None
 

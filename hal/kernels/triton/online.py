@@ -60,19 +60,23 @@ def attend_tiles(
         else:
             k = tl.load(keys + offset)
             v = tl.load(values + offset)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scale = qk_scale
         if SOFTCAP:
-            score = cap_scale * _tanh(score)
+            score = cap_scale * _tanh(score * qk_scale)
+            scale = 1.0
         if MASKED:
             visible = key[None, :] <= position[:, None]
             if HAS_WINDOW:
                 visible &= position[:, None] - key[None, :] < window
             score = tl.where(visible, score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 1))
+        # The scale is positive, so the largest stays the largest: it is multiplied in afterwards, once a
+        # row here, and with the subtraction below in one instruction.
+        new_peak = tl.maximum(peak, tl.max(score, 1) * scale)
         # With a window a query may have seen nothing yet: -inf - -inf would be NaN.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if HAS_WINDOW else new_peak
         shrink = tl.exp2(peak - base)
-        weight = tl.exp2(score - base[:, None])
+        weight = tl.exp2(score * scale - base[:, None])
         total = total * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
