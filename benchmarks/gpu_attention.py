@@ -252,9 +252,7 @@ class Bench:
                 for split in splits:
                     yield Tile(rows, n, warps, stages), split
         else:
-            for m, n, warps, stages in itertools.product(
-                (64, 128), (64, 128), (4, 8), (2, 3, 4)
-            ):
+            for m, n, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4)):
                 yield Tile(m, n, warps, stages), None
 
     def use(self, cell: Cell, tile: Tile | None, splits: int | None) -> None:

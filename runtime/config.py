@@ -44,7 +44,7 @@ class EngineConfig:
     preemption: PreemptionPolicy = "auto"  # swap or recompute; auto asks the cost model
     overlap: bool = True  # issue a step before the last one is back, where the device allows it
     device_sampling: bool = True  # draw with the device's own kernels, where it has some
-    shared_attention: bool = False  # read KV blocks that rows share once, where the kernels can
+    shared_attention: bool = True  # read KV blocks that rows share once, where the kernels can
     revision: str | None = None  # branch, tag or commit of a hub model
     mirror: Path | None = None  # folder of mirrored models: names are looked up there alone
     require_verified: bool = False  # refuse a model without a manifest; one with is always verified

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Unpack
+
+import numpy as np
 
 from halyard.hal.errors import ContextLengthError, RequestError
 from halyard.runtime.masks import Guidance
@@ -120,12 +123,12 @@ class Intake:
 
     def checked_prompt(self, token_ids: Sequence[int], room: int, param: str) -> tuple[int, ...]:
         """The prompt, if it leaves `room` tokens of the context."""
-        prompt = tuple(token_ids)
-        if not prompt:
+        tokens = _integers(token_ids, param)
+        if not tokens:
             raise RequestError(f"the {param} is empty: give at least one token", param)
-        if set(map(type, prompt)) != {int}:  # no bool either; prompts are long
-            raise RequestError(f"{param} token ids must be integers", param)
-        self._check_tokens((min(prompt), max(prompt)), param)
+        values = np.frombuffer(tokens, np.int64)
+        self._check_tokens((int(values.min()), int(values.max())), param)
+        prompt = tuple(tokens)
         most = self.limits.max_model_len
         if len(prompt) + room > most:
             what = " for prompt and answer together" if room else ""
@@ -157,3 +160,17 @@ class Intake:
                     f"(0 to {self.limits.vocab_size - 1})",
                     param,
                 )
+
+
+def _integers(token_ids: Sequence[int], param: str) -> array[int]:
+    """Token ids as 64-bit integers. Prompts are long and the device may be waiting for them: no loop."""
+    try:
+        tokens = array("q", list(token_ids))
+    except TypeError:
+        raise RequestError(f"{param} token ids must be integers", param) from None
+    except OverflowError:
+        raise RequestError(f"a token id in {param} is outside the vocabulary", param) from None
+    # A bool became 0 or 1; only where there are such is it worth looking.
+    if tokens and np.frombuffer(tokens, np.int64).min() <= 1 and bool in map(type, token_ids):
+        raise RequestError(f"{param} token ids must be integers", param)
+    return tokens

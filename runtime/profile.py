@@ -40,6 +40,8 @@ _KINDS: tuple[tuple[str, str], ...] = (
 
 def _kind(name: str) -> str:
     lower = name.lower()
+    if lower.startswith(("triton_poi_", "triton_red_", "triton_per_")):
+        return "norms and the rest"  # Inductor names its kernels after what is around them too
     return next((kind for kind, words in _KINDS if re.search(words, lower)), "norms and the rest")
 
 

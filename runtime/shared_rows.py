@@ -60,10 +60,10 @@ def _groups(
     """(rows, blocks in common) of the groups that save most."""
     order = np.argsort(tables[:, 0], kind="stable")
     edges = np.flatnonzero(np.diff(tables[order, 0])) + 1
+    first, after = np.append(0, edges), np.append(edges, len(order))
     found = []
-    for rows in np.split(order, edges):
-        if len(rows) < _LEAST_ROWS:
-            continue
+    for group in np.flatnonzero(after - first >= _LEAST_ROWS):
+        rows = order[first[group] : after[group]]
         limit = int(full[rows].min())
         same = (tables[rows, :limit] == tables[rows[0], :limit]).all(axis=0)
         blocks = limit if same.all() else int(same.argmin())

@@ -49,8 +49,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="how a sequence gives way when blocks run out")  # fmt: skip
     add("--no-overlap", action="store_true",
         help="issue a step only when the one before is back, on devices too that work on alone")  # fmt: skip
-    add("--shared-attention", action="store_true",
-        help="decode steps read KV blocks that sequences share once, where the kernels can")  # fmt: skip
+    add("--no-shared-attention", action="store_true",
+        help="each sequence reads its KV blocks itself, those too that several share")  # fmt: skip
     add("--no-device-sampling", action="store_true",
         help="draw tokens with torch, not with the device's own kernels")  # fmt: skip
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
@@ -95,7 +95,7 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
         "max_queue_len": args.max_queue_len,
         "preemption": args.preemption,
         "overlap": not args.no_overlap,
-        "shared_attention": args.shared_attention,
+        "shared_attention": not args.no_shared_attention,
         "device_sampling": not args.no_device_sampling,
         "revision": args.revision,
         "mirror": args.mirror,

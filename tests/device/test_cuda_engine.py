@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "in turn": {"overlap": False},
     "drawn by torch": {"device_sampling": False},
-    "shared prefixes read once": {"shared_attention": True},
+    "shared prefixes read by each": {"shared_attention": False},
     "small steps": {"max_batched_tokens": 32, "max_num_sequences": 8},
     "swapped": {"kv_blocks": 24, "host_kv_blocks": 64, "preemption": "swap", "max_model_len": 256},
     "recomputed": {"kv_blocks": 24, "host_kv_blocks": 0, "max_model_len": 256},

@@ -154,10 +154,10 @@ def test_a_captured_step_replays_with_other_lengths(device: Any, context_length:
         packed = (sequences.packed(x, rows, spans) for x in (sequences.q, sequences.k, sequences.v))  # type: ignore[arg-type]
         return batch, *packed
 
-    width = -(-(max(lengths) + 3) // sequences.block)
     batch, q, k, v = inputs()
-    tables = torch.full((len(lengths), width), -1, dtype=torch.int32, device="cuda")
-    tables[:, : batch.block_tables.shape[1]] = batch.block_tables
+    width = batch.block_tables.shape[1]
+    assert width * sequences.block >= max(lengths) + 3
+    tables = batch.block_tables.clone()
     static = replace(batch, block_tables=tables, max_seq_len=width * sequences.block)
     out: list[Any] = [None]
 
@@ -172,7 +172,7 @@ def test_a_captured_step_replays_with_other_lengths(device: Any, context_length:
             old.copy_(new)
         for name in ("positions", "slot_mapping", "seq_lens", "query_start"):
             getattr(static, name).copy_(getattr(fresh, name))
-        tables[:, : fresh.block_tables.shape[1]] = fresh.block_tables
+        tables.copy_(fresh.block_tables)
         replay()
         device.synchronize()
         host = out[0].cpu()

@@ -1,0 +1,46 @@
+"""Token ids of a prompt: what they become, and what is refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from halyard.hal.errors import RequestError
+from halyard.runtime.intake import Intake, Limits
+
+
+@pytest.fixture
+def intake() -> Intake:
+    limits = Limits(vocab_size=100, max_model_len=8, eos_token_ids=frozenset(), max_num_sequences=4)
+    return Intake(limits)
+
+
+@pytest.mark.parametrize("given", [[2, 3, 99], (0, 1), np.array([5, 6]), bytes([7, 8]), range(3)])
+def test_integers_of_any_kind_become_ints(intake: Intake, given: Any) -> None:
+    prompt = intake.checked_prompt(given, 0, "prompt")
+    assert prompt == tuple(int(token) for token in given)
+    assert {type(token) for token in prompt} == {int}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "empty"),
+        ([5, True], "must be integers"),
+        ([False], "must be integers"),
+        ([5, 6.0], "must be integers"),
+        (["5"], "must be integers"),
+        ([5, None], "must be integers"),
+        ([5, -1], "outside the vocabulary"),
+        ([100], "outside the vocabulary"),
+        ([5, 1 << 70], "outside the vocabulary"),
+        (range(9), "context length"),
+    ],
+)
+def test_what_is_no_token_is_refused_in_one_line(intake: Intake, given: Any, told: str) -> None:
+    with pytest.raises(RequestError, match=told) as caught:
+        intake.checked_prompt(given, 0, "prompt")
+    assert "\n" not in str(caught.value)
+    assert caught.value.param == "prompt"
