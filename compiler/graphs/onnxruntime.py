@@ -145,8 +145,9 @@ class _Segment:
                 # for torch's default stream: 0 would mean "make one".
                 "user_compute_stream": str(stream or 1),
                 "use_tf32": "0",  # as torch does by default
-                "arena_extend_strategy": "kSameAsRequested",  # the KV pool has the rest
             }
+            # Its memory grows by doubling: one that takes what is asked for would still have to grow
+            # while a step is recorded as a graph, where nothing may be allocated.
             provider = (provider, settings)
             self._run_options = onnxruntime.RunOptions()
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")

@@ -131,10 +131,12 @@ class GpuDevice:
                 fn()
         except RuntimeError as error:  # something in it waits for the device, or can't be recorded
             short = _memory_error(error)
-            if short is not None:  # a smaller step may be recorded, and this one later
+            # A smaller step may be recorded, and this one later. Only torch's allocator can grow while
+            # something is recorded: another's failure says nothing about the memory that is left.
+            if isinstance(short, torch.OutOfMemoryError):
                 self._graph_pool = None
                 raise short from None
-            log.warning("a step could not be captured: %s", str(error).splitlines()[0])
+            log.warning("a step could not be captured: %s", str(short or error).splitlines()[0])
             self._graph_pool = None  # torch holds this one for recording still
             return None
         replay: Callable[[], None] = graph.replay

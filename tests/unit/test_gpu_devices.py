@@ -220,6 +220,11 @@ def test_a_recording_that_memory_is_too_small_for_is_no_step_that_cannot_be_reco
     with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):  # what ended the recording
         device.capture(step)
     assert device.capture(lambda: None) is None
+    # An allocator that isn't torch's can't grow while a step is recorded: that is no lack of memory.
+    fake.fails = RuntimeError(
+        "BFCArena: Failed to allocate memory for requested buffer of size 768"
+    )
+    assert device.capture(lambda: None) is None
     fake.fails = None
     assert device.capture(lambda: None) is not None
 
