@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from halyard.compiler.graph import ModelGraph
+from halyard.compiler.passes.linear_weights import linear_weights, replace_users
 from halyard.hal.kernels.native.quantized_linear import (
     GROUP,
     quantize_linear,
@@ -21,10 +22,6 @@ from halyard.hal.kernels.native.quantized_linear import (
 )
 
 __all__ = ["quantize_linears_int4", "quantize_linears_int8"]
-
-_LINEAR = torch.ops.aten.linear.default
-_EMBEDDING = torch.ops.aten.embedding.default
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def quantize_linears_int8(graph: ModelGraph) -> None:
@@ -38,51 +35,22 @@ def quantize_linears_int4(graph: ModelGraph) -> None:
 
 
 def _quantize(graph: ModelGraph, bits: int) -> None:
-    nodes = list(graph.module.graph.nodes)
-    linears = [node for node in nodes if node.target is _LINEAR]
-    for weight in [node for node in nodes if graph.weight_of(node)]:
-        users = list(weight.users)
-        if not any(user in linears for user in users) or not _quantizable(weight, users):
-            continue
-        for user in users:
-            _replace(graph, weight, user, bits)
-        name = weight.meta["weight"]
-        graph.recipes[name] = replace(graph.recipes[name], bits=bits)
-        value = weight.meta["val"]
-        with value.fake_mode:
-            weight.meta["val"] = quantize_linear(value, bits=bits)
+    for weight in linear_weights(graph, GROUP):
+        _narrow(graph, weight, bits)
     graph.clean()
 
 
-def _quantizable(weight: fx.Node, users: list[fx.Node]) -> bool:
-    value = weight.meta["val"]
-    if value.dim() != 2 or value.dtype not in _DTYPES or value.shape[1] % GROUP:
-        return False
-    for user in users:
-        is_linear = user.target is _LINEAR and user.args[1] is weight
-        plain_lookup = user.target is _EMBEDDING and user.args[0] is weight
-        if not (is_linear or plain_lookup):
-            return False
-        if is_linear and user.args[0].meta["val"].dtype != value.dtype:  # type: ignore[union-attr]
-            return False
-    return True
-
-
-def _replace(graph: ModelGraph, weight: fx.Node, user: fx.Node, bits: int) -> None:
+def _narrow(graph: ModelGraph, weight: fx.Node, bits: int) -> None:
     value = weight.meta["val"]
     out_features, in_features = (int(size) for size in value.shape)
-    fx_graph = graph.module.graph
-    with fx_graph.inserting_before(user):
-        if user.target is _LINEAR:
-            bias = user.args[2] if len(user.args) > 2 else None
-            new = fx_graph.call_function(
-                quantized_linear, (user.args[0], weight, bias, out_features, bits)
-            )
-        else:
-            new = fx_graph.call_function(
-                quantized_embedding,
-                (user.args[1], weight, in_features, bits, value.dtype == torch.bfloat16),
-            )
-    new.meta.update(user.meta)
-    user.replace_all_uses_with(new)
-    fx_graph.erase_node(user)
+    is_bfloat16 = value.dtype == torch.bfloat16
+    replace_users(
+        graph,
+        weight,
+        lambda x, bias: (quantized_linear, (x, weight, bias, out_features, bits)),
+        lambda ids: (quantized_embedding, (ids, weight, in_features, bits, is_bfloat16)),
+    )
+    name = weight.meta["weight"]
+    graph.recipes[name] = replace(graph.recipes[name], bits=bits)
+    with value.fake_mode:
+        weight.meta["val"] = quantize_linear(value, bits=bits)
