@@ -17,12 +17,12 @@ Requests = list[tuple[list[int], int]]
 class Halyard:
     """`name` may choose a weight format after a colon: halyard:int8."""
 
-    def __init__(self, name: str, model: str) -> None:
+    def __init__(self, name: str, model: str, dtype: str) -> None:
         from halyard import LLM, SamplingParams
 
         options: dict[str, Any] = {"quantization": name.split(":")[1]} if ":" in name else {}
         self.params = SamplingParams
-        self.llm = LLM(model=model, dtype="bfloat16", max_model_len=2048, **options)
+        self.llm = LLM(model=model, dtype=dtype, max_model_len=2048, **options)
 
     def run(self, requests: Requests) -> int:
         prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
@@ -34,12 +34,12 @@ class Halyard:
 
 
 class Vllm:
-    def __init__(self, name: str, model: str) -> None:
+    def __init__(self, name: str, model: str, dtype: str) -> None:
         from vllm import LLM, SamplingParams
 
         self.params = SamplingParams
         self.llm = LLM(
-            model=model, dtype="bfloat16", max_model_len=2048, skip_tokenizer_init=True,
+            model=model, dtype=dtype, max_model_len=2048, skip_tokenizer_init=True,
             max_num_seqs=32,
         )  # fmt: skip
 
@@ -54,7 +54,7 @@ class Vllm:
 
 
 class OpenVino:
-    def __init__(self, name: str, model: str) -> None:
+    def __init__(self, name: str, model: str, dtype: str) -> None:
         import openvino_genai
 
         self.genai = openvino_genai
@@ -63,8 +63,9 @@ class OpenVino:
         scheduler.enable_prefix_caching = True
         scheduler.max_num_seqs = 32
         self.pipe = openvino_genai.ContinuousBatchingPipeline(
-            model, scheduler, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}
-        )
+            model, scheduler, "CPU",
+            {"INFERENCE_PRECISION_HINT": {"bfloat16": "bf16", "float32": "f32"}[dtype]},
+        )  # fmt: skip
 
     def run(self, requests: Requests) -> int:
         import numpy
@@ -94,8 +95,8 @@ def resident_bytes() -> int:
 
 
 def main() -> None:
-    name, model = sys.argv[1:3]
-    engine = ENGINES[name.split(":")[0]](name, model)
+    name, model, dtype = sys.argv[1:4]
+    engine = ENGINES[name.split(":")[0]](name, model, dtype)
     engine.run([([1, 2, 3, 4], 2)])
     print("ANSWER {}", flush=True)
     for line in sys.stdin:

@@ -123,7 +123,7 @@ def _answer(name: str, stream: Any) -> dict[str, Any]:
     raise SystemExit(f"{name} ended without an answer; see its log")
 
 
-def start(name: str, folder: Path, model: Path, threads: int, logs: Path) -> Engine:
+def start(name: str, folder: Path, model: Path, threads: int, logs: Path, dtype: str) -> Engine:
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
     python = Path(sys.executable)
     argument = model
@@ -144,7 +144,7 @@ def start(name: str, folder: Path, model: Path, threads: int, logs: Path) -> Eng
     log = (logs / f"{name}.log").open("w")
     began = time.perf_counter()
     process = subprocess.Popen(
-        [str(python), str(HERE / "peer_worker.py"), name, str(argument)],
+        [str(python), str(HERE / "peer_worker.py"), name, str(argument), dtype],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
     )  # fmt: skip
     engine = Engine(name, process, 0.0)
@@ -170,11 +170,12 @@ def stream_read() -> float:
     return best / 1e9
 
 
-def matrix_rate() -> float:
-    """GFLOP/s of a large bf16 product on all cores now."""
+def matrix_rate(dtype: str) -> float:
+    """GFLOP/s of a large product on all cores now."""
     import torch
 
-    a, b = torch.randn(1024, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    kind = getattr(torch, dtype)
+    a, b = torch.randn(1024, 2048).to(kind), torch.randn(2048, 2048).to(kind)
     best = 0.0
     for _ in range(4):
         began = time.perf_counter()
@@ -191,7 +192,9 @@ def run(args: argparse.Namespace) -> None:
     folder = args.folder
     model = checkpoint(folder, args.shape)
     vocab_size = shape_config(args.shape).vocab_size
-    engines = [start(name, folder, model, args.threads, args.logs) for name in args.engines]
+    engines = [
+        start(name, folder, model, args.threads, args.logs, args.dtype) for name in args.engines
+    ]
     for engine in engines:
         print(f"{engine.name}: ready after {engine.startup:.1f} s", flush=True)
     reads, rates = [], []
@@ -215,7 +218,7 @@ def run(args: argparse.Namespace) -> None:
                     engine.seconds.setdefault(workload_name, []).append(answer["seconds"])
                     engine.info["rss"] = answer.get("rss")
             reads.append(stream_read())
-        rates.append(matrix_rate())
+        rates.append(matrix_rate(args.dtype))
         print(f"round {number + 1} of {args.rounds} done", flush=True)
     for engine in engines:
         engine.stop()
@@ -229,7 +232,7 @@ def report(
     peers = [engine for engine in engines if engine not in ours]
     lines = [
         f"shape {args.shape}, {args.threads} threads, {args.rounds} rounds; stream read "
-        f"{statistics.median(reads):.0f} GB/s ({min(reads):.0f}-{max(reads):.0f}), bf16 product "
+        f"{statistics.median(reads):.0f} GB/s ({min(reads):.0f}-{max(reads):.0f}), {args.dtype} product "
         f"{statistics.median(rates):.0f} GFLOP/s ({min(rates):.0f}-{max(rates):.0f})",
         "",
         "| workload | " + " | ".join(engine.name for engine in engines) + " | best peer / ours |",
@@ -259,7 +262,8 @@ def report(
             "shape": args.shape,
             "threads": args.threads,
             "stream_read_gb_s": reads,
-            "bf16_gflop_s": rates,
+            "dtype": args.dtype,
+            "product_gflop_s": rates,
             "engines": {
                 e.name: {"startup": e.startup, "seconds": e.seconds, "info": e.info}
                 for e in engines
@@ -283,6 +287,12 @@ def main() -> None:
     installing.add_argument("engines", nargs="*", default=["openvino", "vllm"])
     running = kinds.add_parser("run")
     running.add_argument("--shape", default="160m")
+    running.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="float32 on a processor without bf16 arithmetic, where every engine computes in it",
+    )
     running.add_argument("--rounds", type=int, default=5)
     running.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     running.add_argument("--workloads", nargs="+", default=list(WORKLOADS))
