@@ -128,10 +128,14 @@ class AttentionLayer:
     num_heads: int  # query heads; num_heads % num_kv_heads == 0
     num_kv_heads: int
     head_dim: int
-    scale: float  # multiplies q.k before softcap and softmax
+    scale: float  # positive; multiplies q.k before softcap and softmax
     window: int = 0  # 0: full; w > 0: query at position i sees keys at positions j with i - j < w
     softcap: float = 0.0  # 0: none; c > 0: scores become c * tanh(scores / c)
     sinks: Tensor | None = None  # [num_heads] extra logit in each head's softmax denominator
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:  # kernels take the largest score before they scale it
+            raise ValueError(f"layer {self.index}: scale must be positive, got {self.scale}")
 
 
 @dataclass(frozen=True, slots=True)
