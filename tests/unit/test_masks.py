@@ -87,6 +87,23 @@ def test_an_answer_that_is_complete_may_only_end(compiler: GrammarCompiler) -> N
     assert tokens(maker.begin(rows_of([(guidance, [token])])).result().bits[0]) == [END]
 
 
+def test_a_complete_answer_that_goes_on_may_take_any_end(compiler: GrammarCompiler) -> None:
+    """With ignore_eos: an end that the library doesn't know as one breaks nothing."""
+    other = 5
+    two = GrammarCompiler(compiler._vocabulary, compiler.vocab_size, frozenset({END, other}))
+    guidance = two.guidance(Constraint.regex("a"))
+    answer: list[int] = []
+    (token,) = tokens(guidance.maker.begin(rows_of([(guidance, answer)])).result().bits[0])
+    for drawn in (token, other, END, other):
+        masks = guidance.maker.begin(rows_of([(guidance, answer)]))
+        found = masks.result()
+        assert not found.failures
+        if answer:
+            assert tokens(found.bits[0]) == [END, other]
+        masks.follow([drawn])
+        answer.append(drawn)
+
+
 def test_a_grammar_that_breaks_down_fails_alone(compiler: GrammarCompiler) -> None:
     broken, sound = (compiler.guidance(Constraint.regex("[ab]{9}")) for _ in range(2))
     maker = sound.maker
