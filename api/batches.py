@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from halyard.api.dispatch import ENDPOINTS
 from halyard.api.errors import NotFoundError
 from halyard.api.files import FileStore
 from halyard.api.host import EngineHost
+from halyard.api.paging import Listed, Place
 from halyard.api.tenancy import Tenancy
 from halyard.api.tenants import act_as, caller
 from halyard.hal.errors import ConfigError, RequestError
@@ -23,6 +25,7 @@ logger = logging.getLogger("halyard.api")
 
 _ID = re.compile(r"batch_[0-9a-f]{24}")
 _DAY = 24 * 3600
+_OWN = ("tenant", "created_ns")  # what clients don't see
 _ENDED = ("completed", "failed", "cancelled", "expired")
 
 
@@ -88,6 +91,7 @@ class BatchStore:
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": metadata,
             "tenant": caller().tenant.name,
+            "created_ns": time.time_ns(),
         }
         self._save(batch)
         self._launch(batch)
@@ -100,10 +104,20 @@ class BatchStore:
         """
         return _shown(self._own(batch_id))
 
-    def all(self) -> list[dict[str, Any]]:
-        """The newest first."""
-        found = [_shown(batch) for batch in self._stored() if _is_own(batch)]
-        return sorted(found, key=lambda batch: int(batch["created_at"]), reverse=True)
+    def listed(self) -> list[Listed]:
+        """All of them, in no order."""
+        return [Listed(_place(one), _shown(one)) for one in self._stored() if _is_own(one)]
+
+    def place(self, batch_id: str) -> Place:
+        """Where a batch is among the others.
+
+        Raises:
+            RequestError: there is none.
+        """
+        try:
+            return _place(self._own(batch_id))
+        except NotFoundError as error:
+            raise RequestError(f"after: {error}", "after") from None
 
     def cancel(self, batch_id: str) -> dict[str, Any]:
         """End one; answers that are there stay.
@@ -196,5 +210,9 @@ def _is_own(batch: dict[str, Any]) -> bool:
     return bool(batch.get("tenant", "default") == caller().tenant.name)
 
 
+def _place(batch: dict[str, Any]) -> Place:
+    return batch.get("created_ns", batch["created_at"] * 10**9), batch["id"]
+
+
 def _shown(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name != "tenant"}
+    return {name: value for name, value in batch.items() if name not in _OWN}

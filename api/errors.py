@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 from litestar import Request, Response
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, ValidationException
 
 from halyard.api.limits import RateLimitedError
 from halyard.api.schemas.common import ErrorBody, ErrorEnvelope
@@ -167,6 +167,9 @@ def _invalid(message: str, param: str | None, code: str | None) -> ApiError:
 
 def _from_http(error: HTTPException) -> ApiError:
     status = error.status_code
+    if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
+        wrong = error.extra[0]  # of the parameters in the address
+        return _invalid(f"{wrong['key']}: {wrong['message']}", wrong["key"], "invalid_value")
     kind = "invalid_request_error" if status < 500 else "server_error"
     code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(status)
     headers = {

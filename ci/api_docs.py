@@ -6,10 +6,14 @@ python ci/api_docs.py --check  exit status 1 if it is out of date
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
+from halyard.api.controllers.batches import BatchController, FileController
+from halyard.api.controllers.responses import ResponseController
 from halyard.api.parameters import IGNORED, REFUSED, refused_names
 from halyard.api.schemas.batches import BatchRequest
 from halyard.api.schemas.chat import ChatCompletionRequest
@@ -31,6 +35,11 @@ ENDPOINTS = {
     "POST /v1/batches": BatchRequest,
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,
+}
+LISTS: dict[str, Any] = {
+    "GET /v1/files": FileController.list_files,
+    "GET /v1/batches": BatchController.list_batches,
+    "GET /v1/responses/{id}/input_items": ResponseController.items,
 }
 # Endpoint-specific: what a shared name means there.
 HONOURED_THERE = {("POST /v1/responses", "store")}
@@ -68,6 +77,13 @@ are not listed are ignored. `null` is the default everywhere.
 | `GET /v1/provenance/{fingerprint}` | what made the answers with that `system_fingerprint` |
 | `GET /health`, `/ready`, `/version`, `/metrics`, `/schema` | for operators: [observability.md](observability.md) |
 | `GET /status`, `/status/live`, `/history`, `/plan`, `/conformance` | what the page draws: requests, KV blocks, curves, the plan, reports |
+
+**How long an answer may get.** `max_tokens` (`max_completion_tokens`, `max_output_tokens`) is an upper
+bound: one that reaches beyond the context is taken as what the context leaves after the prompt, and the
+answer ends there with "length", for chats and completions alike. vLLM does the same (before 2026 it
+refused them); OpenAI refuses numbers above a model's own limit. Left out, chats may go on to the
+context's end and completions have 16. A prompt that leaves no room for a token is refused with
+`context_length_exceeded`.
 
 **Structured output.** `response_format`, `structured_outputs` or one of the `guided_*` fields, at most
 one. Needs `llguidance`. Schemas are always held to (`strict` changes nothing); what can't be held to,
@@ -118,6 +134,33 @@ def row(endpoint: str, kind: type, name: str, comment: str) -> str:
     return f"| `{name}` | honoured | {comment} |"
 
 
+def query_row(name: str, parameter: inspect.Parameter) -> str:
+    """A parameter of a list's address."""
+    annotation, said = get_args(parameter.annotation)
+    values = [one for one in get_args(annotation) or [annotation] if one is not type(None)]
+    if get_origin(values[0]) is Literal:
+        values = list(get_args(values[0]))
+    if annotation is int:
+        kind = f"{said.ge} to {said.le}"
+    else:
+        kind = ", ".join("a text" if one is str else str(one) for one in values)
+    usual = "" if parameter.default is None else f"; {parameter.default} by default"
+    return f"| `{name}` | {kind}{usual} | {said.description} |"
+
+
+def lists() -> str:
+    parts = ["## Lists\n\nIn pages: `has_more` says whether another follows `last_id`. A value that is out of range is "
+             "refused.\n"]  # fmt: skip
+    for endpoint, handler in LISTS.items():
+        asked = inspect.signature(handler.fn, eval_str=True).parameters
+        rows = [query_row(*one) for one in asked.items()
+                if one[0] not in ("self", "request", "response_id")]  # fmt: skip
+        parts.append(
+            f"**{endpoint}**\n\n| parameter | | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        )
+    return "\n".join(parts)
+
+
 def page() -> str:
     parts = [INTRO]
     for endpoint, kind in ENDPOINTS.items():
@@ -128,7 +171,7 @@ def page() -> str:
         parts.append(
             f"## {endpoint}\n\n| parameter | | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, lists()])
 
 
 def main() -> int:

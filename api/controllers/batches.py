@@ -1,14 +1,16 @@
 """/v1/files and /v1/batches."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from litestar import Controller, Request, Response, delete, get, post
 from litestar.datastructures import UploadFile
+from litestar.params import Parameter
 
 from halyard.api.batches import BatchStore
 from halyard.api.convert import decode_body
-from halyard.api.files import FileStore
+from halyard.api.files import FileStore, Purpose
 from halyard.api.openapi import body_of
+from halyard.api.paging import MOST, After, Order, page
 from halyard.api.schemas.batches import BatchRequest
 from halyard.hal.errors import RequestError
 
@@ -33,9 +35,18 @@ class FileController(Controller):
         return _files(request).create(await file.read(), file.filename, purpose)
 
     @get()
-    async def list_files(self, request: Request[Any, Any, Any]) -> dict[str, Any]:
-        """All of them."""
-        return _list(_files(request).all())
+    async def list_files(
+        self,
+        request: Request[Any, Any, Any],
+        after: After = None,
+        limit: Annotated[int, Parameter(ge=1, le=10_000, description=MOST)] = 10_000,
+        order: Order = "desc",
+        purpose: Annotated[Purpose | None, Parameter(description="of the files wanted")] = None,
+    ) -> dict[str, Any]:
+        """A page of them, by default the newest first."""
+        files = _files(request)
+        place = None if after is None else files.place(after)
+        return page(files.listed(purpose), place, limit, order)
 
     @get("/{file_id:str}")
     async def retrieve(self, request: Request[Any, Any, Any], file_id: str) -> dict[str, Any]:
@@ -70,9 +81,17 @@ class BatchController(Controller):
         return _batches(request).create(asked.input_file_id, asked.endpoint, asked.metadata)
 
     @get()
-    async def list_batches(self, request: Request[Any, Any, Any]) -> dict[str, Any]:
-        """All of them."""
-        return _list(_batches(request).all())
+    async def list_batches(
+        self,
+        request: Request[Any, Any, Any],
+        after: After = None,
+        limit: Annotated[int, Parameter(ge=1, le=100, description=MOST)] = 20,
+        order: Order = "desc",
+    ) -> dict[str, Any]:
+        """A page of them, by default the newest first."""
+        batches = _batches(request)
+        place = None if after is None else batches.place(after)
+        return page(batches.listed(), place, limit, order)
 
     @get("/{batch_id:str}")
     async def retrieve(self, request: Request[Any, Any, Any], batch_id: str) -> dict[str, Any]:
@@ -83,12 +102,6 @@ class BatchController(Controller):
     async def cancel(self, request: Request[Any, Any, Any], batch_id: str) -> dict[str, Any]:
         """End one."""
         return _batches(request).cancel(batch_id)
-
-
-def _list(data: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"object": "list", "data": data, "has_more": False,
-            "first_id": data[0]["id"] if data else None,
-            "last_id": data[-1]["id"] if data else None}  # fmt: skip
 
 
 def _files(request: Request[Any, Any, Any]) -> FileStore:

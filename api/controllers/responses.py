@@ -1,15 +1,17 @@
 """POST /v1/responses, and what was stored of them."""
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 from litestar import Controller, Request, delete, get, post
+from litestar.params import Parameter
 from litestar.types import ASGIApp
 
 from halyard.api.chat_run import plan_chat, start_chat
 from halyard.api.convert import decode_body
 from halyard.api.deps import error_observer, host_of, new_id
 from halyard.api.openapi import body_of
+from halyard.api.paging import MOST, After, Listed, Order, page
 from halyard.api.response_answers import ResponseAnswers
 from halyard.api.response_convert import as_chat, read_items
 from halyard.api.response_store import ResponseStore, StoredResponse
@@ -86,15 +88,26 @@ class ResponseController(Controller):
         return {"id": response_id, "object": "response.deleted", "deleted": True}
 
     @get("/{response_id:str}/input_items")
-    async def items(self, request: Request[Any, Any, Any], response_id: str) -> dict[str, Any]:
-        """What a response was given."""
-        items = [
-            {"id": f"item_{number}", "type": "message", **item}
-            for number, item in enumerate(_store(request).get(response_id).items)
-        ]
-        return {"object": "list", "data": items, "has_more": False,
-                "first_id": items[0]["id"] if items else None,
-                "last_id": items[-1]["id"] if items else None}  # fmt: skip
+    async def items(
+        self,
+        request: Request[Any, Any, Any],
+        response_id: str,
+        after: After = None,
+        limit: Annotated[int, Parameter(ge=1, le=100, description=MOST)] = 20,
+        order: Order = "desc",
+    ) -> dict[str, Any]:
+        """A page of what a response was given, by default the last first."""
+        listed: dict[str, Listed] = {}
+        for number, item in enumerate(_store(request).get(response_id).items):
+            name = item.get("id")
+            if not isinstance(name, str) or name in listed:
+                name = f"item_{number}"
+            facts = {"type": "message", **item, "id": name}
+            listed[name] = Listed((number, name), facts)
+        if after is not None and after not in listed:
+            raise RequestError(f"after: no item {after!r} is in this response", "after")
+        place = None if after is None else listed[after].place
+        return page(listed.values(), place, limit, order)
 
 
 def _store(request: Request[Any, Any, Any]) -> ResponseStore:
