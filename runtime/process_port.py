@@ -56,7 +56,7 @@ __all__ = ["Launch", "ProcessPort", "end_all", "launch"]
 logger = logging.getLogger("halyard.engine")
 
 _STOP_SECONDS = 3.0  # a process that was told to stop gets that long
-_LOOKS = 4  # silent looks in a row make an engine a hanging one
+_LOOKS = 4  # in the time that a step may take
 _processes: set[subprocess.Popen[bytes]] = set()
 
 
@@ -392,7 +392,7 @@ class ProcessPort:
             return
         working = self._busy or self._sent != self._received
         silent = silent + 1 if working and frames == self._frames else 0
-        if silent >= _LOOKS:
+        if silent > _LOOKS:  # the first of them came at any time after the work did
             self._reason = f"the engine hung: no step ended in {self._hang_seconds:g} seconds"
             logger.error("%s: its process is killed", self._reason)
             self._process.kill()  # the socket's end tells the rest

@@ -172,7 +172,7 @@ def test_an_engine_that_hangs_with_work_is_ended_and_an_idle_one_is_not() -> Non
         started = time.monotonic()
         _, error = await collect(client.submit([7], greedy(5)))
         assert "hung" in (error or "")
-        assert time.monotonic() - started > 0.3
+        assert time.monotonic() - started > 0.4  # a step may take that long
         await client.close()
 
     play(scene)
