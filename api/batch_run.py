@@ -15,6 +15,15 @@ from halyard.hal.errors import ConfigError
 __all__ = ["BatchLine", "done_ids", "read_lines", "run_lines"]
 
 AT_ONCE = 128  # lines that are submitted; the scheduler decides how many run
+_PAUSE = 0.5  # seconds between two tries of a line
+_DEATHS = 3  # of engines that had the line: it may be what they die of
+_PASSING = (
+    "ready",
+    "loading",
+    "restarting",
+    "asleep",
+    "stopping",
+)  # an engine answers again, later
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +122,22 @@ async def run_lines(
 
 
 async def _answer(host: EngineHost, line: BatchLine) -> tuple[int, dict[str, Any]]:
+    """A batch has time: what would be told to come again does."""
+    deaths = 0
     while True:
-        status, body = await answer(host, line.url, line.body)
-        if status != 429:
+        async with host.gate.passage():
+            status, body = await answer(host, line.url, line.body)
+        code = body["error"]["code"] if status != 200 else None
+        if code == "engine_dead":
+            deaths += 1
+        again = (
+            status == 429  # the queue is full of others' requests
+            or (code == "not_ready" and not host.given_up)
+            or (code == "engine_dead" and deaths < _DEATHS and host.readiness().state in _PASSING)
+        )
+        if not again:
             return status, body
-        await asyncio.sleep(0.5)  # the queue is full of others' requests: a batch has time
+        await asyncio.sleep(_PAUSE)
 
 
 def _line(text: str, where: str, endpoint: str | None) -> BatchLine:

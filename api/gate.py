@@ -1,7 +1,8 @@
 """Knows which requests are being answered, and holds new ones while the engine is exchanged in place."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
@@ -39,6 +40,19 @@ class Gate:
         inside = set(self._inside)
         while inside & self._inside:
             await asyncio.sleep(0.02)
+
+    @asynccontextmanager
+    async def passage(self) -> AsyncIterator[None]:
+        """For requests that come another way than over HTTP, and have time: held while it is closed."""
+        self.on_knock()
+        while not self._open.is_set():
+            await self._open.wait()
+        ticket = object()
+        self._inside.add(ticket)
+        try:
+            yield
+        finally:
+            self._inside.discard(ticket)
 
     def around(self, app: ASGIApp) -> ASGIApp:
         """The application, with its requests to /v1 counted and, while the gate is closed, held."""

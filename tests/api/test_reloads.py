@@ -226,3 +226,91 @@ def test_requests_that_sleep_ends_are_told_to_come_again(live: LiveProcess) -> N
     assert "sleep" in answers[0].json()["error"]["message"]
     assert live.admin("wake").status_code == 200
     assert fingerprint(live)
+
+
+def batch_of(live: LiveProcess, count: int, tokens: int) -> str:
+    lines = [
+        {"custom_id": f"line-{first}", "method": "POST", "url": "/v1/completions",
+         "body": {"prompt": [first], "max_tokens": tokens, "ignore_eos": True, "temperature": 0,
+                  "return_token_ids": True}}
+        for first in range(10, 10 + count)
+    ]  # fmt: skip
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    file = live.http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("in", content)})
+    made = live.http.post("/v1/batches", json={
+        "input_file_id": file.json()["id"], "endpoint": "/v1/completions",
+        "completion_window": "24h"})  # fmt: skip
+    return str(made.json()["id"])
+
+
+def completed(live: LiveProcess, batch: str) -> int:
+    return int(live.http.get(f"/v1/batches/{batch}").json()["request_counts"]["completed"])
+
+
+def answers_of(live: LiveProcess, batch: str) -> list[dict[str, Any]]:
+    """Once it is over."""
+    until(lambda: live.http.get(f"/v1/batches/{batch}").json()["status"] == "completed")
+    file = live.http.get(f"/v1/batches/{batch}").json()["output_file_id"]
+    return [json.loads(one) for one in live.http.get(f"/v1/files/{file}/content").text.splitlines()]
+
+
+def check_lines(answers: list[dict[str, Any]], count: int, tokens: int) -> set[str]:
+    """Each line was answered once, with what its own prompt gives. The fingerprints of them all."""
+    numbers = range(10, 10 + count)
+    assert sorted(one["custom_id"] for one in answers) == sorted(f"line-{n}" for n in numbers)
+    for one in answers:
+        first = int(one["custom_id"].removeprefix("line-"))
+        assert one["response"]["status_code"] == 200, one
+        (choice,) = one["response"]["body"]["choices"]
+        assert choice["token_ids"] == list(range(first + 1, first + 1 + tokens))
+    return {one["response"]["body"]["system_fingerprint"] for one in answers}
+
+
+def other_than_served(live: LiveProcess, mirror: Path) -> str:
+    """The one of two models that isn't served."""
+    facts = live.http.get(f"/v1/provenance/{fingerprint(live)}").json()
+    own = json.loads((mirror / "new" / "halyard-manifest.json").read_text())["files"]
+    served = facts["model"]["files"]["config.json"]
+    return "old" if served == f"sha256:{own['config.json']['sha256']}" else "new"
+
+
+def test_a_batch_goes_on_while_its_model_is_replaced(live: LiveProcess, mirror: Path) -> None:
+    """What the old engine has begun it ends, and the new one answers the rest."""
+    old, [engine] = fingerprint(live), live.engines()
+    model = other_than_served(live, mirror)
+    count, tokens = 300, 100
+    batch = batch_of(live, count, tokens)
+    until(lambda: completed(live, batch) >= 1)
+    os.kill(engine, signal.SIGSTOP)  # it has lines, and keeps them until the other serves
+    done = completed(live, batch)
+    assert 1 <= done < count
+    reload = live.admin("reload", model=model, mode="beside")
+    assert reload.status_code == 200, reload.text
+    assert done <= completed(live, batch) < count
+    os.kill(engine, signal.SIGCONT)
+    answers = answers_of(live, batch)
+    assert check_lines(answers, count, tokens) == {old, reload.json()["fingerprint"]}
+    until(lambda: len(live.engines()) == 1)
+
+
+@pytest.mark.parametrize("what", ["in_place", "killed", "asleep"])
+def test_a_batch_waits_while_there_is_no_engine(live: LiveProcess, mirror: Path, what: str) -> None:
+    """No line is answered with an error that only says: come again."""
+    count, tokens = 300, 100
+    model, [engine] = other_than_served(live, mirror), live.engines()
+    batch = batch_of(live, count, tokens)
+    until(lambda: completed(live, batch) >= 1)
+    if what == "in_place":
+        done = live.admin("reload", model=model, mode="in_place")
+        assert done.status_code == 200, done.text
+        assert completed(live, batch) < count  # it didn't wait for the whole batch
+    elif what == "killed":
+        os.kill(engine, signal.SIGKILL)
+    else:
+        assert live.admin("sleep", level=1, grace_seconds=0.1).status_code == 200
+        before = completed(live, batch)
+        time.sleep(1)
+        assert completed(live, batch) == before < count
+        assert live.admin("wake").status_code == 200
+    check_lines(answers_of(live, batch), count, tokens)
+    until(lambda: len(live.engines()) == 1)
