@@ -47,7 +47,7 @@ def as_chat(request: ResponseRequest, before: list[InputMessage]) -> ChatComplet
         reasoning_effort=(request.reasoning or {}).get("effort"),
     )
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop",
-                 "priority", "cache_salt", "timeout", "chat_template_kwargs"):  # fmt: skip
+                 "priority", "cache_salt", "timeout", "chat_template_kwargs", "guided_finish"):  # fmt: skip
         setattr(chat, name, getattr(request, name))
     return chat
 

@@ -37,6 +37,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     timeout: float | None = None  # seconds; then the answer ends as it is
     chat_template_kwargs: dict[str, Any] | None = None
+    guided_finish: bool | None = None  # near max_output_tokens it is led to the end of its form
     # Ignored: api/parameters.py says why.
     user: str | None = None
     safety_identifier: str | None = None

@@ -96,7 +96,7 @@ VALUES: dict[str, dict[str, Any]] = {
     RESPONSES: {
         **{name: SHARED[name] for name in (
             "model", "temperature", "top_p", "stream", "top_k", "min_p", "repetition_penalty",
-            "seed", "stop", "priority", "cache_salt", "timeout")},
+            "seed", "stop", "priority", "cache_salt", "timeout", "guided_finish")},
         "input": "ho",
         "instructions": "Be.",
         "previous_response_id": "resp_0",
