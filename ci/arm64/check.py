@@ -61,8 +61,10 @@ def run_tests(level: str, remote: RemoteLibrary, more: list[str]) -> int:
             items[:] = [item for item in items if not any(word in item.name for word in left)]
 
     files = [str(ROOT / "tests" / "conformance" / name) for name in TESTS]
+    # Halyard has a plugin of its own for pytest, and this program has imported it already.
+    options = ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     with recording():
-        return int(pytest.main(["-p", "no:cacheprovider", *more, *files], plugins=[Emulated()]))
+        return int(pytest.main([*options, *more, *files], plugins=[Emulated()]))
 
 
 def main() -> int:
