@@ -19,6 +19,7 @@ import pytest
 from live_process import LiveProcess, until
 from serve_process import ROOT
 
+from halyard.api.batch_run import AT_ONCE
 from halyard.api.cli.main import main
 
 WEIGHTS = "model.safetensors"
@@ -278,12 +279,12 @@ def test_a_batch_goes_on_while_its_model_is_replaced(live: LiveProcess, mirror: 
     """What the old engine has begun it ends, and the new one answers the rest."""
     old, [engine] = fingerprint(live), live.engines()
     model = other_than_served(live, mirror)
-    count, tokens = 300, 100
+    count, tokens = 600, 100
     batch = batch_of(live, count, tokens)
     until(lambda: completed(live, batch) >= 1)
     os.kill(engine, signal.SIGSTOP)  # it has lines, and keeps them until the other serves
     done = completed(live, batch)
-    assert 1 <= done < count
+    assert done + AT_ONCE < count
     reload = live.admin("reload", model=model, mode="beside")
     assert reload.status_code == 200, reload.text
     assert done <= completed(live, batch) < count
@@ -293,18 +294,39 @@ def test_a_batch_goes_on_while_its_model_is_replaced(live: LiveProcess, mirror: 
     until(lambda: len(live.engines()) == 1)
 
 
-@pytest.mark.parametrize("what", ["in_place", "killed", "asleep"])
-def test_a_batch_waits_while_there_is_no_engine(live: LiveProcess, mirror: Path, what: str) -> None:
-    """No line is answered with an error that only says: come again."""
-    count, tokens = 300, 100
-    model, [engine] = other_than_served(live, mirror), live.engines()
+def test_an_exchange_in_place_waits_for_no_batch(live: LiveProcess, mirror: Path) -> None:
+    """What runs comes to its end; the lines behind it wait for the new engine."""
+    old, [engine] = fingerprint(live), live.engines()
+    model = other_than_served(live, mirror)
+    count, tokens = 600, 100
     batch = batch_of(live, count, tokens)
     until(lambda: completed(live, batch) >= 1)
-    if what == "in_place":
-        done = live.admin("reload", model=model, mode="in_place")
-        assert done.status_code == 200, done.text
-        assert completed(live, batch) < count  # it didn't wait for the whole batch
-    elif what == "killed":
+    os.kill(engine, signal.SIGSTOP)
+    assert completed(live, batch) + AT_ONCE < count
+    reloads: list[httpx.Response] = []
+    reload = threading.Thread(
+        target=lambda: reloads.append(live.admin("reload", model=model, mode="in_place"))
+    )
+    reload.start()
+    until(lambda: held(live))
+    os.kill(engine, signal.SIGCONT)
+    reload.join(120)
+    assert reloads[0].status_code == 200, reloads[0].text
+    answers = answers_of(live, batch)
+    assert check_lines(answers, count, tokens) == {old, reloads[0].json()["fingerprint"]}
+    until(lambda: len(live.engines()) == 1)
+
+
+@pytest.mark.parametrize("what", ["killed", "asleep"])
+def test_a_batch_waits_while_there_is_no_engine(live: LiveProcess, what: str) -> None:
+    """No line is answered with an error that only says: come again."""
+    count, tokens = 600, 100
+    [engine] = live.engines()
+    batch = batch_of(live, count, tokens)
+    until(lambda: completed(live, batch) >= 1)
+    if what == "killed":
+        os.kill(engine, signal.SIGSTOP)
+        assert completed(live, batch) + AT_ONCE < count
         os.kill(engine, signal.SIGKILL)
     else:
         assert live.admin("sleep", level=1, grace_seconds=0.1).status_code == 200
