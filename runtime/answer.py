@@ -97,6 +97,13 @@ class Answers:
         self.request = request
         self.abandoned: list[int] = []
         params = request.params
+        self._simple = (
+            params.n == 1
+            and not params.stop_strings
+            and params.logprobs is None
+            and params.prompt_logprobs is None
+            and request.pooling is None
+        )
         self._answers = [
             _Answer(
                 decoder() if decoder else None,
@@ -128,6 +135,8 @@ class Answers:
 
     def feed(self, events: list[TokenEvent]) -> RequestDelta | None:
         """Deltas of one step. None if nothing is new for the user."""
+        if self._simple:
+            return self._feed_simple(events)
         new: dict[int, _New] = {}
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         embedding: bytes | None = None
@@ -164,6 +173,45 @@ class Answers:
             finished=self.finished,
             started=started,
             embedding=embedding,
+        )
+
+    def _feed_simple(self, events: list[TokenEvent]) -> RequestDelta | None:
+        """One answer, of which nothing but text is wanted: most requests, hundreds a step.
+
+        Tokens of several steps become text at once.
+        """
+        answer = self._answers[0]
+        if answer.finished:
+            return None
+        last = events[0]
+        token_ids, cached, started = last.token_ids, last.num_cached_tokens, last.started
+        if len(events) > 1:
+            gained: list[int] = []
+            for last in events:
+                gained += last.token_ids
+                cached = max(cached, last.num_cached_tokens)
+                started = started or last.started
+                if last.finish_reason is not None:
+                    break
+            token_ids = tuple(gained)
+        reason = last.finish_reason
+        text = ""
+        if answer.decoder is not None:
+            # The token that ends an answer is not part of its text.
+            shown = token_ids[:-1] if reason == "stop" and last.token_ids else token_ids
+            text = answer.decoder.push(shown)
+            if reason is not None:
+                text += answer.decoder.flush()
+        answer.finished = reason is not None
+        new = CompletionDelta(0, text, token_ids, None, reason, last.stop_reason, last.error)
+        return RequestDelta(
+            self.request.request_id,
+            (new,),
+            len(self.request.prompt_token_ids),
+            cached,
+            None,
+            answer.finished,
+            started,
         )
 
     def _take(self, answer: _Answer, event: TokenEvent, gain: _New) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Unpack
 
 from halyard import __version__
 from halyard.hal.errors import EngineDeadError, HalyardError, QueueFullError
 from halyard.runtime.answer import Answers
-from halyard.runtime.outputs import CompletionDelta, RequestDelta
+from halyard.runtime.outputs import CompletionDelta, RequestDelta, merge
 from halyard.runtime.plan import TokenEvent
 from halyard.runtime.request import Pooling, Request, RequestOptions, SamplingParams
 
@@ -41,8 +41,8 @@ class RequestStream(AsyncIterator[RequestDelta]):
         self.request = request
         self.answers = answers
         self._cancel = cancel
-        self._deltas: deque[RequestDelta] = deque()
-        self._wake = asyncio.Event()
+        self._deltas: list[RequestDelta] = []  # not read yet
+        self._waiter: asyncio.Future[None] | None = None  # of the reader, if it waits
         self._closed = False  # no delta comes after those in the queue
         self.begun = False  # something has come
         self.given_up = False  # its engine is gone, or goes: the error is not this request's
@@ -56,7 +56,7 @@ class RequestStream(AsyncIterator[RequestDelta]):
         if not self._closed:
             self._closed = True
             self._deltas.clear()
-            self._wake.set()
+            self._wake()
             self._cancel(self.request_id)
 
     def cut(self, reason: str) -> None:
@@ -73,7 +73,7 @@ class RequestStream(AsyncIterator[RequestDelta]):
         if delta is not None:
             self._deltas.append(delta)
         self._closed = True
-        self._wake.set()
+        self._wake()
 
     def put(self, delta: RequestDelta) -> None:
         if len(self._deltas) >= MAX_PENDING:
@@ -82,7 +82,7 @@ class RequestStream(AsyncIterator[RequestDelta]):
         if not self._closed:
             self._deltas.append(delta)
             self._closed = delta.finished
-            self._wake.set()
+            self._wake()
 
     def _overflow(self) -> None:
         """Nobody takes what comes: stop making more, and keep no more than a word about it."""
@@ -99,15 +99,29 @@ class RequestStream(AsyncIterator[RequestDelta]):
         prompt_len = len(self.request.prompt_token_ids)
         self._deltas.append(RequestDelta(self.request_id, tuple(failed), prompt_len, finished=True))
         self._closed = True
-        self._wake.set()
+        self._wake()
 
     async def __anext__(self) -> RequestDelta:
-        while not self._deltas:
+        deltas = self._deltas
+        while not deltas:
             if self._closed:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
-        return self._deltas.popleft()
+            self._waiter = waiter = asyncio.get_running_loop().create_future()
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+        if len(deltas) == 1:
+            return deltas.pop()
+        # Its reader was late: what is there comes as one, but an error after what was before it.
+        end = next((at for at, delta in enumerate(deltas) if delta.failed), len(deltas)) or 1
+        merged = merge(deltas[:end])
+        del deltas[:end]
+        return merged
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Client:

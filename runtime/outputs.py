@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from halyard.runtime.plan import FinishReason, TokenLogprob
 
@@ -14,6 +16,7 @@ __all__ = [
     "Logprob",
     "RequestDelta",
     "RequestOutput",
+    "merge",
 ]
 
 
@@ -70,11 +73,13 @@ class EmbeddingRequestOutput:
     finished: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionDelta:
-    """What is new about one answer. Text is cut so that stop strings never leak."""
+class CompletionDelta(NamedTuple):
+    """What is new about one answer. Text is cut so that stop strings never leak.
 
-    index: int
+    A named tuple, like TokenEvent: hundreds are made a step.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index on purpose
     text: str  # may be empty: held back until characters and stop strings are decided
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -83,8 +88,7 @@ class CompletionDelta:
     error: str | None = None  # with finish_reason "error": one line
 
 
-@dataclass(frozen=True, slots=True)
-class RequestDelta:
+class RequestDelta(NamedTuple):
     """What is new about a request since the last delta of its stream."""
 
     request_id: str
@@ -97,3 +101,42 @@ class RequestDelta:
     finished: bool = False  # every answer has ended
     started: float = 0.0  # time.monotonic() when its first step was planned; 0: not known
     embedding: bytes | None = None  # of a request that pools, once: float32 [hidden]
+
+    @property
+    def failed(self) -> bool:
+        """Whether it tells of an error."""
+        return any(new.error is not None for new in self.completions)
+
+
+def merge(deltas: Sequence[RequestDelta]) -> RequestDelta:
+    """Deltas of one request that follow each other, as one."""
+    parts: dict[int, list[CompletionDelta]] = {}
+    for delta in deltas:
+        for new in delta.completions:
+            parts.setdefault(new.index, []).append(new)
+    return RequestDelta(
+        request_id=deltas[0].request_id,
+        completions=tuple(_join(own) for _, own in sorted(parts.items())),
+        num_prompt_tokens=deltas[0].num_prompt_tokens,
+        num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
+        prompt_logprobs=next(
+            (one.prompt_logprobs for one in deltas if one.prompt_logprobs is not None), None
+        ),
+        finished=deltas[-1].finished,
+        started=next((delta.started for delta in deltas if delta.started), 0.0),
+        embedding=next((one.embedding for one in deltas if one.embedding is not None), None),
+    )
+
+
+def _join(parts: list[CompletionDelta]) -> CompletionDelta:
+    last = parts[-1]
+    if len(parts) == 1:
+        return last
+    logprobs = None
+    if any(part.logprobs is not None for part in parts):
+        logprobs = tuple(token for part in parts for token in part.logprobs or ())
+    return last._replace(
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        logprobs=logprobs,
+    )

@@ -351,3 +351,36 @@ def test_a_stop_string_ends_one_answer_and_frees_it() -> None:
             assert client.stats().generated_tokens < 900
 
     play(scene)
+
+
+def test_what_a_late_reader_finds_comes_as_one_and_every_stream_gets_its_part() -> None:
+    async def scene() -> None:
+        async with running(ToyTokenizer()) as client:
+            streams = [client.submit([10 * i], greedy(8, n=2)) for i in range(4)]
+            await until(lambda: client.num_requests == 0)
+            for i, stream in enumerate(streams):
+                delta = await anext(stream)
+                tokens = tuple(range(10 * i + 1, 10 * i + 9))
+                text = "".join(f"<{token}>" for token in tokens)
+                assert [(c.text, c.token_ids) for c in delta.completions] == [(text, tokens)] * 2
+                assert delta.finished
+                assert [c.finish_reason for c in delta.completions] == ["length"] * 2
+                with pytest.raises(StopAsyncIteration):
+                    await anext(stream)
+
+    play(scene)
+
+
+def test_text_that_waited_comes_before_the_error_that_followed_it() -> None:
+    async def scene() -> None:
+        async with running(ToyTokenizer()) as client:
+            pace(client)
+            stream = client.submit([5], greedy(500))
+            await until(lambda: len(stream._deltas) > 3)
+            client.give_up("no reason")
+            text, error = await anext(stream), await anext(stream)
+            assert text.completions[0].text.startswith("<6><7><8><9>")
+            assert text.completions[0].error is None
+            assert error.completions[0].error == "no reason"
+
+    play(scene)

@@ -1,11 +1,14 @@
 """Stop strings and the bookkeeping of answers."""
 
+import codecs
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from halyard.runtime.answer import Answers, StopMatcher
-from halyard.runtime.plan import TokenEvent
+from halyard.runtime.outputs import CompletionDelta, RequestDelta, merge
+from halyard.runtime.plan import TokenEvent, TokenLogprob
 from halyard.runtime.request import Request, SamplingParams
 
 
@@ -118,3 +121,88 @@ def test_matching_by_pieces_equals_matching_the_whole(
 def test_an_empty_stop_string_is_refused(stop: list[str]) -> None:
     with pytest.raises(Exception, match="stop"):
         SamplingParams(stop=stop)
+
+
+class Bytes:
+    """Token ids are bytes of UTF-8, the last ones of which may be missing."""
+
+    def __init__(self) -> None:
+        self.held = b""
+
+    def push(self, token_ids: tuple[int, ...]) -> str:
+        text, used = codecs.utf_8_decode(self.held + bytes(token_ids), "replace", False)
+        self.held = (self.held + bytes(token_ids))[used:]
+        return text
+
+    def flush(self) -> str:
+        held, self.held = self.held, b""
+        return held.decode(errors="replace")
+
+
+@given(
+    text=st.text(max_size=12),
+    cuts=st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    reason=st.sampled_from([None, "stop", "length", "error"]),
+    after=st.integers(0, 2),
+)
+def test_several_steps_at_once_are_what_they_are_one_by_one(
+    text: str, cuts: list[int], reason: str | None, after: int
+) -> None:
+    """Also in the short way of requests that want nothing but text."""
+    ids = tuple(text.encode())
+    events = [TokenEvent("r", 0, ids[:1], num_cached_tokens=2, started=7.0)]
+    events += [TokenEvent("r", 0, (one,)) for one in ids[1:]]
+    if reason is not None:
+        events.append(
+            TokenEvent("r", 0, (65, 0), finish_reason=reason, stop_reason=0, error="e")  # type: ignore[arg-type]
+        )
+        events += [TokenEvent("r", 0, (66,))] * after  # the engine didn't know yet
+
+    def through(batches: list[list[TokenEvent]], **params: object) -> object:
+        answers = Answers(request(**params), Bytes)
+        deltas = [delta for batch in batches if (delta := answers.feed(batch)) is not None]
+        return merge(deltas) if deltas else None
+
+    batches, begin = [], 0
+    while begin < len(events):
+        end = begin + cuts[begin % len(cuts)]
+        batches.append(events[begin:end])
+        begin = end
+    one_by_one = through([[event] for event in events])
+    assert through(batches) == one_by_one
+    # Looking for a stop string that never comes takes the long way.
+    assert through([[event] for event in events], stop="no such text") == one_by_one
+
+
+def test_deltas_that_waited_become_one() -> None:
+    token = TokenLogprob(1, -0.5, 1, ())
+    first = RequestDelta(
+        "r",
+        (CompletionDelta(1, "b", (2,), (token,)),),
+        3,
+        num_cached_tokens=2,
+        prompt_logprobs=(None, token),
+        started=1.0,
+    )
+    second = RequestDelta("r", (CompletionDelta(0, "a", (1,), (token,)),), 3)
+    third = RequestDelta(
+        "r",
+        (
+            CompletionDelta(0, "", (), (), "length"),
+            CompletionDelta(1, "c", (3, 4), (token, token), "stop", 4),
+        ),
+        3,
+        finished=True,
+    )
+    assert merge([first, second, third]) == RequestDelta(
+        "r",
+        (
+            CompletionDelta(0, "a", (1,), (token,), "length"),
+            CompletionDelta(1, "bc", (2, 3, 4), (token, token, token), "stop", 4),
+        ),
+        3,
+        num_cached_tokens=2,
+        prompt_logprobs=(None, token),
+        finished=True,
+        started=1.0,
+    )

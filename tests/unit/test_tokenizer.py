@@ -15,6 +15,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from halyard.hal.errors import ModelError, RequestError
+from halyard.models.byte_level import ByteDetokenizer
+from halyard.models.detokenizer import Detokenizer
 from halyard.models.source import ModelSource
 from halyard.models.tokenizer import Tokenizer, load_tokenizer
 
@@ -124,11 +126,55 @@ def test_the_price_stays_flat(tokenizer: Tokenizer, token: int) -> None:
         seen.append(len(ids))
         return tokenizer.decode(ids)
 
-    detokenizer = tokenizer.detokenizer()
-    detokenizer._decode = decode
+    detokenizer = Detokenizer(decode)
     for _ in range(2000):
         detokenizer.push([token])
     assert max(seen) < 150
+
+
+def test_bytes_need_no_window() -> None:
+    """Byte-level vocabularies have a decoder that keeps less than a character."""
+    detokenizer = BYTES.detokenizer()
+    assert isinstance(detokenizer, ByteDetokenizer)
+    assert isinstance(WORDS.detokenizer(), Detokenizer)
+    (first, *rest) = (BYTES.token_bytes(token) for token in range(BYTES.vocab_size))
+    assert first == b"<s>"
+    half = rest.index("🙂".encode()[:1]) + 1
+    for _ in range(100):
+        detokenizer.push([half])
+    assert len(detokenizer._held) == 1
+
+
+@given(
+    ids=st.lists(st.integers(0, 345), max_size=120),
+    cuts=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    skip=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_tokens_that_come_several_at_once_are_the_same_text(
+    ids: list[int], cuts: list[int], skip: bool
+) -> None:
+    """A server that is late hands on several steps' tokens as one; ids beyond the vocabulary too."""
+    for tokenizer in (BYTES, WORDS):
+        one_by_one = "".join(streamed(tokenizer, ids, skip))
+        detokenizer, text, begin = tokenizer.detokenizer(skip), "", 0
+        while begin < len(ids):
+            end = begin + cuts[begin % len(cuts)]
+            text, begin = text + detokenizer.push(ids[begin:end]), end
+        assert text + detokenizer.flush() == one_by_one
+
+
+def test_added_tokens_are_written_as_they_are() -> None:
+    inner = byte_level()
+    inner.add_tokens(["a b", "Ġx", "<tool>"])
+    inner.add_special_tokens(["<end of it>"])
+    tokenizer = wrap(inner)
+    ids = tokenizer.encode("cat a b <tool>Ġx🙂<end of it>the</s>")
+    for skip in (True, False):
+        for repeated in (ids, ids[::-1]):
+            assert "".join(streamed(tokenizer, repeated, skip)) == tokenizer._inner.decode(
+                repeated, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+            )
 
 
 def test_bytes_of_a_token() -> None:
