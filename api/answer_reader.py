@@ -49,6 +49,11 @@ class AnswerReader:
     def has_calls(self) -> bool:
         return self._tools is not None and self._tools.has_calls
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether all text is content, at once."""
+        return self._thoughts is None and self._tools is None
+
     def push(self, text: str, final: bool) -> Piece:
         thought, content = "", text
         if self._thoughts is not None:

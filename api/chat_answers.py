@@ -21,7 +21,7 @@ from halyard.api.schemas.chat import (
     ToolCallDelta,
 )
 from halyard.api.schemas.common import CompletionUsage, TokenDistribution
-from halyard.api.sse import DONE, event
+from halyard.api.sse import DONE, TextEvents, event
 from halyard.api.tokens import TokenWriter
 from halyard.api.tool_reader import CallPiece
 from halyard.runtime.outputs import CompletionDelta
@@ -81,7 +81,21 @@ class ChatAnswers:
         always = options is not None and bool(options.continuous_usage_stats)
         started: set[int] = set()
         readers = [AnswerReader(self._rules) for _ in range(generation.params.n)]
+        plain = None
+        if (
+            generation.params.n == 1
+            and generation.params.logprobs is None
+            and generation.params.prompt_logprobs is None
+            and readers[0].takes_all
+            and not (always or request.return_token_ids)
+        ):
+            choice = ChatChunkChoice(0, ChatDelta(content=""), None)
+            plain = TextEvents(self._chunk([choice], None if wants_usage else UNSET), "content")
         async for _, delta in generation.deltas():
+            if plain is not None and started and not delta.finished:
+                if text := delta.completions[0].text:
+                    yield plain(text)
+                continue
             choices = []
             for new in delta.completions:
                 first = new.index not in started

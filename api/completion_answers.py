@@ -14,7 +14,7 @@ from halyard.api.schemas.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from halyard.api.sse import DONE, event
+from halyard.api.sse import DONE, TextEvents, event
 from halyard.api.tokens import LegacyLogprobs, TokenWriter
 from halyard.models.tokenizer import Tokenizer
 from halyard.runtime.outputs import CompletionDelta
@@ -67,7 +67,12 @@ class CompletionAnswers:
         options = self._request.stream_options
         wants_usage = options is not None and bool(options.include_usage)
         always = options is not None and bool(options.continuous_usage_stats)
+        plain = self._plain_events(None if wants_usage else UNSET)
         async for number, delta in self._generation.deltas():
+            if plain is not None and not delta.finished and not self._answers[0][0].waits:
+                if text := delta.completions[0].text:
+                    yield plain(text)
+                continue
             for answer in self._answers[number]:
                 answer.see_prompt(delta.prompt_logprobs)
             choices = []
@@ -82,6 +87,22 @@ class CompletionAnswers:
         if wants_usage:
             yield event(self._chunk([], self._generation.usage()))
         yield DONE
+
+    def _plain_events(self, usage: UnsetType | None) -> TextEvents | None:
+        """How events of a lone answer are written of which nothing but text is wanted."""
+        asked, params = self._request, self._generation.params
+        options = asked.stream_options
+        if (
+            len(self._answers) != 1
+            or params.n != 1
+            or params.logprobs is not None
+            or params.prompt_logprobs is not None
+            or asked.return_token_ids
+            or self._generation.drop_answer
+            or (options is not None and options.continuous_usage_stats)
+        ):
+            return None
+        return TextEvents(self._chunk([CompletionChoice(0, "", None)], usage), "text")
 
     def _best(self, answers: "list[_Answer]") -> "list[_Answer]":
         """The n most likely of best_of answers, renumbered."""
@@ -163,6 +184,11 @@ class _Answer:
     def has_news(self) -> bool:
         return bool(self._text or self._finish_reason or self._logprobs
                     or (self._request.return_token_ids and self._token_ids))  # fmt: skip
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is text to take: an echo, until the first token comes."""
+        return bool(self._text)
 
     def see_prompt(self, logprobs: PromptLogprobs | None) -> None:
         """Prompt logprobs come once, before or with the first answer token."""

@@ -158,7 +158,7 @@ async def completion_prompts(
 ) -> list[list[int]]:
     """Token ids of every prompt. Errors as `token_prompts`', and if they are too many or too long."""
     prompt = request.prompt
-    if isinstance(prompt, str) or not all(isinstance(one, int) for one in prompt):
+    if isinstance(prompt, str) or set(map(type, prompt)) != {int}:
         texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
         check_count(1 if isinstance(prompt, str) else len(prompt), MAX_PROMPTS, "prompts", "prompt")
         if request.truncate_prompt_tokens is None:
@@ -192,7 +192,7 @@ async def token_prompts(
     singles: Sequence[str | int | list[int]] = [given] if isinstance(given, str) else given
     if not singles:
         raise RequestError(f"the {param} is empty: give at least one token", param)
-    if all(isinstance(single, int) for single in singles):
+    if set(map(type, singles)) == {int}:
         return _truncated([list(singles)], truncate)  # type: ignore[arg-type]
     if all(isinstance(single, list) for single in singles):
         return _truncated(list(singles), truncate)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from litestar.types import Receive, Scope, Send
 
 from halyard.api.errors import ApiError, to_api_error
 
-__all__ = ["DONE", "EventStream", "JsonAnswer", "event", "named_event"]
+__all__ = ["DONE", "EventStream", "JsonAnswer", "TextEvents", "event", "named_event"]
 
 logger = logging.getLogger("halyard.api")
 
@@ -28,6 +28,27 @@ def named_event(name: str, /, **fields: Any) -> bytes:
     """One server-sent event with a name, which is its type too."""
     body = _encoder.encode({"type": name, **fields})
     return b"event: " + name.encode() + b"\ndata: " + body + b"\n\n"
+
+
+class TextEvents:
+    """Events that differ in one text alone: the rest is written once. Most of a stream's are such.
+
+    Args:
+        sample: such an event's value, with an empty text.
+        field: the text's name, which has no other empty text.
+    """
+
+    __slots__ = ("_after", "_before")
+
+    def __init__(self, sample: msgspec.Struct, field: str) -> None:
+        # Within a JSON string the quotes would be escaped: only the field itself reads like this.
+        before, name, after = event(sample).partition(b'"%b":""' % field.encode())
+        if not name:
+            raise AssertionError(f"no empty {field} in {before!r}")
+        self._before, self._after = before + name[:-2], after
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + _encoder.encode(text) + self._after
 
 
 def _plain_error_event(error: ApiError) -> bytes:

@@ -73,6 +73,36 @@ def test_usage_is_absent_unless_asked_for(served: Served) -> None:
     assert all("usage" not in chunk for chunk in chunks)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("usage", [{}, {"include_usage": True}])
+def test_events_of_text_alone_are_like_all_others(
+    serve_engine: Callable[..., Served], path: str, usage: dict[str, bool]
+) -> None:
+    """They are written in a shorter way."""
+    text = 'a"b\\c\n\x01</script>"text":""é猫🙂'
+    served = serve_engine(ScriptedEngine(text, pause=0.005))
+    asked: dict[str, Any] = {"max_tokens": 100, "stream_options": usage}
+    asked |= (
+        {"prompt": "x"} if "chat" not in path else {"messages": [{"role": "user", "content": "x"}]}
+    )
+    kinds = []
+    for n in (1, 2):  # two answers take the long way
+        told, found = "", set()
+        for event in events(served, path, **asked, n=n):
+            event |= {"id": "", "created": 0, "usage": event.get("usage", "none") and "some"}
+            for choice in event["choices"]:
+                holder = choice.get("delta", choice)
+                name = "text" if holder is choice else "content"
+                told += holder.get(name, "") if choice["index"] == 0 else ""
+                if holder.get(name):
+                    holder[name] = "some"
+                choice["index"] = 0
+            found.add(json.dumps(event))  # in the order in which it was written
+        assert told == text
+        kinds.append(found)
+    assert kinds[0] == kinds[1]
+
+
 def test_continuous_usage_grows(served: Served) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events(served, "/v1/completions", prompt="x", stream_options=options)
