@@ -10,11 +10,14 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
+
+from halyard.api.stream_reader import StreamReader
 from halyard.hal.errors import ConfigError
 from halyard.runtime.latency import percentiles
 from halyard.runtime.workloads import WorkloadRequest
@@ -39,6 +42,7 @@ class Timing:
     num_tokens: int = 0  # as the server counts them; chunks may hold several
     ended: float = 0.0
     error: str | None = None
+    done: bool = False  # its stream came to its end
 
     @property
     def ttft(self) -> float:
@@ -76,8 +80,12 @@ async def run_load(
     concurrency: int | None = None,
     key: str | None = None,
     seed: int = 0,
+    token_ids: bool = False,
 ) -> LoadRun:
     """Send all requests: at `rate` a second (Poisson), or `concurrency` at once, or all at once.
+
+    Args:
+        token_ids: ask for these too, so that a token counts when it comes, whether or not it is text.
 
     Raises:
         ConfigError: the address is none that this client can speak to.
@@ -96,7 +104,9 @@ async def run_load(
         async with gate:
             timing = Timing(time.perf_counter())
             try:
-                await _stream(address, parts.path.rstrip("/"), model, request, key, timing)
+                await _stream(
+                    address, parts.path.rstrip("/"), model, request, key, timing, token_ids
+                )
             except (OSError, ValueError, asyncio.IncompleteReadError) as error:
                 timing.error = f"{type(error).__name__}: {error}"
             timing.ended = time.perf_counter()
@@ -117,6 +127,7 @@ async def _stream(
     request: WorkloadRequest,
     key: str | None,
     timing: Timing,
+    token_ids: bool,
 ) -> None:
     body = json.dumps(
         {
@@ -127,6 +138,7 @@ async def _stream(
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **({"return_token_ids": True} if token_ids else {}),
         }
     ).encode()
     reader, writer = await asyncio.open_connection(*address)
@@ -140,44 +152,54 @@ async def _stream(
         )
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         status = head.split(" ", 2)[1]
-        chunks = _chunks(reader) if "transfer-encoding: chunked" in head else _rest(reader)
+        stream = StreamReader("transfer-encoding: chunked" in head)
         if status != "200":
-            text = b"".join([chunk async for chunk in chunks])
+            parts = []
+            while piece := await reader.read(1 << 16):
+                parts += stream.feed(piece)
+            text = b"".join([*parts, stream.rest])
             raise ValueError(f"status {status}: {text[:300].decode(errors='replace')}")
-        left = b""
-        async for chunk in chunks:
-            *events, left = (left + chunk).split(b"\n\n")
+        while not stream.ended and (piece := await reader.read(1 << 16)):
             now = time.perf_counter()
-            for event in events:
+            for event in stream.feed(piece):
                 _take(event, now, timing)
+        if not timing.done:
+            raise ValueError("the answer broke off")
     finally:
         writer.close()
 
 
-def _take(event: bytes, now: float, timing: Timing) -> None:
-    data = event.strip().removeprefix(b"data:").strip()
-    if not data or data == b"[DONE]" or data.startswith(b":"):
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+
+
+class _Event(msgspec.Struct):
+    """The little that is looked at."""
+
+    choices: list[Any] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_events = msgspec.json.Decoder(_Event)
+
+
+def _take(data: bytes, now: float, timing: Timing) -> None:
+    if data == b"[DONE]":
+        timing.done = True
         return
-    found: dict[str, Any] = json.loads(data)
-    if "error" in found:
-        raise ValueError(str(found["error"])[:300])
-    if found.get("usage"):
-        timing.num_tokens = found["usage"]["completion_tokens"]
-    if found.get("choices"):
+    try:
+        found = _events.decode(data)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"an event can't be read: {error}") from None
+    if found.error is not None:
+        raise ValueError(str(found.error)[:300])
+    if found.usage is not None:
+        timing.num_tokens = found.usage.completion_tokens
+    if found.choices:
         timing.tokens.append(now)
-        if not found.get("usage"):
+        if found.usage is None:
             timing.num_tokens = max(timing.num_tokens, len(timing.tokens))
-
-
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-        yield await reader.readexactly(size)
-        await reader.readexactly(2)
-
-
-async def _rest(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while piece := await reader.read(1 << 16):
-        yield piece
 
 
 def summary(run: LoadRun, goal: Goal) -> dict[str, Any]:
@@ -189,6 +211,7 @@ def summary(run: LoadRun, goal: Goal) -> dict[str, Any]:
         for earlier, later in zip(timing.tokens, timing.tokens[1:], strict=False)
     ]
     tokens = sum(timing.num_tokens for timing in good)
+    events = sum(len(timing.tokens) for timing in good)
     met = sum(timing.meets(goal) for timing in run.timings)
     return {
         "rate": run.rate,
@@ -199,6 +222,7 @@ def summary(run: LoadRun, goal: Goal) -> dict[str, Any]:
         "seconds": run.seconds,
         "output_tokens": tokens,
         "output_tokens_per_second": tokens / run.seconds,
+        "tokens_per_event": tokens / events if events else None,
         "requests_per_second": len(good) / run.seconds,
         "goodput_requests_per_second": met / run.seconds,
         "goal": {"ttft": goal.ttft, "tpot": goal.tpot},

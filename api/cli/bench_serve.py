@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="open loop: requests a second, arriving at random; several in turn")  # fmt: skip
     add("--ttft", type=float, metavar="S", help="goodput: seconds to the first token at most")
     add("--tpot", type=float, metavar="S", help="goodput: seconds a token at most, after the first")
+    add("--token-ids", action="store_true",
+        help="ask for token ids too: tokens without text (random weights) send no event otherwise")  # fmt: skip
     add("--api-key", metavar="KEY", help="sent as a bearer token")
     add("--seed", type=int, default=0, metavar="N", help="of the arrivals")
     add("server", nargs="*", metavar="-- SERVER ARGUMENT",
@@ -57,7 +59,15 @@ def run(args: argparse.Namespace) -> int:
         model = args.model or _first_model(url, args.api_key)
         for load in loads or [{}]:
             done = asyncio.run(
-                run_load(url, model, requests, key=args.api_key, seed=args.seed, **load)
+                run_load(
+                    url,
+                    model,
+                    requests,
+                    key=args.api_key,
+                    seed=args.seed,
+                    token_ids=args.token_ids,
+                    **load,
+                )
             )
             found.append(summary(done, goal))
             print(_line(found[-1]), file=sys.stderr)
@@ -127,6 +137,8 @@ def _line(found: dict[str, Any]) -> str:
         f"{found['requests_per_second']:.2f} requests/s, goodput "
         f"{found['goodput_requests_per_second']:.2f}/s, {found['failed']} failed"
     ]
+    if found["tokens_per_event"]:
+        parts.append(f"{found['tokens_per_event']:.1f} tokens an event")
     for name in ("ttft", "tpot", "itl"):
         at = found[name]
         if at:

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from live_server import live_server
 
 from halyard.api.cli.main import main
 from halyard.api.load import Goal, LoadRun, Timing, run_load, summary
+from halyard.api.stream_reader import StreamReader
 from halyard.hal.errors import ConfigError
 from halyard.hal.kernels.native.library import find_compiler
 from halyard.runtime.workloads import WorkloadRequest
@@ -73,3 +76,77 @@ def test_goals_and_percentiles_of_made_up_timings() -> None:
     assert found["tpot"]["max"] == pytest.approx(0.5)
     assert found["ttft"]["p50"] == pytest.approx(0.55)
     assert found["output_tokens_per_second"] == 2.5
+    assert found["tokens_per_event"] == 1.0
+
+
+def test_tokens_without_text_count_when_their_ids_are_asked_for(url: str) -> None:
+    requests = [WorkloadRequest((5, 6), 12)]
+    done = asyncio.run(run_load(url, "embedded", requests, token_ids=True))
+    (timing,) = done.timings
+    assert timing.error is None
+    assert timing.num_tokens == 12
+    assert len(timing.tokens) <= 12
+
+
+@given(
+    texts=st.lists(st.text("ab\r\n :", max_size=12), max_size=6),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    reads=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    chunked=st.booleans(),
+)
+def test_events_are_found_however_they_are_cut(
+    texts: list[str], sizes: list[int], reads: list[int], chunked: bool
+) -> None:
+    words = [json.dumps(text).encode() for text in texts]
+    body = b": hello\n\n" + b"".join(b"data: " + word + b"\n\n" for word in words)
+    sent = body
+    if chunked:
+        pieces = cut(body, sizes)
+        sent = b"".join(b"%x;x=y\r\n%b\r\n" % (len(one), one) for one in pieces) + b"0\r\n\r\n"
+    reader = StreamReader(chunked)
+    found = [event for piece in cut(sent, reads) for event in reader.feed(piece)]
+    assert found == words
+    assert reader.ended == chunked
+    assert reader.rest == b""
+
+
+def cut(data: bytes, sizes: list[int]) -> list[bytes]:
+    pieces, at = [], 0
+    while at < len(data):
+        pieces.append(data[at : at + sizes[len(pieces) % len(sizes)]])
+        at += len(pieces[-1])
+    return pieces
+
+
+def test_what_is_no_stream_is_an_error() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        StreamReader(True).feed(b"no number\r\n")
+    with pytest.raises(ValueError, match="chunks"):
+        StreamReader(True).feed(b"1" * 2000)
+
+
+def test_an_answer_that_breaks_off_is_a_failure() -> None:
+    """So is one with an error in the middle, or with something that is no event."""
+
+    async def play(answer: bytes) -> Timing:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"}}")
+            writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + answer)
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            done = await run_load(f"http://127.0.0.1:{port}", "m", REQUESTS[:1])
+        return done.timings[0]
+
+    token = b'data: {"choices": [{"text": "x"}]}\n\n'
+    for answer, wanted in (
+        (token, "ValueError: the answer broke off"),
+        (token + b'data: {"error": {"message": "no"}}\n\n', "ValueError: {'message': 'no'}"),
+        (token + b"data: {\n\n", "ValueError: an event can't be read"),
+        (token + b"data: [DONE]\n\n", ""),
+    ):
+        timing = asyncio.run(play(answer))
+        assert len(timing.tokens) == 1
+        assert (timing.error or "").startswith(wanted)
+        assert timing.done == (not wanted)
