@@ -1,6 +1,5 @@
 """What becomes of request parameters: honoured unless listed here. docs/api.md is made from this."""
 
-from functools import lru_cache
 from typing import Any
 
 from halyard.hal.errors import RequestError
@@ -57,7 +56,6 @@ _ELSEWHERE = {
 """Requests that honour a name which the others refuse."""
 
 
-@lru_cache(maxsize=16)
 def refused_names(kind: type) -> list[str]:
     """Parameters of a request type that are refused."""
     fields = getattr(kind, "__struct_fields__", ())
