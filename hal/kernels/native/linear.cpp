@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 
+#define NATIVE_WIDTH
 #include "panels.h"
 
 namespace {

@@ -18,6 +18,8 @@ constexpr int CHUNK = 256;  // inputs a slice of a panel: 64 KiB in fp32, which 
 constexpr int DISTANCE = 4096;  // elements that one row's weights are fetched ahead of their use
 #if defined(__AVX512F__)
 constexpr int STREAMS = 4;  // panels that one row is multiplied with at once
+#elif defined(__AVX2__)
+constexpr int STREAMS = 1;  // its sums are half of the registers
 #else
 constexpr int STREAMS = 2;
 #endif
@@ -33,7 +35,7 @@ constexpr int tile_vectors(int m) {
 #if defined(__AVX512F__)
     return m > 0 ? 4 : 0;
 #else
-    return m == 1 ? 4 : m <= 2 ? 2 : 1;
+    return (m == 1 ? 4 : m <= 2 ? 2 : 1) * (16 / W);
 #endif
 }
 

@@ -1,4 +1,6 @@
-// 16-wide vectors that the compiler maps to AVX-512, AVX2, SSE or NEON, and bf16 conversions.
+// Vectors of 16 floats that the compiler maps to AVX-512, AVX2, SSE or NEON, and bf16 conversions. Those
+// that are wider than the processor's it keeps in memory, not in registers: who lives on registers
+// defines NATIVE_WIDTH before this, where that is worth it.
 #pragma once
 
 #include <cmath>
@@ -15,7 +17,11 @@
 
 namespace {
 
-constexpr int W = 16;  // lanes
+#if defined(NATIVE_WIDTH) && defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int W = 8;  // lanes
+#else
+constexpr int W = 16;
+#endif
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef float vf_u __attribute__((vector_size(W * 4), aligned(4)));
