@@ -29,6 +29,7 @@ __all__ = ["Client", "RequestStream"]
 logger = logging.getLogger("halyard.engine")
 
 MAX_PENDING = 2048  # steps that the reader of a stream may be behind
+MAX_MERGED = MAX_PENDING  # of them come as one
 READS_TOO_SLOWLY = "the answer was cut off: it was read too slowly"
 UNKNOWN = f"halyard-{__version__}"  # the fingerprint of an engine whose files nobody digested
 SHUTTING_DOWN = "the server is shutting down"
@@ -114,7 +115,8 @@ class RequestStream(AsyncIterator[RequestDelta]):
         if len(deltas) == 1:
             return deltas.pop()
         # Its reader was late: what is there comes as one, but an error after what was before it.
-        end = next((at for at, delta in enumerate(deltas) if delta.failed), len(deltas)) or 1
+        most = min(len(deltas), MAX_MERGED)
+        end = next((at for at in range(most) if deltas[at].failed), most) or 1
         merged = merge(deltas[:end])
         del deltas[:end]
         return merged

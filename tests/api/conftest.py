@@ -17,6 +17,7 @@ from halyard.api.app import create_app
 from halyard.api.connections import LimitedProtocol
 from halyard.api.host import EngineHost, Loaded
 from halyard.api.server import bind
+from halyard.runtime import client as clients
 
 
 @dataclass
@@ -43,8 +44,9 @@ class Served:
 
 
 @pytest.fixture
-def serve_engine() -> Iterator[Callable[..., Served]]:
-    """Starts servers; all end with the test."""
+def serve_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Served]]:
+    """Starts servers; all end with the test. Each step of an engine is an event, also to late readers."""
+    monkeypatch.setattr(clients, "MAX_MERGED", 1)
     stops: list[Callable[[], None]] = []
 
     def start(
