@@ -1,10 +1,10 @@
-// Paged attention for the CPU. Written once in 16-wide vector types, which the compiler maps to
-// AVX-512, AVX2, SSE or NEON; where the CPU has a dot instruction for bf16, products use it.
+// Paged attention for the CPU. Written once in vectors of W floats (16, with AVX2 alone 8), which the
+// compiler maps to AVX-512, AVX2, SSE or NEON; where the CPU has a dot instruction for bf16, products use it.
 //
 // One block of one layer holds, for each kv head, keys and then values of `block` tokens:
 //   fp32  K [head_dim][block]            V [block][head_dim]
 //   bf16  K [head_dim / 2][block][2]     V [block / 2][head_dim][2]      pairs, as the dot wants them
-// Keys are transposed so that a vector holds one coordinate of 16 tokens: scores of 16 keys come
+// Keys are transposed so that a vector holds one coordinate of W tokens: scores of W keys come
 // without a sum across lanes.
 //
 // A work item is a tile of queries that share a kv head (the group of query heads times a few
@@ -16,16 +16,20 @@
 #include <vector>
 
 #include "pool.h"
+#define NATIVE_WIDTH
 #include "vectors.h"
 
 namespace {
 
-constexpr int CHUNK = 8;          // sub-blocks of 16 tokens between two updates of the softmax
+constexpr int CHUNK = 128 / W;    // sub-blocks of W tokens between two updates of the softmax
 constexpr int TILE = 36;          // queries a work item, at most
 #if defined(__AVX512F__)
 constexpr int REGISTERS = 6;      // queries a register tile
 constexpr int wide(int) { return 4; }  // vectors of keys or values beside each other
-#elif defined(__AVX2__) || defined(__ARM_NEON)
+#elif defined(__AVX2__)
+constexpr int REGISTERS = 6;
+constexpr int wide(int m) { return m == 1 ? 8 : m == 2 ? 4 : 2; }
+#elif defined(__ARM_NEON)
 constexpr int REGISTERS = 4;
 constexpr int wide(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
 #else
@@ -172,15 +176,15 @@ struct Store<float> {
         vf acc[M][J] = {};
         for (int64_t d = 0; d < dim; d++) {
             vf key[J];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < J; j++) key[j] = load(k[j] + d * block);
             if (AHEAD)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < J; j++) __builtin_prefetch(line_of_values(v[j], d), 0, 2);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 const float x = q[m * ldq + d];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < J; j++) acc[m][j] += x * key[j];
             }
         }
@@ -199,16 +203,16 @@ struct Store<float> {
         for (int t = 0; t < num_keys; t++) {
             const float* row = v[t / W] + (t % W) * dim + d;
             vf value[D];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < D; j++) value[j] = load(row + j * W);
             if (AHEAD)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < D; j++)
                     __builtin_prefetch(line_of_keys(next[t / W], d + j * W + t % W, block), 0, 2);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 const float x = p[m * ldp + t];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < D; j++) acc[m][j] += x * value[j];
             }
         }
@@ -247,7 +251,7 @@ struct Store<uint16_t> {
     }
     static const uint16_t* keys(const uint16_t* k_base, int64_t t) { return k_base + t * 2; }
     static const uint16_t* values(const uint16_t* v_base, int64_t t, int64_t dim) {
-        return v_base + t * dim;  // t is a multiple of 16
+        return v_base + t * dim;  // t is a multiple of W
     }
 
     static const uint16_t* line_of_keys(const uint16_t* k, int64_t row, int64_t block) {
@@ -261,20 +265,20 @@ struct Store<uint16_t> {
         vf acc[M][J] = {};
         for (int64_t d = 0; d < dim / 2; d++) {
             vu pair[J];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < J; j++) pair[j] = load_u32(k[j] + d * block * 2);
             if (AHEAD)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < J; j++) __builtin_prefetch(line_of_values(v[j], d), 0, 2);
 #if defined(BF16_DOT)
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 const uint32_t x = q[m * ldq + d];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < J; j++) acc[m][j] = dot(acc[m][j], pair[j], x);
             }
 #else
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < J; j++) {
                 const vf even = low_half(pair[j]), odd = high_half(pair[j]);
 #pragma GCC unroll 8
@@ -311,10 +315,10 @@ struct Store<uint16_t> {
         for (int t = 0; t < num_keys; t += 2) {
             const uint16_t* row = v[t / W] + ((t % W) / 2 * dim + d) * 2;
             vu pair[D];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < D; j++) pair[j] = load_u32(row + j * W * 2);
             if (AHEAD)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < D; j++)
                     __builtin_prefetch(
                         line_of_keys(next[t / W], (d / W + j) * (W / 2) + (t % W) / 2, block), 0, 2);
@@ -324,11 +328,11 @@ struct Store<uint16_t> {
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 const uint32_t x = p[m * (ldp / 2) + t / 2];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < D; j++) acc[m][j] = dot(acc[m][j], pair[j], x);
             }
 #else
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < D; j++) {
                 const vf first = low_half(pair[j]), second = high_half(pair[j]);
 #pragma GCC unroll 8
@@ -459,7 +463,7 @@ void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* parti
                     x = a.softcap - 2.0f * a.softcap / (vexp(y) + 1.0f);
                 }
                 if (masked) {
-                    vi key = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (key0 + j * W);
+                    vi key = lanes() + (key0 + j * W);
                     vi hidden = (key > position) | (key >= key0 + num_keys);
                     if (a.window > 0) hidden |= (key <= int(position - a.window));
                     hidden |= (key < item.first_key);

@@ -33,6 +33,11 @@ inline vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
 inline vu load_u32(const void* p) { return *reinterpret_cast<const vu_u*>(p); }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
 inline vf splat(float x) { return x - vf{}; }
+inline vi lanes() {  // 0, 1, 2 ...
+    vi numbers;
+    for (int i = 0; i < W; i++) numbers[i] = i;
+    return numbers;
+}
 inline vf low_half(vu x) { return (vf)(x << 16); }           // first of each bf16 pair
 inline vf high_half(vu x) { return (vf)(x & 0xffff0000u); }  // second
 
