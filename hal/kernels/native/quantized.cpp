@@ -2,6 +2,7 @@
 // group's sum is scaled. Few rows widen codes in registers, many rows widen a group once into a scratch
 // that their tiles then pass over; the sums are the same.
 
+#define NATIVE_WIDTH
 #include "panels.h"
 #include "quantized.h"
 
@@ -28,6 +29,8 @@ inline vi signed_bytes(const char* p) {  // GCC converts a vector of bytes one b
     vi wide;
     std::memcpy(&wide, parts, sizeof(wide));
     return wide;
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
     return __builtin_convertvector(*reinterpret_cast<const vb*>(p), vi);
 #endif
@@ -41,15 +44,17 @@ inline void two_codes(const char* group, int64_t k, int j, vi* even, vi* odd) {
         *even = signed_bytes(line);
         *odd = signed_bytes(line + PANEL);
     } else {
-        const vu both = load_u32(group + k / 2 * PANEL);
-        *even = (vi)(both >> (4 * j) & 15u) - 8;
-        *odd = (vi)(both >> (16 + 4 * j) & 15u) - 8;
+        constexpr int PARTS = Codes<BITS>::LANES / W;  // vectors a line
+        const vu both = load_u32(group + k / 2 * PANEL + j % PARTS * W * 4);
+        const int shift = j / PARTS * 4;
+        *even = (vi)(both >> shift & 15u) - 8;
+        *odd = (vi)(both >> (16 + shift) & 15u) - 8;
     }
 }
 
 template <int BITS>
 inline void widen(const char* group, int64_t k, float* target) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < PANEL / W; j++) {
         vi even, odd;
         two_codes<BITS>(group, k, j, &even, &odd);
@@ -78,7 +83,7 @@ inline vu widen_pair(const char* group, int64_t k, int j) {
 
 template <int BITS>
 inline void widen(const char* group, int64_t k, uint16_t* target) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < PANEL / W; j++) {
         const vu pairs = widen_pair<BITS>(group, k, j);
         std::memcpy(target + j * W * 2, &pairs, sizeof(pairs));
