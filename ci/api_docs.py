@@ -80,10 +80,9 @@ are not listed are ignored. `null` is the default everywhere.
 
 **How long an answer may get.** `max_tokens` (`max_completion_tokens`, `max_output_tokens`) is an upper
 bound: one that reaches beyond the context is taken as what the context leaves after the prompt, and the
-answer ends there with "length", for chats and completions alike. vLLM does the same (before 2026 it
-refused them); OpenAI refuses numbers above a model's own limit. Left out, chats may go on to the
-context's end and completions have 16. A prompt that leaves no room for a token is refused with
-`context_length_exceeded`.
+answer ends there with "length", for chats and completions alike. vLLM 0.32 does the same; OpenAI
+refuses numbers above a model's own limit. Left out, chats may go on to the context's end and
+completions have 16. A prompt that leaves no room for a token is refused with `context_length_exceeded`.
 
 **Structured output.** `response_format`, `structured_outputs` or one of the `guided_*` fields, at most
 one. Needs `llguidance`. Schemas are always held to (`strict` changes nothing); what can't be held to,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -37,16 +38,27 @@ def no_process_stays() -> Iterator[None]:
     end_all()
 
 
+_bound: ContextVar[asyncio.Timeout] = ContextVar("_bound")
+
+
 def play(scene: Callable[[], Awaitable[None]]) -> None:
+    """A minute for what happens; starting an engine is no part of it, for that is slow under load."""
+
     async def bounded() -> None:
-        await asyncio.wait_for(scene(), 60)
+        async with asyncio.timeout(60) as bound:
+            _bound.set(bound)
+            await scene()
 
     asyncio.run(bounded())
 
 
 async def port(hang_seconds: float | None = None, **options: Any) -> ProcessPort:
+    bound, loop = _bound.get(), asyncio.get_running_loop()
+    bound.reschedule(loop.time() + 600)
     starting = launch(config(**options))
-    return await asyncio.to_thread(starting.wait, lambda _: None, hang_seconds=hang_seconds)
+    ready = await asyncio.to_thread(starting.wait, lambda _: None, hang_seconds=hang_seconds)
+    bound.reschedule(loop.time() + 60)
+    return ready
 
 
 async def collect(stream: RequestStream) -> tuple[list[int], str | None]:
