@@ -140,7 +140,8 @@ class Bytes:
 
 
 @given(
-    text=st.text(max_size=12),
+    # Without the first letter of the stop string below: that would be held back at the end.
+    text=st.text(st.characters(codec="utf-8", exclude_characters="n"), max_size=12),
     cuts=st.lists(st.integers(1, 5), min_size=1, max_size=5),
     reason=st.sampled_from([None, "stop", "length", "error"]),
     after=st.integers(0, 2),
