@@ -26,7 +26,7 @@ serve: $(INSTALLED)
 	@exec $(VENV)/bin/halyard serve $(MODEL) $(ARGS)
 
 test: $(DEV)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(DEV)
 	$(VENV)/bin/ruff format --check .

@@ -23,8 +23,6 @@ from matrix import Lane, lanes
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "lanes"
 
-# Need nothing but what the tests need.
-_EARLY = ("arm64", "reference", "cpu-eager", "onnx")
 # Longest first, so that the last ones to run are short.
 _LONG = ("cpu", "tvm", "tests-tvm", "triton-interpreter", "reference", "triton-targets")
 
@@ -61,16 +59,10 @@ def run_lane(lane: Lane, seconds: float) -> Outcome:
     return Outcome(lane, process.returncode, time.monotonic() - started, output)
 
 
-def _in_part(lane: str, part: str | None) -> bool:
-    return part is None or (lane in _EARLY) == (part == "early")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="lanes at a time")
     parser.add_argument("--lane", nargs="+", default=[], help="only these")
-    parser.add_argument("--part", choices=("early", "late"),
-                        help="early: lanes that need no backend's packages; late: the others")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=1200.0, help="that a lane may take")
     args = parser.parse_args()
     chosen = lanes()
@@ -78,7 +70,6 @@ def main() -> int:
     if unknown:
         parser.error(f"no lane {', '.join(sorted(unknown))} here: python ci/matrix.py --all")
     chosen = [lane for lane in chosen if not args.lane or lane.lane in args.lane]
-    chosen = [lane for lane in chosen if _in_part(lane.lane, args.part)]
     chosen.sort(key=lambda lane: _LONG.index(lane.lane) if lane.lane in _LONG else len(_LONG))
     outcomes = []
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:

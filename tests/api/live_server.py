@@ -68,7 +68,13 @@ def live_server(
     host = EngineHost(lambda tell: load_engine(config, tell))
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(
-        uvicorn.Config(create_app(host, **app), log_config=None, timeout_graceful_shutdown=1)
+        # Clients keep a connection for five seconds, uvicorn's own default: a race for the last one.
+        uvicorn.Config(
+            create_app(host, **app),
+            log_config=None,
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=30,
+        )
     )
     thread = threading.Thread(
         target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True

@@ -66,14 +66,3 @@ def test_a_lane_runs_with_its_own_environment(ci: Any) -> None:
                    {"TRITON_INTERPRET": "1"})  # fmt: skip
     assert "TRITON_INTERPRET" not in os.environ
     assert ci.run_lane(lane, 60.0).output.strip() == "1"
-
-
-def test_the_two_parts_are_all_lanes(ci: Any) -> None:
-    names = {lane.lane for lane in ci.lanes()} | set(ci._EARLY)
-    early, late = (
-        {name for name in names if ci._in_part(name, part)} for part in ("early", "late")
-    )
-    assert early | late == names
-    assert not early & late
-    assert {"tests-tvm", "tests-triton"} <= late
-    assert all(ci._in_part(name, None) for name in names)
