@@ -2,6 +2,10 @@
 
     python benchmarks/serve_overhead.py --backend cpu
     python benchmarks/serve_overhead.py --backend null
+    python benchmarks/serve_overhead.py --backend null --step-ms 3.4 --tokens 512
+
+With `--step-ms` the null backend's step takes that long, as on a device that works on alone: 3.4 is
+an H100's with 256 rows of a 1B model.
 
 The engine gets one core for itself, the server and the client that reads the streams share another
 (two cores at least). Offline is `LLM.generate` on one core. Prints JSON, of the best run: times to
@@ -11,13 +15,16 @@ the first text and between reads that brought some, and the processor time of se
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import re
+import selectors
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,44 +65,69 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-async def read(port: int, first: int, tokens: int) -> tuple[int, list[float]]:
-    """One stream to its end; the number of its events, and when it began and brought text."""
-    times = [time.perf_counter()]
+@dataclass
+class Stream:
+    """One request and what came of it."""
+
+    number: int
+    times: list[float]  # when it began, and each read that brought text
+    events: int = 0
+    tail: bytes = b""
+
+    def take(self, data: bytes) -> None:
+        if found := data.count(b"data: {"):
+            self.events += found
+            self.times.append(time.perf_counter())
+        self.tail = (self.tail + data[-16:])[-16:]
+
+
+def request(first: int, tokens: int) -> bytes:
     body = json.dumps({"prompt": [first, 5, 9, 11], "max_tokens": tokens, "stream": True,
                        "temperature": 0, "ignore_eos": True}).encode()  # fmt: skip
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-                 b"Content-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
-    events, tail, whole = 0, b"", False
-    while data := await reader.read(1 << 16):
-        if found := data.count(b"data: {"):
-            events += found
-            times.append(time.perf_counter())
-        tail = (tail + data)[-400:]
-        whole = whole or b"[DONE]" in tail
-    writer.close()
-    if not whole:
-        raise AssertionError(f"a stream broke off: {tail!r}")
-    return events, times
+    return (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
 
 
-async def served(port: int, pid: int, args: argparse.Namespace) -> dict[str, float]:
+def read_all(port: int, firsts: Iterable[int], tokens: int) -> list[Stream]:
+    """Streams to their ends. Without asyncio: the client takes time from the server, on one core."""
+    streams = []
+    with selectors.DefaultSelector() as selector:
+        for first in firsts:
+            connection = socket.create_connection(("127.0.0.1", port))
+            stream = Stream(first, [time.perf_counter()])
+            connection.sendall(request(first, tokens))
+            selector.register(connection, selectors.EVENT_READ, stream)
+            streams.append(stream)
+        while selector.get_map():
+            for key, _ in selector.select():
+                data = key.fileobj.recv(1 << 16)
+                if data:
+                    key.data.take(data)
+                    continue
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+                if b"[DONE]" not in key.data.tail:
+                    raise AssertionError(f"a stream broke off: {key.data.tail!r}")
+    return streams
+
+
+def served(port: int, pid: int, args: argparse.Namespace) -> dict[str, float]:
     best = {"served_tokens_per_second": 0.0}
     total = args.streams * args.tokens
     for run in range(args.runs):
         pids = (pid, *children(pid)[:1], os.getpid())  # server, engine, this client
         started, before = time.perf_counter(), [cpu_seconds(one) for one in pids]
         firsts = (300 + number + 300 * run for number in range(args.streams))
-        found = await asyncio.gather(*(read(port, first, args.tokens) for first in firsts))
+        found = read_all(port, firsts, args.tokens)
         rate = total / (time.perf_counter() - started)
         spent = [cpu_seconds(one) - then for one, then in zip(pids, before, strict=True)]
         if rate <= best["served_tokens_per_second"]:
             continue
-        ttft = [times[1] - times[0] for _, times in found]
-        gaps = [later - sooner for _, times in found for sooner, later in pairwise(times[1:])]
+        ttft = [one.times[1] - one.times[0] for one in found]
+        gaps = [later - sooner for one in found for sooner, later in pairwise(one.times[1:])]
         best = {
             "served_tokens_per_second": round(rate),
-            "tokens_per_event": round(total / sum(events for events, _ in found), 2),
+            "tokens_per_event": round(total / sum(one.events for one in found), 2),
         }
         for name, seconds in zip(("server", "engine", "client"), spent, strict=True):
             best[f"{name}_us_per_token"] = round(1e6 * seconds / total, 1)
@@ -108,6 +140,8 @@ async def served(port: int, pid: int, args: argparse.Namespace) -> dict[str, flo
 
 def main(args: argparse.Namespace) -> int:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "pkg"), "PYTHONUNBUFFERED": "1"}
+    if args.step_ms:
+        environment["HALYARD_NULL_STEP_MS"] = str(args.step_ms)
     cores = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, {cores[0]})
     numbers = [str(number) for number in (args.streams, args.tokens, args.runs)]
@@ -128,7 +162,7 @@ def main(args: argparse.Namespace) -> int:
                 break
         move(server.pid, cores[-1])
         os.sched_setaffinity(0, {cores[-1]})
-        best = asyncio.run(served(port, server.pid, args))
+        best = served(port, server.pid, args)
     finally:
         server.terminate()
         server.wait()
@@ -145,6 +179,7 @@ if __name__ == "__main__":
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--step-ms", type=float, default=0.0, help="of the null backend")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("serve", nargs="*", help="more options of halyard serve, after --")
     sys.exit(main(parser.parse_args()))
