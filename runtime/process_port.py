@@ -1,7 +1,8 @@
 """An engine in a process of its own, seen from its owner. No torch.
 
 Messages go out without waiting for the engine, and steps come in as events of the event loop; where
-the loop is late, the steps that have piled up are delivered as one.
+the loop is late, the steps that have piled up are delivered as one. After a delivery that kept the
+loop busy it lets a few pile up: what an event to a client costs is shared by the tokens in it.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ logger = logging.getLogger("halyard.engine")
 
 _STOP_SECONDS = 3.0  # a process that was told to stop gets that long
 _LOOKS = 4  # in the time that a step may take
+_BUSY_SECONDS = 0.003  # a delivery that costs the loop less is followed by the next at once
+_REST = 0.5  # of the time that a longer one took nothing is read
+_MAX_REST_SECONDS = 0.02  # which delays tokens, and other requests' first ones
+_SEND_BUFFER = 1 << 20  # bytes that the engine may be ahead; the system may allow less
 _processes: set[subprocess.Popen[bytes]] = set()
 
 
@@ -138,6 +143,7 @@ class Launch:
 def launch(config: EngineConfig) -> Launch:
     """Start an engine's process; returns at once. Any thread may call it."""
     ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     process = _starter.submit(_start, theirs).result()
     theirs.close()
     _processes.add(process)
@@ -228,6 +234,7 @@ class ProcessPort:
         self._reason: str | None = None  # why it is dead
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._rest: asyncio.TimerHandle | None = None  # while nothing is read
         self._burial: asyncio.Task[None] | None = None
 
     @property
@@ -241,7 +248,7 @@ class ProcessPort:
     def start(self, deliver: Deliver, died: Died) -> None:
         self._deliver, self._died = deliver, died
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._channel.socket, self._read)
+        self._listen(self._loop)
         if self._hang_seconds is not None:
             self._look(self._frames, 0)
 
@@ -338,7 +345,12 @@ class ProcessPort:
 
     # -- in -------------------------------------------------------------------------------------
 
-    def _read(self) -> None:
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._rest = None
+        loop.add_reader(self._channel.socket, self._read, loop)
+
+    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
+        started = loop.time()
         try:
             messages = self._channel.receive(wait=False)
         except EOFError:
@@ -362,6 +374,17 @@ class ProcessPort:
                     raise AssertionError(f"no message of an engine: {message!r}")
         if events:
             self._deliver(events)
+            # Behind the readers that this woke: then it is known what the delivery costs.
+            loop.call_soon(self._pace, loop, started)
+
+    def _pace(self, loop: asyncio.AbstractEventLoop, started: float) -> None:
+        """Let steps pile up, if one took long to hand out."""
+        busy = loop.time() - started
+        if busy < _BUSY_SECONDS or self._rest is not None:
+            return
+        if loop.remove_reader(self._channel.socket):  # else it is gone: nothing comes any more
+            rest = min(_REST * busy, _MAX_REST_SECONDS)
+            self._rest = loop.call_later(rest, self._listen, loop)
 
     def _take_step(self, step: Step) -> None:
         self._frames += 1
@@ -391,7 +414,8 @@ class ProcessPort:
         if self._loop is None or self._hang_seconds is None or not self.alive:
             return
         working = self._busy or self._sent != self._received
-        silent = silent + 1 if working and frames == self._frames else 0
+        if self._rest is None:  # else what it sent may not be read yet
+            silent = silent + 1 if working and frames == self._frames else 0
         if silent > _LOOKS:  # the first of them came at any time after the work did
             self._reason = f"the engine hung: no step ended in {self._hang_seconds:g} seconds"
             logger.error("%s: its process is killed", self._reason)
@@ -417,8 +441,9 @@ class ProcessPort:
         if self._loop is not None:
             self._loop.remove_reader(self._channel.socket)
             self._loop.remove_writer(self._channel.socket)
-        if self._watch is not None:
-            self._watch.cancel()
+        for timer in (self._watch, self._rest):
+            if timer is not None:
+                timer.cancel()
 
     def _fail_calls(self, reason: str) -> None:
         for future in self._calls.values():
