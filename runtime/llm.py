@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,20 +112,24 @@ class LLM:
         singles = _as_list(prompts)
         params = _params_for(len(singles), sampling_params)
         texts = [_text_of(prompt) for prompt in singles]
-        requests = [
-            self.engine.intake.request(self._token_ids(prompt), own)
-            for prompt, own in zip(singles, params, strict=True)
-        ]
-        outputs = {
-            request.request_id: _blank_output(request, text)
-            for request, text in zip(requests, texts, strict=True)
-        }
-        self._run(
-            requests,
-            lambda delta: self._extend(outputs[delta.request_id], delta),
-            "Generating" if use_tqdm else None,
-        )
-        return list(outputs.values())
+        with _collector_at_rest():
+            requests = [
+                self.engine.intake.request(self._token_ids(prompt), own)
+                for prompt, own in zip(singles, params, strict=True)
+            ]
+            asked = {
+                request.request_id: (request, text)
+                for request, text in zip(requests, texts, strict=True)
+            }
+            outputs: dict[str, RequestOutput] = {}
+
+            def extend(delta: RequestDelta) -> None:
+                if delta.request_id not in outputs:
+                    outputs[delta.request_id] = _blank_output(*asked[delta.request_id])
+                self._extend(outputs[delta.request_id], delta)
+
+            self._run(requests, extend, "Generating" if use_tqdm else None)
+        return [outputs[request.request_id] for request in requests]
 
     def chat(
         self,
@@ -168,9 +175,6 @@ class LLM:
         """
         intake = self.engine.intake
         check_dimensions(dimensions, intake.limits.hidden_size)
-        requests = [
-            intake.pooled_request(self._token_ids(prompt), pooling) for prompt in _as_list(prompts)
-        ]
         outputs: dict[str, EmbeddingRequestOutput] = {}
 
         def take(delta: RequestDelta) -> None:
@@ -181,7 +185,12 @@ class LLM:
                     delta.request_id, EmbeddingOutput(vector.tolist()), [], delta.num_cached_tokens
                 )
 
-        self._run(requests, take, "Embedding" if use_tqdm else None)
+        with _collector_at_rest():
+            requests = [
+                intake.pooled_request(self._token_ids(prompt), pooling)
+                for prompt in _as_list(prompts)
+            ]
+            self._run(requests, take, "Embedding" if use_tqdm else None)
         return [
             replace(outputs[r.request_id], prompt_token_ids=list(r.prompt_token_ids))
             for r in requests
@@ -218,9 +227,9 @@ class LLM:
         self, requests: list[Request], take: Callable[[RequestDelta], None], label: str | None
     ) -> None:
         """Run requests to their ends; `label` is the progress bar's, None: no bar."""
-        answers = {request.request_id: Answers.of(request, self.tokenizer) for request in requests}
+        answers: dict[str, Answers] = {}
         watched = {request.request_id for request in requests if request.params.stop_strings}
-        held = {request.request_id: HeldEvents() for request in requests}
+        held: defaultdict[str, HeldEvents] = defaultdict(HeldEvents)
         bar = tqdm(
             total=len(requests),
             desc=label,
@@ -228,10 +237,10 @@ class LLM:
             dynamic_ncols=True,
             disable=not (label and sys.stderr.isatty()),
         )
-        gc.freeze()  # what is there needn't be looked through while we run
+        waiting = iter(requests)
         try:
-            for request in requests:
-                self.engine.add(request)
+            # The device starts on what fills its first two steps, while the others come in.
+            self._admit(waiting, answers, 2 * self.plan.max_batched_tokens)
             while self.engine.has_work():
                 # A step has hundreds of events, and the device waits for who takes them in: text
                 # is made when an answer ends, but for those that a text may end.
@@ -248,13 +257,24 @@ class LLM:
                     if delta is not None:
                         take(delta)
                         bar.update(int(delta.finished))
+                self._admit(waiting, answers)
         except BaseException:
             for request in requests:  # Ctrl-C included: leave an engine that can be used again
                 self.engine.abort(request.request_id)
             raise
         finally:
-            gc.unfreeze()
             bar.close()
+
+    def _admit(
+        self, waiting: Iterator[Request], answers: dict[str, Answers], tokens: float = math.inf
+    ) -> None:
+        """Hand requests to the engine, until their prompts hold `tokens` together."""
+        for request in waiting:
+            answers[request.request_id] = Answers.of(request, self.tokenizer)
+            self.engine.add(request)
+            tokens -= len(request.prompt_token_ids)
+            if tokens <= 0:
+                return
 
     def _extend(self, output: RequestOutput, delta: RequestDelta) -> None:
         _raise_errors(delta)
@@ -285,6 +305,16 @@ class LLM:
         }
         found.setdefault(token.token_id, Logprob(token.logprob, token.rank, text(token.token_id)))
         return found
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """What is there isn't looked through for garbage again and again: the device waits for that."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _raise_errors(delta: RequestDelta) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from late_executor import make_late
 
+from halyard.hal.errors import RequestError
 from halyard.models.shapes import shape_config
 from halyard.runtime.llm import LLM
+from halyard.runtime.plan import TokenEvent
 from halyard.runtime.request import Request, SamplingParams
 
 Answers = dict[tuple[str, int], list[int]]
@@ -205,3 +207,30 @@ def test_bad_logits_end_their_request_alone_and_once(llm: LLM) -> None:
     assert sum(len(event.token_ids) for event in events if event.request_id == "good") == 20
     assert [e.finish_reason for e in events if e.request_id == "bad"][-1] == "error"
     assert sum(e.finish_reason is not None for e in events) == 2
+
+
+def test_many_prompts_come_in_while_the_first_steps_run() -> None:
+    """All are answered in order; the device does not wait for the last of them to be taken in."""
+    options = {"max_batched_tokens": 64, "max_num_sequences": 8, "kv_blocks": 64}
+    with make(**options) as llm:
+        known: list[int] = []
+        step = llm.engine.step
+
+        def watched() -> list[TokenEvent]:
+            stats = llm.engine.stats().scheduler
+            known.append(stats.num_waiting + stats.num_running)
+            return step()
+
+        llm.engine.step = watched  # type: ignore[method-assign]
+        prompts = [[300 + number] * 40 for number in range(20)]
+        answers = llm.generate(
+            prompts, SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False
+        )
+        assert [answer.prompt_token_ids for answer in answers] == prompts
+        assert all(len(answer.outputs[0].token_ids) == 2 for answer in answers)
+        assert known[0] == 4  # of 40 tokens: what two steps take
+        assert max(known) > 8
+        ran = len(known)
+        with pytest.raises(RequestError, match="outside the vocabulary"):
+            llm.generate([*prompts, [10**9]], use_tqdm=False)
+        assert len(known) == ran
