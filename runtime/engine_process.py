@@ -39,6 +39,7 @@ from halyard.runtime.messages import (
     Stop,
 )
 from halyard.runtime.plan import TokenEvent
+from halyard.runtime.token_columns import Splitter
 
 if TYPE_CHECKING:
     from halyard.runtime.build import BuiltEngine
@@ -76,6 +77,7 @@ class EngineLoop:
         self.engine.metrics = cast("Metrics", self._observations)
         self._received = 0
         self._events: list[TokenEvent] = []  # that no step brought: refusals
+        self._splitter = Splitter()
         self._told_stats = 0.0
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="halyard-compile")
 
@@ -170,7 +172,8 @@ class EngineLoop:
             observations = pickle.dumps(self._observations.noted, protocol=5)
             self._observations.noted.clear()
         waiting = self.engine.num_waiting
-        self.channel.send(Step(events, waiting, self._received, busy, observations, stats))
+        tokens, others = self._splitter.split(events)
+        self.channel.send(Step(others, waiting, self._received, busy, observations, stats, tokens))
 
 
 class _LogSender(logging.Handler):

@@ -1,7 +1,7 @@
 """What an engine process and its owner say to each other, and how it is put on a socket. No torch.
 
 A frame is its length (4 bytes, little-endian), one byte that says how it is encoded, and the message.
-Steps are the traffic: msgpack with known types, one frame a step. All else is pickled, so a new kind
+Steps are the traffic: msgpack with known types, plain tokens as columns, one frame a step. All else is pickled, so a new kind
 of message needs a class and nothing more. Both ends are the same program of the same version.
 """
 
@@ -20,6 +20,7 @@ from halyard.runtime.config import EngineConfig
 from halyard.runtime.plan import TokenEvent
 from halyard.runtime.port import EngineFacts
 from halyard.runtime.request import Request
+from halyard.runtime.token_columns import TokenColumns
 
 if TYPE_CHECKING:
     from halyard.runtime.engine import EngineStats
@@ -117,12 +118,13 @@ class LogLine:
 class Step(msgspec.Struct, array_like=True, gc=False):
     """What one step brought, and how the engine stands after it."""
 
-    events: list[TokenEvent]
+    events: list[TokenEvent]  # that say more than a token; they come after `tokens`
     num_waiting: int
     num_received: int  # messages taken in so far
     busy: bool  # there is more to do
     observations: bytes = b""  # pickled list of (method of Metrics, arguments)
     stats: bytes = b""  # pickled EngineStats; empty: not this time
+    tokens: TokenColumns = msgspec.field(default_factory=TokenColumns)
 
 
 _step_encoder = msgspec.msgpack.Encoder()

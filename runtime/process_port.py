@@ -44,9 +44,9 @@ from halyard.runtime.messages import (
     encode,
 )
 from halyard.runtime.metrics import Metrics
-from halyard.runtime.plan import TokenEvent
 from halyard.runtime.port import Deliver, Died
 from halyard.runtime.request import Constraint, Request, SamplingParams
+from halyard.runtime.token_columns import Joiner
 
 if TYPE_CHECKING:
     from halyard.runtime.engine import EngineStats
@@ -227,6 +227,7 @@ class ProcessPort:
         self._received = 0  # of those sent, by the engine
         self._added: deque[int] = deque()  # which of those it has not received are requests
         self._frames = 0
+        self._joiner = Joiner()
         self._outgoing = bytearray()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_numbers = itertools.count()
@@ -356,11 +357,10 @@ class ProcessPort:
         except EOFError:
             self._lost()
             return
-        events: list[TokenEvent] = []
         for message in messages:
             match message:
                 case Step():
-                    events += message.events
+                    self._joiner.add(message.tokens, message.events)
                     self._take_step(message)
                 case Reply(number, value, error):
                     self._take_reply(number, value, error)
@@ -372,7 +372,7 @@ class ProcessPort:
                     self._process.kill()  # the socket's end tells the rest
                 case _:
                     raise AssertionError(f"no message of an engine: {message!r}")
-        if events:
+        if events := self._joiner.take():
             self._deliver(events)
             # Behind the readers that this woke: then it is known what the delivery costs.
             loop.call_soon(self._pace, loop, started)

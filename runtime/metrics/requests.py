@@ -53,7 +53,8 @@ class RequestMetrics:
         """What requests gained in one step."""
         now = time.monotonic()
         known = self._open
-        gaps: dict[float, int] = {}  # time of the last token -> rows: most rows of a step share it
+        # (time of the last token, tokens since then) -> rows: most rows of a step share both.
+        gaps: dict[tuple[float, int], int] = {}
         for request, delta in deltas:
             completions = delta.completions
             if len(completions) == 1:
@@ -65,11 +66,9 @@ class RequestMetrics:
                 times = known.get(request.request_id)
                 if times is None:
                     times = known[request.request_id] = self._begin(request, delta, now)
-                elif gained == 1:
-                    last = times.last
-                    gaps[last] = gaps.get(last, 0) + 1
                 else:
-                    self._gaps.observe((now - times.last) / gained, gained)
+                    gap = (times.last, gained)
+                    gaps[gap] = gaps.get(gap, 0) + 1
                 times.last = now
                 times.tokens += total
                 times.longest += gained
@@ -78,10 +77,11 @@ class RequestMetrics:
                 len(completions) > 1 and any(new.finish_reason is not None for new in completions)
             ):
                 self._end(request, delta, now)
-        for last, rows in gaps.items():
-            self._gaps.observe(now - last, rows)
+        for (last, gained), rows in gaps.items():
+            self._gaps.observe((now - last) / gained, gained * rows)
         if gaps:
-            self.gaps.append((now, now - max(gaps, key=gaps.__getitem__)))  # that of most rows
+            last, gained = max(gaps, key=gaps.__getitem__)
+            self.gaps.append((now, (now - last) / gained))  # that of most rows
 
     def observe_cancelled(self, request: Request) -> None:
         """The client went away."""

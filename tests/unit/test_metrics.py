@@ -94,6 +94,21 @@ def test_a_request_from_first_token_to_last() -> None:
     assert found[("halyard_tenant_cached_tokens_total", "default")] == 1
 
 
+def test_tokens_that_come_together_share_the_time_since_the_last_one() -> None:
+    """The page's latency between tokens is theirs too: a loaded server gives out nothing else."""
+    metrics = Metrics("m", "b")
+    rows = [(request(name), delta(1, name=name)) for name in "abc"]
+    metrics.observe_deltas(rows)
+    time.sleep(0.02)
+    metrics.observe_deltas([(own, delta(4, name=own.request_id)) for own, _ in rows])
+    found = values(metrics)
+    assert found[("halyard_inter_token_latency_seconds_count",)] == 12
+    whole = found[("halyard_inter_token_latency_seconds_sum",)] / 3
+    assert whole >= 0.02
+    (between,) = metrics.recent_latencies(60.0)[1]
+    assert abs(between - whole / 4) < 1e-6
+
+
 def test_answers_of_one_request_end_one_by_one() -> None:
     metrics, own = Metrics("m", "b"), request(n=2)
 
