@@ -289,6 +289,9 @@ class Executor:
         return _Here(tensor)
 
     def close(self) -> None:
+        """Give the device back, empty, even where somebody still holds this object."""
+        self._free(torch.device("meta"))
+        self.host_pool = None
         self.device.close()
 
     def forget(self) -> None:
@@ -300,13 +303,17 @@ class Executor:
 
         A host tier of other memory stays: what was locked in place for the device isn't given back.
         """
+        self._free(torch.device("cpu"))
+        if self.device.torch_device.type == "cpu":
+            self.host_pool = None
+        self._empty_cache()
+
+    def _free(self, weights: torch.device) -> None:
+        """Drop the pool and what was recorded on it; weights go where they are told."""
         empty = self.device.allocate_kv(self.pool.layout, 0, host=False)
         self.program.set_pool(empty)
         self.pool = empty
-        if self.device.torch_device.type == "cpu":
-            self.host_pool = None
-        self.program.move_weights(torch.device("cpu"))
-        self._empty_cache()
+        self.program.move_weights(weights)
 
     def wake(self) -> None:
         """Take the memory again.

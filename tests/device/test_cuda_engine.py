@@ -85,3 +85,13 @@ def test_grammars_hold_beside_free_rows(overlap: bool) -> None:
     assert {answers[2].text, answers[6].text} <= {"red", "green"}
     same = sum(answers[2 * n + 1].token_ids == alone[n] for n in range(4))
     assert same >= 3  # in bf16 a tie may break another way beside other rows
+
+
+def test_a_closed_engine_leaves_the_memory_to_the_next() -> None:
+    """Also while somebody still holds it: two models, one after the other, in one process."""
+    before = torch.cuda.memory_allocated()
+    llm = LLM("embedded", backend=BACKEND, kv_blocks=4096, host_kv_blocks=64)
+    llm.generate(TEXTS[:4], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    held = torch.cuda.memory_allocated() - before
+    llm.close()
+    assert torch.cuda.memory_allocated() - before < held / 20

@@ -135,3 +135,18 @@ def test_the_host_tier_gives_evicted_prefixes_back(make: Any) -> None:
     assert tokens(again) == before
     assert again[0].num_cached_tokens == 32
     assert llm.engine.stats().scheduler.counters.blocks_swapped_in > 0
+
+
+def test_a_closed_engine_holds_no_memory(folder: Path) -> None:
+    """Also while somebody still holds it."""
+    llm = LLM(folder, backend=BACKEND, kv_blocks=64, host_kv_blocks=8)
+    llm.generate([prompt(9, 1)], SamplingParams(max_tokens=4), use_tqdm=False)
+    executor = llm.engine.executor
+    llm.close()
+    llm.close()
+    assert not executor.pool.data.numel()
+    assert executor.host_pool is None
+    kept = [tensor for tensor in executor.program._initial if tensor is not None]
+    assert kept
+    assert {tensor.device.type for tensor in kept} == {"meta"}
+    assert llm.engine.stats().scheduler.blocks_used == 0
