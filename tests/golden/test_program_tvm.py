@@ -45,7 +45,7 @@ def build(family: str, dtype: Any = "float32") -> UnboundProgram:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3"])  # the suite has all: minutes
 def test_logits(family: str) -> None:
     check(*bind(family, build(family)))
 
