@@ -116,8 +116,7 @@ _PAGED = """
 ## model.paged_attention.onnx
 
 The whole model with ONNX Runtime's `com.microsoft.PagedAttention`, which its CUDA provider alone has
-(onnxruntime-gpu 1.31 or newer). It was checked against that operator's schema, and its wiring with a
-stand-in for the operator; **it has not been run on a GPU**. `input_ids`, `positions`, `logit_indices`
+(onnxruntime-gpu 1.31 or newer; run with 1.31.1 on an H100). `input_ids`, `positions`, `logit_indices`
 and `logits` are as above. The others:
 
 | input | type and shape | meaning |
@@ -130,7 +129,8 @@ and `logits` are as above. The others:
 | `key_cache_N`, `value_cache_N` | {dtype} [num_blocks, block_size, {kv_heads}, {dim}] | of layer N |
 
 The outputs `key_cache_out_N` and `value_cache_out_N` are the same caches, written in place: bind each
-to its input's memory. The provider wants blocks of 16 tokens, or of a multiple of 256.
+to its input's memory. The provider wants blocks of 16 tokens, or of a multiple of 256; a model with
+attention sinks needs the latter.
 """
 
 

@@ -90,8 +90,9 @@ def test_grammars_hold_beside_free_rows(overlap: bool) -> None:
 def test_a_closed_engine_leaves_the_memory_to_the_next() -> None:
     """Also while somebody still holds it: two models, one after the other, in one process."""
     before = torch.cuda.memory_allocated()
-    llm = LLM("embedded", backend=BACKEND, kv_blocks=4096, host_kv_blocks=64)
+    llm = LLM("embedded", backend=BACKEND, kv_blocks=65536, host_kv_blocks=64)
     llm.generate(TEXTS[:4], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
     held = torch.cuda.memory_allocated() - before
     llm.close()
-    assert torch.cuda.memory_allocated() - before < held / 20
+    left = torch.cuda.memory_allocated() - before
+    assert left < held / 20, f"{left} of {held} bytes are left"
