@@ -35,7 +35,7 @@ def error_observer(
     host: EngineHost, request: Request[Any, Any, Any]
 ) -> Callable[[BaseException], None]:
     """Counts and logs a failure after the handler has returned."""
-    path = request.url.path
+    path = request.scope["path"]
 
     def observe(error: BaseException) -> None:
         told = to_api_error(error)

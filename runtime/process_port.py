@@ -229,6 +229,7 @@ class ProcessPort:
         self._frames = 0
         self._joiner = Joiner()
         self._outgoing = bytearray()
+        self._writing = False  # the loop tells when more can be sent
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_numbers = itertools.count()
         self._closing = False
@@ -338,11 +339,13 @@ class ProcessPort:
                 self._outgoing.clear()  # it is dead: the reading side finds out why
                 break
             del self._outgoing[:sent]
-        if self._loop is not None:
-            if waiting:
-                self._loop.add_writer(self._channel.socket, self._flush)
-            else:
-                self._loop.remove_writer(self._channel.socket)
+        if self._loop is None or waiting == self._writing:
+            return  # nearly always: to ask the loop costs as much as to send
+        self._writing = waiting
+        if waiting:
+            self._loop.add_writer(self._channel.socket, self._flush)
+        else:
+            self._loop.remove_writer(self._channel.socket)
 
     # -- in -------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""Token ids of a prompt: what they become, and what is refused in one line."""
+"""Token ids of a prompt: what they become, what is refused in one line, what crosses processes."""
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from halyard.hal.errors import RequestError
 from halyard.runtime.intake import Intake, Limits
+from halyard.runtime.request import SamplingParams
 
 
 @pytest.fixture
@@ -44,3 +46,12 @@ def test_what_is_no_token_is_refused_in_one_line(intake: Intake, given: Any, tol
         intake.checked_prompt(given, 0, "prompt")
     assert "\n" not in str(caught.value)
     assert caught.value.param == "prompt"
+
+
+def test_a_request_crosses_processes_whole(intake: Intake) -> None:
+    params = SamplingParams(3, 0.5, 0.25, 1.5, 0.5, 0.75, 7, 0.1, 9, ("x",), (4,), True, 4, 2, 1, 0)
+    made = intake.request([1, 2], params, tenant="a", priority=3, cache_salt="s", share=2.0)
+    there = pickle.loads(pickle.dumps(made))
+    assert there == made
+    assert there.params == params
+    assert (there.seed, there.stop_token_ids) == (9, frozenset({4}))
