@@ -39,6 +39,8 @@ SOURCES = tuple(
 _HEADERS = tuple(
     _FOLDER / f"{name}.h" for name in ("vectors", "panels", "quantized", "operators", "pool")
 )
+# GCC moves loads ahead before it chooses registers, and then lacks some for a tile's sums.
+_ARM = ("-fno-schedule-insns",)
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 
 # name -> (features the CPU must have, compiler flags); best first.
@@ -49,8 +51,8 @@ ISA_LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "avx512": (_AVX512, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")),
     "avx2": (("avx2", "fma"), ("-mavx2", "-mfma")),
-    "neonbf16": (("neon", "armbf16"), ("-march=armv8.2-a+bf16",)),
-    "neon": (("neon",), ()),  # every 64-bit ARM has it
+    "neonbf16": (("neon", "armbf16"), ("-march=armv8.2-a+bf16", *_ARM)),
+    "neon": (("neon",), _ARM),  # every 64-bit ARM has it
     "portable": ((), ()),
 }
 # Products below which one thread does a call alone: sharing it costs a microsecond or two.

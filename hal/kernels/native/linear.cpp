@@ -32,24 +32,27 @@ void tiles(const typename Weights<T>::X* x, int64_t in, int64_t rows, int64_t k,
     }
 }
 
-// One row against several panels at once: as many streams from memory.
-template <typename T, int N>
+// One row against several panels at once: as many streams from memory. Where a panel's sums are more
+// than the registers hold, first one part of its lines is read, then the other.
+template <typename T, int N, int FIRST = 0>
 void stream(const typename Weights<T>::X* x, const T* w, int64_t stride, int64_t count, float* c) {
-    constexpr int V = PANEL / W, STEP = Weights<T>::STEP;
+    constexpr int V = tile_vectors(1), STEP = Weights<T>::STEP;
     vf acc[N][1][V] = {};
     for (int64_t k = 0; k < count; k += STEP)
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
-            const T* lines = w + n * stride + k * PANEL;
+            const T* lines = w + n * stride + k * PANEL + FIRST * W * STEP;
 #pragma GCC unroll 4
-            for (int j = 0; j < V; j++) __builtin_prefetch(lines + j * W * STEP + DISTANCE, 0, 3);
+            for (int j = 0; j < V; j += 16 / W)
+                __builtin_prefetch(lines + j * W * STEP + DISTANCE, 0, 3);
             Weights<T>::template step<1, V>(x + k, lines, acc[n]);
         }
     for (int n = 0; n < N; n++)
         for (int j = 0; j < V; j++) {
-            float* target = c + n * PANEL + j * W;
+            float* target = c + n * PANEL + (FIRST + j) * W;
             store(target, load(target) + acc[n][0][j]);
         }
+    if constexpr (FIRST + V < PANEL / W) stream<T, N, FIRST + V>(x, w, stride, count, c);
 }
 
 // One row against all panels.

@@ -18,24 +18,20 @@ constexpr int CHUNK = 256;  // inputs a slice of a panel: 64 KiB in fp32, which 
 constexpr int DISTANCE = 4096;  // elements that one row's weights are fetched ahead of their use
 #if defined(__AVX512F__)
 constexpr int STREAMS = 4;  // panels that one row is multiplied with at once
-#elif defined(__AVX2__)
-constexpr int STREAMS = 1;  // its sums are half of the registers
 #else
-constexpr int STREAMS = 2;
+constexpr int STREAMS = 1;  // its sums are half of the registers
 #endif
 constexpr int ROWS = 192;   // rows between two passes over a panel
-#if defined(__AVX512F__) || defined(__AVX2__) || defined(__ARM_NEON)
 constexpr int TILE = 6;  // rows a register tile
-#else
-constexpr int TILE = 3;
-#endif
 
-// Vectors of a panel that a tile of M rows holds in registers.
+// Vectors of a panel that a tile of M rows holds in registers: of 32 (AVX-512, NEON) or of 16.
 constexpr int tile_vectors(int m) {
 #if defined(__AVX512F__)
     return m > 0 ? 4 : 0;
+#elif defined(__ARM_NEON)
+    return m == 1 ? 16 : m == 2 ? 8 : 4;
 #else
-    return (m == 1 ? 4 : m <= 2 ? 2 : 1) * (16 / W);
+    return m == 1 ? 8 : m == 2 ? 4 : 2;
 #endif
 }
 
@@ -50,12 +46,12 @@ struct Weights<float> {
     template <int M, int V>
     static void step(const float* x, const float* w, vf (&acc)[M][V]) {
         vf value[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < V; j++) value[j] = load(w + j * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
             const float a = x[m];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int j = 0; j < V; j++) acc[m][j] += a * value[j];
         }
     }
@@ -70,13 +66,13 @@ struct Weights<uint16_t> {
     template <int M, int V>
     static void step(const uint16_t* x, const uint16_t* w, vf (&acc)[M][V]) {
         vu pair[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < V; j++) pair[j] = load_u32(w + j * W * 2);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
             uint32_t both;
             std::memcpy(&both, x + 2 * m, 4);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int j = 0; j < V; j++) acc[m][j] = dot(acc[m][j], pair[j], both);
         }
     }
@@ -85,11 +81,32 @@ struct Weights<uint16_t> {
 
     template <int M, int V>
     static void step(const float* x, const uint16_t* w, vf (&acc)[M][V]) {
-#pragma GCC unroll 8
+        if constexpr (W == 4 && M > 1) {
+            // All pairs' first inputs, then their second ones: both are more than the registers hold beside
+            // the sums. Pairs are read twice; the compiler mustn't know that, or it keeps them.
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                vf value[V];
+#pragma GCC unroll 16
+                for (int j = 0; j < V; j++) {
+                    const vu pair = load_u32(w + j * W * 2);
+                    value[j] = i == 0 ? low_half(pair) : high_half(pair);
+                }
+                asm("" : "+r"(w));
+#pragma GCC unroll 16
+                for (int m = 0; m < M; m++) {
+                    const float a = x[2 * m + i];
+#pragma GCC unroll 16
+                    for (int j = 0; j < V; j++) acc[m][j] += a * value[j];
+                }
+            }
+            return;
+        }
+#pragma GCC unroll 16
         for (int j = 0; j < V; j++) {
             const vu pair = load_u32(w + j * W * 2);
             const vf first = low_half(pair), second = high_half(pair);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int m = 0; m < M; m++) {
                 acc[m][j] += x[2 * m] * first;
                 acc[m][j] += x[2 * m + 1] * second;
@@ -132,13 +149,10 @@ const char* any_tile(int rows, const typename Weights<T>::X* x, const T* w, int6
         case 1: return tile<T, 1, FETCH>(x, w, count, c, ahead, scales);
         case 2: return tile<T, 2, FETCH>(x, w, count, c, ahead, scales);
         case 3: return tile<T, 3, FETCH>(x, w, count, c, ahead, scales);
-#if defined(__AVX512F__) || defined(__AVX2__) || defined(__ARM_NEON)
         case 4: return tile<T, 4, FETCH>(x, w, count, c, ahead, scales);
         case 5: return tile<T, 5, FETCH>(x, w, count, c, ahead, scales);
         default: return tile<T, 6, FETCH>(x, w, count, c, ahead, scales);
-#endif
     }
-    return ahead;
 }
 
 inline void copy_inputs(float* target, const float* x) { *target = *x; }

@@ -22,13 +22,9 @@ inline vi signed_bytes(const char* p) {  // GCC converts a vector of bytes one b
 #if defined(__AVX512F__)
     return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__ARM_NEON)
-    const int8x16_t bytes = vld1q_s8(reinterpret_cast<const int8_t*>(p));
-    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
-    const int32x4_t parts[4] = {vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)),
-                                vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))};
-    vi wide;
-    std::memcpy(&wide, parts, sizeof(wide));
-    return wide;
+    uint32_t bytes;
+    std::memcpy(&bytes, p, 4);
+    return (vi)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)))));
 #elif defined(__AVX2__)
     return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else

@@ -1,6 +1,6 @@
 // Vectors of 16 floats that the compiler maps to AVX-512, AVX2, SSE or NEON, and bf16 conversions. Those
 // that are wider than the processor's it keeps in memory, not in registers: who lives on registers
-// defines NATIVE_WIDTH before this, where that is worth it.
+// defines NATIVE_WIDTH before this, and gets vectors as wide as the processor's.
 #pragma once
 
 #include <cmath>
@@ -17,10 +17,12 @@
 
 namespace {
 
-#if defined(NATIVE_WIDTH) && defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int W = 8;  // lanes
+#if !defined(NATIVE_WIDTH) || defined(__AVX512F__)
+constexpr int W = 16;  // lanes
+#elif defined(__AVX2__)
+constexpr int W = 8;
 #else
-constexpr int W = 16;
+constexpr int W = 4;  // SSE, NEON and what else has 128 bits
 #endif
 
 typedef float vf __attribute__((vector_size(W * 4)));
@@ -64,11 +66,10 @@ inline void store_as(uint16_t* p, vf x) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
     std::memcpy(p, &rounded, 32);
 #elif defined(BF16_DOT)
-    float32x4_t part[4];
+    float32x4_t part[W / 4];
     std::memcpy(part, &x, sizeof(part));
-    for (int i = 0; i < 4; i += 2)
-        vst1q_bf16(reinterpret_cast<bfloat16_t*>(p) + 4 * i,
-                   vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(part[i]), part[i + 1]));
+    for (int i = 0; i < W / 4; i++)
+        vst1_bf16(reinterpret_cast<bfloat16_t*>(p) + 4 * i, vcvt_bf16_f32(part[i]));
 #else
     for (int i = 0; i < W; i++) p[i] = float_to_bf16(x[i]);
 #endif
@@ -83,11 +84,11 @@ inline vf dot(vf sums, vu pairs, uint32_t both) {
 #elif defined(BF16_DOT)
 inline vf dot(vf sums, vu pairs, uint32_t both) {
     const bfloat16x8_t x = vreinterpretq_bf16_u32(vdupq_n_u32(both));
-    float32x4_t part[4];
-    bfloat16x8_t pair[4];
+    float32x4_t part[W / 4];
+    bfloat16x8_t pair[W / 4];
     std::memcpy(part, &sums, sizeof(part));
     std::memcpy(pair, &pairs, sizeof(pair));
-    for (int i = 0; i < 4; i++) part[i] = vbfdotq_f32(part[i], pair[i], x);
+    for (int i = 0; i < W / 4; i++) part[i] = vbfdotq_f32(part[i], pair[i], x);
     std::memcpy(&sums, part, sizeof(part));
     return sums;
 }
