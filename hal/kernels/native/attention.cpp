@@ -1,5 +1,5 @@
-// Paged attention for the CPU. Written once in vectors of W floats (16, with AVX2 alone 8), which the
-// compiler maps to AVX-512, AVX2, SSE or NEON; where the CPU has a dot instruction for bf16, products use it.
+// Paged attention for the CPU. Written once in vectors of W floats (16, 8 or 4), which the compiler maps
+// to AVX-512, AVX2, SSE or NEON; where the CPU has a dot instruction for bf16, products use it.
 //
 // One block of one layer holds, for each kv head, keys and then values of `block` tokens:
 //   fp32  K [head_dim][block]            V [block][head_dim]
@@ -21,21 +21,25 @@
 
 namespace {
 
-constexpr int CHUNK = 128 / W;    // sub-blocks of W tokens between two updates of the softmax
 constexpr int TILE = 36;          // queries a work item, at most
-#if defined(__AVX512F__)
 constexpr int REGISTERS = 6;      // queries a register tile
-constexpr int wide(int) { return 4; }  // vectors of keys or values beside each other
+// Tokens of a sub-block, or as many coordinates of a value: PARTS vectors that lie in one place. wide(m)
+// of them beside each other are what a tile of m queries holds sums for: in 32 registers, or in 16.
+#if defined(__AVX512F__)
+constexpr int SUB = W;
+constexpr int wide(int) { return 4; }
 #elif defined(__AVX2__)
-constexpr int REGISTERS = 6;
+constexpr int SUB = W;
 constexpr int wide(int m) { return m == 1 ? 8 : m == 2 ? 4 : 2; }
 #elif defined(__ARM_NEON)
-constexpr int REGISTERS = 4;
+constexpr int SUB = 4 * W;
 constexpr int wide(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
 #else
-constexpr int REGISTERS = 2;
-constexpr int wide(int m) { return m == 1 ? 2 : 1; }
+constexpr int SUB = 2 * W;
+constexpr int wide(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
 #endif
+constexpr int PARTS = SUB / W;
+constexpr int CHUNK = 128 / SUB;  // sub-blocks between two updates of the softmax
 constexpr int SPLIT = 1024;       // keys a work item of a short row
 constexpr int SHORT_ROW = 8;      // query tokens up to which a row is cut along its keys
 constexpr float NEG_INF = -INFINITY;
@@ -168,28 +172,29 @@ struct Store<float> {
 
     // Keys and values are equally many lines: while one streams through, the other is fetched.
     static const float* line_of_keys(const float* k, int64_t row, int64_t block) { return k + row * block; }
-    static const float* line_of_values(const float* v, int64_t row) { return v + row * W; }
+    static const float* line_of_values(const float* v, int64_t row) { return v + row * SUB; }
 
     template <int M, int J, bool AHEAD>
     static void scores(const float* q, int64_t ldq, const float* const* k, const float* const* v,
                        int64_t dim, int64_t block, float* s) {
-        vf acc[M][J] = {};
+        constexpr int V = J * PARTS;
+        vf acc[M][V] = {};
         for (int64_t d = 0; d < dim; d++) {
-            vf key[J];
-#pragma GCC unroll 8
-            for (int j = 0; j < J; j++) key[j] = load(k[j] + d * block);
+            vf key[V];
+#pragma GCC unroll 16
+            for (int j = 0; j < V; j++) key[j] = load(k[j / PARTS] + j % PARTS * W + d * block);
             if (AHEAD)
 #pragma GCC unroll 8
                 for (int j = 0; j < J; j++) __builtin_prefetch(line_of_values(v[j], d), 0, 2);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 const float x = q[m * ldq + d];
-#pragma GCC unroll 8
-                for (int j = 0; j < J; j++) acc[m][j] += x * key[j];
+#pragma GCC unroll 16
+                for (int j = 0; j < V; j++) acc[m][j] += x * key[j];
             }
         }
         for (int m = 0; m < M; m++)
-            for (int j = 0; j < J; j++) store(s + m * CHUNK * W + j * W, acc[m][j]);
+            for (int j = 0; j < V; j++) store(s + m * CHUNK * SUB + j * W, acc[m][j]);
     }
     static void prepare_weights(const float*, float*, int64_t, int) {}
     static const float* weights(const float* p, const float*) { return p; }
@@ -197,27 +202,28 @@ struct Store<float> {
     template <int M, int D, bool AHEAD>
     static void mix(const float* p, int64_t ldp, const float* const* v, const float* const* next,
                     int num_keys, int64_t d, int64_t dim, int64_t block, float* o) {
-        vf acc[M][D];
+        constexpr int V = D * PARTS;
+        vf acc[M][V];
         for (int m = 0; m < M; m++)
-            for (int j = 0; j < D; j++) acc[m][j] = load(o + m * dim + d + j * W);
+            for (int j = 0; j < V; j++) acc[m][j] = load(o + m * dim + d + j * W);
         for (int t = 0; t < num_keys; t++) {
-            const float* row = v[t / W] + (t % W) * dim + d;
-            vf value[D];
-#pragma GCC unroll 8
-            for (int j = 0; j < D; j++) value[j] = load(row + j * W);
+            const float* row = v[t / SUB] + (t % SUB) * dim + d;
+            vf value[V];
+#pragma GCC unroll 16
+            for (int j = 0; j < V; j++) value[j] = load(row + j * W);
             if (AHEAD)
 #pragma GCC unroll 8
                 for (int j = 0; j < D; j++)
-                    __builtin_prefetch(line_of_keys(next[t / W], d + j * W + t % W, block), 0, 2);
+                    __builtin_prefetch(line_of_keys(next[t / SUB], d + j * SUB + t % SUB, block), 0, 2);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 const float x = p[m * ldp + t];
-#pragma GCC unroll 8
-                for (int j = 0; j < D; j++) acc[m][j] += x * value[j];
+#pragma GCC unroll 16
+                for (int j = 0; j < V; j++) acc[m][j] += x * value[j];
             }
         }
         for (int m = 0; m < M; m++)
-            for (int j = 0; j < D; j++) store(o + m * dim + d + j * W, acc[m][j]);
+            for (int j = 0; j < V; j++) store(o + m * dim + d + j * W, acc[m][j]);
     }
 };
 
@@ -251,22 +257,31 @@ struct Store<uint16_t> {
     }
     static const uint16_t* keys(const uint16_t* k_base, int64_t t) { return k_base + t * 2; }
     static const uint16_t* values(const uint16_t* v_base, int64_t t, int64_t dim) {
-        return v_base + t * dim;  // t is a multiple of W
+        return v_base + t * dim;  // t is a multiple of SUB
     }
 
     static const uint16_t* line_of_keys(const uint16_t* k, int64_t row, int64_t block) {
         return k + row * block * 2;
     }
-    static const uint16_t* line_of_values(const uint16_t* v, int64_t row) { return v + row * W * 2; }
+    static const uint16_t* line_of_values(const uint16_t* v, int64_t row) { return v + row * SUB * 2; }
 
     template <int M, int J, bool AHEAD>
     static void scores(const Query* q, int64_t ldq, const uint16_t* const* k, const uint16_t* const* v,
                        int64_t dim, int64_t block, float* s) {
-        vf acc[M][J] = {};
+        constexpr int V = J * PARTS;
+        vf acc[M][V] = {};
         for (int64_t d = 0; d < dim / 2; d++) {
-            vu pair[J];
+#if defined(NARROW)
+            if (AHEAD)
 #pragma GCC unroll 8
-            for (int j = 0; j < J; j++) pair[j] = load_u32(k[j] + d * block * 2);
+                for (int j = 0; j < J; j++) __builtin_prefetch(line_of_values(v[j], d), 0, 2);
+            const auto keys = [&](int j) { return k[j / PARTS] + (j % PARTS * W + d * block) * 2; };
+            add_pairs(acc, keys, [&](int m) { return q + m * ldq + query_len(2 * d); });
+#else
+            vu pair[V];
+#pragma GCC unroll 16
+            for (int j = 0; j < V; j++)
+                pair[j] = load_u32(k[j / PARTS] + (j % PARTS * W + d * block) * 2);
             if (AHEAD)
 #pragma GCC unroll 8
                 for (int j = 0; j < J; j++) __builtin_prefetch(line_of_values(v[j], d), 0, 2);
@@ -274,12 +289,12 @@ struct Store<uint16_t> {
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 const uint32_t x = q[m * ldq + d];
-#pragma GCC unroll 8
-                for (int j = 0; j < J; j++) acc[m][j] = dot(acc[m][j], pair[j], x);
+#pragma GCC unroll 16
+                for (int j = 0; j < V; j++) acc[m][j] = dot(acc[m][j], pair[j], x);
             }
 #else
-#pragma GCC unroll 8
-            for (int j = 0; j < J; j++) {
+#pragma GCC unroll 16
+            for (int j = 0; j < V; j++) {
                 const vf even = low_half(pair[j]), odd = high_half(pair[j]);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; m++) {
@@ -288,9 +303,10 @@ struct Store<uint16_t> {
                 }
             }
 #endif
+#endif
         }
         for (int m = 0; m < M; m++)
-            for (int j = 0; j < J; j++) store(s + m * CHUNK * W + j * W, acc[m][j]);
+            for (int j = 0; j < V; j++) store(s + m * CHUNK * SUB + j * W, acc[m][j]);
     }
 
 #if defined(BF16_DOT)
@@ -309,31 +325,53 @@ struct Store<uint16_t> {
     static void mix(const Weight* p, int64_t ldp, const uint16_t* const* v,
                     const uint16_t* const* next, int num_keys, int64_t d, int64_t dim, int64_t block,
                     float* o) {
-        vf acc[M][D];
+        constexpr int V = D * PARTS;
+        vf acc[M][V];
         for (int m = 0; m < M; m++)
-            for (int j = 0; j < D; j++) acc[m][j] = load(o + m * dim + d + j * W);
-        for (int t = 0; t < num_keys; t += 2) {
-            const uint16_t* row = v[t / W] + ((t % W) / 2 * dim + d) * 2;
-            vu pair[D];
-#pragma GCC unroll 8
-            for (int j = 0; j < D; j++) pair[j] = load_u32(row + j * W * 2);
+            for (int j = 0; j < V; j++) acc[m][j] = load(o + m * dim + d + j * W);
+#if defined(NARROW)
+        const uint16_t* row;
+        const auto pairs = [&](int j) { return row + j * W * 2; };
+        int t = 0;
+        const auto weights_of = [&](int m) { return p + m * weight_len(ldp) + weight_len(t); };
+        for (; t + 1 < num_keys; t += 2) {
+            row = v[t / SUB] + ((t % SUB) / 2 * dim + d) * 2;
             if (AHEAD)
 #pragma GCC unroll 8
                 for (int j = 0; j < D; j++)
                     __builtin_prefetch(
-                        line_of_keys(next[t / W], (d / W + j) * (W / 2) + (t % W) / 2, block), 0, 2);
+                        line_of_keys(next[t / SUB], (d / SUB + j) * (SUB / 2) + (t % SUB) / 2, block), 0,
+                        2);
+            add_pairs(acc, pairs, weights_of);
+        }
+        if (t < num_keys) {  // the slot behind the last key holds anything
+            row = v[t / SUB] + ((t % SUB) / 2 * dim + d) * 2;
+            add_pairs<M, V, true>(acc, pairs, weights_of);
+        }
+#else
+        for (int t = 0; t < num_keys; t += 2) {
+            const uint16_t* row = v[t / SUB] + ((t % SUB) / 2 * dim + d) * 2;
+            vu pair[V];
+#pragma GCC unroll 16
+            for (int j = 0; j < V; j++) pair[j] = load_u32(row + j * W * 2);
+            if (AHEAD)
+#pragma GCC unroll 8
+                for (int j = 0; j < D; j++)
+                    __builtin_prefetch(
+                        line_of_keys(next[t / SUB], (d / SUB + j) * (SUB / 2) + (t % SUB) / 2, block), 0,
+                        2);
             if (t + 1 == num_keys)  // the slot behind the last key holds anything
-                for (int j = 0; j < D; j++) pair[j] &= 0xffffu;
+                for (int j = 0; j < V; j++) pair[j] &= 0xffffu;
 #if defined(BF16_DOT)
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 const uint32_t x = p[m * (ldp / 2) + t / 2];
-#pragma GCC unroll 8
-                for (int j = 0; j < D; j++) acc[m][j] = dot(acc[m][j], pair[j], x);
+#pragma GCC unroll 16
+                for (int j = 0; j < V; j++) acc[m][j] = dot(acc[m][j], pair[j], x);
             }
 #else
-#pragma GCC unroll 8
-            for (int j = 0; j < D; j++) {
+#pragma GCC unroll 16
+            for (int j = 0; j < V; j++) {
                 const vf first = low_half(pair[j]), second = high_half(pair[j]);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; m++) {
@@ -343,8 +381,9 @@ struct Store<uint16_t> {
             }
 #endif
         }
+#endif
         for (int m = 0; m < M; m++)
-            for (int j = 0; j < D; j++) store(o + m * dim + d + j * W, acc[m][j]);
+            for (int j = 0; j < V; j++) store(o + m * dim + d + j * W, acc[m][j]);
     }
 };
 
@@ -354,9 +393,9 @@ void scores_tile(const typename Store<T>::Query* q, int64_t ldq, const T* const*
     constexpr int J = wide(M);
     int j = 0;
     for (; j + J <= num_sub; j += J)
-        Store<T>::template scores<M, J, AHEAD>(q, ldq, k + j, v + j, dim, block, s + j * W);
+        Store<T>::template scores<M, J, AHEAD>(q, ldq, k + j, v + j, dim, block, s + j * SUB);
     for (; j < num_sub; j++)
-        Store<T>::template scores<M, 1, AHEAD>(q, ldq, k + j, v + j, dim, block, s + j * W);
+        Store<T>::template scores<M, 1, AHEAD>(q, ldq, k + j, v + j, dim, block, s + j * SUB);
 }
 
 template <typename T, int M, bool AHEAD>
@@ -364,9 +403,9 @@ void mix_tile(const typename Store<T>::Weight* p, int64_t ldp, const T* const* v
               int num_keys, int64_t dim, int64_t block, float* o) {
     constexpr int D = wide(M);
     int64_t d = 0;
-    for (; d + D * W <= dim; d += D * W)
+    for (; d + D * SUB <= dim; d += D * SUB)
         Store<T>::template mix<M, D, AHEAD>(p, ldp, v, next, num_keys, d, dim, block, o);
-    for (; d < dim; d += W)
+    for (; d < dim; d += SUB)
         Store<T>::template mix<M, 1, AHEAD>(p, ldp, v, next, num_keys, d, dim, block, o);
 }
 
@@ -392,8 +431,8 @@ struct Scratch {
     void fit(int64_t dim) {
         if (int64_t(o.size()) >= TILE * dim) return;
         q.resize(TILE * dim);
-        w.resize(TILE * CHUNK * W);
-        s.resize(TILE * CHUNK * W);
+        w.resize(TILE * CHUNK * SUB);
+        s.resize(TILE * CHUNK * SUB);
         o.resize(TILE * dim);
     }
 };
@@ -424,21 +463,21 @@ void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* parti
     const int32_t* table = a.block_tables + item.row * a.max_blocks;
     const int64_t half = a.num_kv_heads * dim * block;  // keys of all heads, then values
     const T* pool = static_cast<const T*>(a.pool);
-    const int stride = CHUNK * W;
+    const int stride = CHUNK * SUB;
     const int last_position = position0 + item.num_queries - 1;
 
     // Keys before every window of the tile are not read at all.
     int first_key = item.first_key;
     if (a.window > 0) first_key = std::max(first_key, int(position0 - a.window + 1));
-    first_key = first_key / W * W;
+    first_key = first_key / SUB * SUB;
     const int end_key = std::min(item.last_key, last_position + 1);
     for (int key0 = first_key; key0 < end_key; key0 += stride) {
         const int num_keys = std::min(stride, end_key - key0);
-        const int num_sub = (num_keys + W - 1) / W;
+        const int num_sub = (num_keys + SUB - 1) / SUB;
         const T* keys[CHUNK];
         const T* values[CHUNK];
         for (int j = 0; j < num_sub; j++) {
-            const int64_t token = key0 + j * W;
+            const int64_t token = key0 + j * SUB;
             const T* base = pool + table[token / block] * 2 * half + item.kv_head * dim * block;
             keys[j] = Store<T>::keys(base, token % block);
             values[j] = Store<T>::values(base + half, token % block, dim);
@@ -448,13 +487,13 @@ void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* parti
         scratch.q.data() + m * ldq, ldq, keys, values, num_sub, dim, block, s + m * stride);
         FOR_TILES(num, CALL)
 #undef CALL
-        const bool masked = key0 + num_keys - 1 > position0 || num_keys % W != 0 ||
+        const bool masked = key0 + num_keys - 1 > position0 || num_keys % SUB != 0 ||
                             (a.window > 0 && key0 < last_position - a.window + 1);
         for (int m = 0; m < num; m++) {
             float* row = s + m * stride;
             const int position = position0 + m / item.num_heads;
             vf top = splat(NEG_INF);
-            for (int j = 0; j < num_sub; j++) {
+            for (int j = 0; j < num_sub * PARTS; j++) {
                 vf x = load(row + j * W) * a.scale;
                 if (a.softcap > 0) {  // c * tanh(x / c)
                     vf y = x * (2.0f / a.softcap);
@@ -474,12 +513,12 @@ void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* parti
             }
             const float highest = std::max(max[m], highest_of(top));
             if (highest == NEG_INF) {  // nothing of this chunk is visible to this query
-                std::fill(row, row + num_sub * W, 0.0f);
+                std::fill(row, row + num_sub * SUB, 0.0f);
                 continue;
             }
             const float keep = max[m] == NEG_INF ? 0.0f : std::exp(max[m] - highest);
             vf total = {};
-            for (int j = 0; j < num_sub; j++) {
+            for (int j = 0; j < num_sub * PARTS; j++) {
                 vf e = weight_of<T>(load(row + j * W), highest);
                 store(row + j * W, e);
                 total += e;
@@ -494,7 +533,7 @@ void run_item(const Args& a, const Item& item, Scratch<T>& scratch, float* parti
         const int64_t ldw = Store<T>::weight_len(stride);
         const T* next[CHUNK];  // keys of the next chunk, where there is one
         for (int j = 0; j < num_sub; j++) {
-            const int64_t token = key0 + stride + j * W;
+            const int64_t token = key0 + stride + j * SUB;
             next[j] = token < end_key ? Store<T>::keys(pool + table[token / block] * 2 * half +
                                                            item.kv_head * dim * block,
                                                        token % block)

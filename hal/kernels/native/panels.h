@@ -60,7 +60,18 @@ struct Weights<float> {
 template <>
 struct Weights<uint16_t> {
     static constexpr int STEP = 2;
+#if defined(NARROW)
 #if defined(BF16_DOT)
+    typedef uint16_t X;
+#else
+    typedef float X;
+#endif
+
+    template <int M, int V>
+    static void step(const X* x, const uint16_t* w, vf (&acc)[M][V]) {
+        add_pairs(acc, [&](int j) { return w + j * W * 2; }, [&](int m) { return x + 2 * m; });
+    }
+#elif defined(BF16_DOT)
     typedef uint16_t X;
 
     template <int M, int V>
@@ -81,27 +92,6 @@ struct Weights<uint16_t> {
 
     template <int M, int V>
     static void step(const float* x, const uint16_t* w, vf (&acc)[M][V]) {
-        if constexpr (W == 4 && M > 1) {
-            // All pairs' first inputs, then their second ones: both are more than the registers hold beside
-            // the sums. Pairs are read twice; the compiler mustn't know that, or it keeps them.
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; i++) {
-                vf value[V];
-#pragma GCC unroll 16
-                for (int j = 0; j < V; j++) {
-                    const vu pair = load_u32(w + j * W * 2);
-                    value[j] = i == 0 ? low_half(pair) : high_half(pair);
-                }
-                asm("" : "+r"(w));
-#pragma GCC unroll 16
-                for (int m = 0; m < M; m++) {
-                    const float a = x[2 * m + i];
-#pragma GCC unroll 16
-                    for (int j = 0; j < V; j++) acc[m][j] += a * value[j];
-                }
-            }
-            return;
-        }
 #pragma GCC unroll 16
         for (int j = 0; j < V; j++) {
             const vu pair = load_u32(w + j * W * 2);

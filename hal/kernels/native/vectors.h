@@ -22,6 +22,7 @@ constexpr int W = 16;  // lanes
 #elif defined(__AVX2__)
 constexpr int W = 8;
 #else
+#define NARROW
 constexpr int W = 4;  // SSE, NEON and what else has 128 bits
 #endif
 
@@ -91,6 +92,60 @@ inline vf dot(vf sums, vu pairs, uint32_t both) {
     for (int i = 0; i < W / 4; i++) part[i] = vbfdotq_f32(part[i], pair[i], x);
     std::memcpy(&sums, part, sizeof(part));
     return sums;
+}
+#endif
+
+#if defined(NARROW)
+// acc [M][V] += products of pairs of bf16 at line(j) with two inputs of each row at input(m): two of bf16
+// where there is a dot, else two floats. With ONE, only a pair's first counts.
+template <int M, int V, bool ONE = false, typename Line, typename Input>
+inline void add_pairs(vf (&acc)[M][V], const Line& line, const Input& input) {
+#if defined(BF16_DOT)
+    vu pair[V];
+    if constexpr (M > 1)
+#pragma GCC unroll 16
+        for (int j = 0; j < V; j++) pair[j] = ONE ? load_u32(line(j)) & 0xffffu : load_u32(line(j));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        uint32_t both;
+        std::memcpy(&both, input(m), 4);
+#pragma GCC unroll 16
+        for (int j = 0; j < V; j++) {
+            if constexpr (M == 1) pair[j] = ONE ? load_u32(line(j)) & 0xffffu : load_u32(line(j));
+            acc[m][j] = dot(acc[m][j], pair[j], both);
+        }
+    }
+#else
+    if constexpr (M == 1) {
+        const float first = input(0)[0], second = input(0)[ONE ? 0 : 1];
+#pragma GCC unroll 16
+        for (int j = 0; j < V; j++) {
+            const vu pair = load_u32(line(j));
+            acc[0][j] += first * low_half(pair);
+            if (!ONE) acc[0][j] += second * high_half(pair);
+        }
+        return;
+    }
+    // All pairs' first halves, then their second ones: registers that hold the sums have no room for
+    // both. They are read twice; the compiler mustn't know that, or it keeps them somewhere.
+#pragma GCC unroll 2
+    for (int i = 0; i < (ONE ? 1 : 2); i++) {
+        int64_t nothing = 0;
+        if (i) asm("" : "+r"(nothing));
+        vf half[V];
+#pragma GCC unroll 16
+        for (int j = 0; j < V; j++) {
+            const vu pair = load_u32(line(j) + nothing);
+            half[j] = i ? high_half(pair) : low_half(pair);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const float x = input(m)[i];
+#pragma GCC unroll 16
+            for (int j = 0; j < V; j++) acc[m][j] += x * half[j];
+        }
+    }
+#endif
 }
 #endif
 
