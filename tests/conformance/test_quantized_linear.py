@@ -1,11 +1,13 @@
-"""The linear over weights of 8 or 4 bits against fp64 of what its codes stand for."""
+"""The linear over weights of 8 or 4 bits against fp64 of what its codes stand for, at every ISA level."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from halyard.hal.kernels.native.library import find_compiler
+from halyard.hal.devices.cpu import CpuDevice
+from halyard.hal.kernels.native import linear
+from halyard.hal.kernels.native.library import find_compiler, supported_isas
 from halyard.hal.kernels.native.quantized_linear import (
     dequantize_linear,
     quantize_linear,
@@ -14,6 +16,15 @@ from halyard.hal.kernels.native.quantized_linear import (
 )
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
+INFO = CpuDevice().info
+
+
+@pytest.fixture(params=supported_isas(INFO.features), autouse=True)
+def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setenv("HALYARD_NATIVE_ISA", request.param)
+    linear.functions.cache_clear()
+    yield
+    linear.functions.cache_clear()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

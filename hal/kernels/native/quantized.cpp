@@ -27,6 +27,12 @@ inline vi signed_bytes(const char* p) {  // GCC converts a vector of bytes one b
     return (vi)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)))));
 #elif defined(__AVX2__)
     return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__SSE2__)
+    int bytes;
+    std::memcpy(&bytes, p, 4);
+    __m128i x = _mm_cvtsi32_si128(bytes);
+    x = _mm_unpacklo_epi8(x, x);
+    return (vi)_mm_srai_epi32(_mm_unpacklo_epi16(x, x), 24);
 #else
     return __builtin_convertvector(*reinterpret_cast<const vb*>(p), vi);
 #endif
