@@ -101,7 +101,7 @@ class Launch:
         Args:
             tell: is called with the name of each phase as it begins.
             hang_seconds: a step that takes longer is taken for a hang; None: any may take for ever.
-            metrics: of the engine whose place this one takes; they go on if they fit.
+            metrics: of the engine whose place this one takes; they go on if the model has that name.
 
         Raises:
             HalyardError: loading failed; one line says why.
@@ -215,7 +215,7 @@ class ProcessPort:
         )
         own = (facts.model_name, facts.backend_name)
         if metrics is None or (metrics.model, metrics.backend) != own:
-            metrics = Metrics(*own, facts.bytes_per_block)
+            metrics = Metrics(*own, facts.bytes_per_block, before=metrics)
         self.metrics = metrics
         self._process = process
         self._channel = channel

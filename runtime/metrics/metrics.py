@@ -21,21 +21,32 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+_OF_LIVES = ("engine_restarts", "load_failures")
+
 
 class Metrics:
     """All metrics of one engine, labelled with its model and backend.
 
     Requests are observed on the event loop's thread, steps by whoever runs them. Outlives the
     engine: after a restart its totals begin at 0, as Prometheus expects of counters.
+
+    Args:
+        before: of the model that the server served until now: what became of its engines counts on.
     """
 
     def __init__(
-        self, model: str, backend: str, bytes_per_block: int = 0, max_tenants: int = MAX_TENANTS
+        self,
+        model: str,
+        backend: str,
+        bytes_per_block: int = 0,
+        max_tenants: int = MAX_TENANTS,
+        before: Metrics | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
         self._bytes_per_block = bytes_per_block
         self._store = Store()
+        self._lives: Store = before._lives if before is not None else Store()  # whatever is served
         self._requests = RequestMetrics(self._store, max_tenants)
         self._gauges: dict[str, Samples] = {}
         self._steps = (
@@ -84,11 +95,11 @@ class Metrics:
 
     def observe_restart(self) -> None:
         """An engine took the place of one that died or hung."""
-        self._store.add("engine_restarts", 1)
+        self._lives.add("engine_restarts", 1)
 
     def observe_load_failure(self) -> None:
         """A model or its weights could not be loaded."""
-        self._store.add("load_failures", 1)
+        self._lives.add("load_failures", 1)
 
     def describe(
         self, version: str, device: str, dtype: str, start_seconds: Mapping[str, float]
@@ -108,6 +119,7 @@ class Metrics:
             for found in (engine, self._gauges):
                 if spec.name in found:
                     return found[spec.name]
-            return self._store.samples(spec.name)
+            store = self._lives if spec.name in _OF_LIVES else self._store
+            return store.samples(spec.name)
 
         return expose(read, self.model, self.backend, vllm=compat_vllm)

@@ -73,6 +73,7 @@ def test_weights_rotate_under_load_and_no_answer_is_dropped_or_mixed(
 ) -> None:
     target = str(copy) if mode == "beside" else "embedded"
     old = live.ask(5).json()["system_fingerprint"]
+    restarts = live.metric("halyard_engine_restarts_total")
     seen: dict[str, int] = {}
     wrong: list[Any] = []
     stop = threading.Event()
@@ -109,6 +110,7 @@ def test_weights_rotate_under_load_and_no_answer_is_dropped_or_mixed(
         assert live.http.get(f"/v1/provenance/{fingerprint}").status_code == 200
     until(lambda: len(live.engines()) == 1)
     assert live.http.get("/v1/models").json()["data"][0]["id"] == "embedded"  # as it was called
+    assert live.metric("halyard_engine_restarts_total") == restarts  # the server's, not a model's
 
 
 def test_what_cannot_be_loaded_leaves_the_old_model(live: LiveProcess, copy: Path) -> None:

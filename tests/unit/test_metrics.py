@@ -251,6 +251,19 @@ def test_two_engines_in_one_process_keep_their_numbers_apart() -> None:
     assert ("halyard_request_errors_total", "default", "X") not in values(second)
 
 
+def test_what_became_of_engines_is_counted_on_when_another_model_is_served() -> None:
+    before = Metrics("old", "b")
+    before.observe_restart()
+    before.observe_deltas([(request(), delta(1, "stop"))])
+    now = Metrics("m", "b", before=before)
+    before.observe_restart()  # of an engine that was starting meanwhile
+    now.observe_load_failure()
+    found = values(now)
+    assert found[("halyard_engine_restarts_total",)] == 2
+    assert found[("halyard_load_failures_total",)] == 1
+    assert ("halyard_requests_total", "stop", "default") not in found
+
+
 def test_estimated_wait_is_at_least_a_second_and_grows_with_the_queue() -> None:
     metrics = Metrics("m", "b")
     assert metrics.estimated_wait_seconds(100) == 1.0
