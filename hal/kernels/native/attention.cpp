@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "pool.h"
-#define NATIVE_WIDTH
 #include "vectors.h"
 
 namespace {

@@ -25,23 +25,23 @@ inline float at(const float* row, int64_t i) { return row[i]; }
 inline float at(const uint16_t* row, int64_t i) { return bf16_to_float(row[i]); }
 
 // Numbers [i, i + 2 W) of a row: a pair of vectors, and where the first lies and how far apart they are.
-inline void meet(const float* row, int64_t i, vi lanes, Best* even, Best* odd) {
-    even->meet(load(row + i), lanes + int(i));
-    odd->meet(load(row + i + W), lanes + int(i + W));
+inline void meet(const float* row, int64_t i, vi numbers, Best* even, Best* odd) {
+    even->meet(load(row + i), numbers + int(i));
+    odd->meet(load(row + i + W), numbers + int(i + W));
 }
-inline void meet(const uint16_t* row, int64_t i, vi lanes, Best* even, Best* odd) {
+inline void meet(const uint16_t* row, int64_t i, vi numbers, Best* even, Best* odd) {
     const vu pairs = load_u32(row + i);
-    even->meet(low_half(pairs), 2 * lanes + int(i));
-    odd->meet(high_half(pairs), 2 * lanes + int(i + 1));
+    even->meet(low_half(pairs), 2 * numbers + int(i));
+    odd->meet(high_half(pairs), 2 * numbers + int(i + 1));
 }
 
 template <typename T>
 void largest_of(const T* row, int64_t count, int64_t* where, float* value) {
-    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vi numbers = lanes();
     const Best nothing = {splat(-INFINITY), vi{}, vi{}};
     Best parts[2] = {nothing, nothing};
     int64_t i = 0, best = 0;
-    for (; i + 2 * W <= count; i += 2 * W) meet(row, i, lanes, &parts[0], &parts[1]);
+    for (; i + 2 * W <= count; i += 2 * W) meet(row, i, numbers, &parts[0], &parts[1]);
     bool nan = false;
     float top = -INFINITY;
     for (const Best& part : parts)

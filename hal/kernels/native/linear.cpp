@@ -8,7 +8,6 @@
 #include <atomic>
 #include <chrono>
 
-#define NATIVE_WIDTH
 #include "panels.h"
 
 namespace {

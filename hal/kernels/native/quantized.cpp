@@ -2,7 +2,6 @@
 // group's sum is scaled. Few rows widen codes in registers, many rows widen a group once into a scratch
 // that their tiles then pass over; the sums are the same.
 
-#define NATIVE_WIDTH
 #include "panels.h"
 #include "quantized.h"
 

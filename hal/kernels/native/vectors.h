@@ -1,6 +1,5 @@
-// Vectors of 16 floats that the compiler maps to AVX-512, AVX2, SSE or NEON, and bf16 conversions. Those
-// that are wider than the processor's it keeps in memory, not in registers: who lives on registers
-// defines NATIVE_WIDTH before this, and gets vectors as wide as the processor's.
+// Vectors of floats that the compiler maps to AVX-512, AVX2, SSE or NEON, and bf16 conversions. They are
+// as wide as the processor's: wider ones it keeps in memory, not in registers.
 #pragma once
 
 #include <cmath>
@@ -19,7 +18,7 @@
 
 namespace {
 
-#if !defined(NATIVE_WIDTH) || defined(__AVX512F__)
+#if defined(__AVX512F__)
 constexpr int W = 16;  // lanes
 #elif defined(__AVX2__)
 constexpr int W = 8;
