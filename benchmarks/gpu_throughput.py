@@ -4,7 +4,8 @@ PYTHONPATH=pkg python benchmarks/gpu_throughput.py --out $OUT/throughput.jsonl -
     --variant base --variant in-turn:overlap=false --variant big:max_batched_tokens=16384
 
 A variant is NAME or NAME:field=value,field=value with fields of EngineConfig, or +PASS for a compiler
-pass that Inductor doesn't ask for by itself (give it a cache_dir of its own). Each (variant, shape)
+pass that Inductor doesn't ask for by itself, -PASS for one that is left out (give either a cache_dir of
+its own). Each (variant, shape)
 has one engine; its workloads run in the order given, each with one unmeasured run and --repeat
 measured ones. What doesn't fit in the budget any more is left out and named at the end. With
 --profile every cell is followed by where the engine's time went, phase by phase; --trace DIR adds a
@@ -77,8 +78,8 @@ def parse_fields(text: str) -> dict[str, Any]:
     """field=value,... -> options; values are JSON where they can be, else text."""
     fields: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
-        if part.startswith("+"):
-            add_pass(part[1:])
+        if part[0] in "+-":
+            change_passes(part[1:], part[0] == "+")
             continue
         field, _, value = part.partition("=")
         try:
@@ -88,12 +89,17 @@ def parse_fields(text: str) -> dict[str, Any]:
     return fields
 
 
-def add_pass(name: str) -> None:
-    """Let Inductor ask for one more pass, from here on."""
+def change_passes(name: str, wanted: bool) -> None:
+    """Let Inductor ask for one more pass, or no longer for one, from here on."""
     from halyard.compiler.graphs.inductor import InductorCompiler
 
     asked = InductorCompiler.passes
-    InductorCompiler.passes = lambda *arguments: (*asked(*arguments), name)  # type: ignore[method-assign]
+
+    def passes(*arguments: Any) -> tuple[str, ...]:
+        others = tuple(one for one in asked(*arguments) if one != name)
+        return (*others, name) if wanted else others
+
+    InductorCompiler.passes = passes  # type: ignore[method-assign]
 
 
 def run_engine(

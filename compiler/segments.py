@@ -111,11 +111,34 @@ def split(graph: ModelGraph) -> SegmentedGraph:
         if number < len(attention):
             calls.append(_attention_call(attention[number], names))
     result, hidden = (names[node] for node in results)
+    _mark_donated(segments, calls, (result, hidden))
     ids = next((n for n in nodes if n.meta.get("input") == "input_ids"), None)
     axes = None
     if ids is not None and "val" in ids.meta:
         axes = token_axes(module, inputs, str(ids.meta["val"].shape[0]), "logit_indices")
     return SegmentedGraph(tuple(segments), tuple(calls), result, hidden, axes)
+
+
+def _mark_donated(
+    segments: list[Segment], calls: list[SegmentCall | AttentionCall], kept: tuple[str, ...]
+) -> None:
+    """meta["donated"] of placeholders whose memory no one reads after any call of their segment."""
+    last: dict[str, int] = {}
+    for number, call in enumerate(calls):
+        read = call.inputs if isinstance(call, SegmentCall) else (call.q, call.k, call.v)
+        last |= dict.fromkeys(read, number)
+    for index, segment in enumerate(segments):
+        places = [n for n in segment.module.graph.nodes if n.op == "placeholder"]
+        for position, place in enumerate(places):
+            place.meta["donated"] = all(
+                last[name] == number
+                and ":" not in name  # neither a weight nor a user's input
+                and name not in kept
+                and call.inputs.count(name) == 1
+                for number, call in enumerate(calls)
+                if isinstance(call, SegmentCall) and call.segment == index
+                for name in (call.inputs[position],)
+            )
 
 
 def _levels(nodes: list[fx.Node]) -> dict[fx.Node, int]:

@@ -55,6 +55,9 @@ class EngineConfig:
     progress: bool = False  # progress bars while loading and compiling
 
     def __post_init__(self) -> None:
+        for name in ("cache_dir", "dump_dir", "mirror", "matrix"):
+            if isinstance(folder := getattr(self, name), str):  # as people write it in Python
+                object.__setattr__(self, name, Path(folder).expanduser())
         _check(0 < self.memory_utilization <= 1, "memory_utilization", self.memory_utilization,
                "greater than 0 and at most 1")  # fmt: skip
         _check(self.dtype in ("auto", "float32", "float16", "bfloat16"), "dtype", self.dtype,

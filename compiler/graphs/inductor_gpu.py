@@ -7,6 +7,7 @@ compiler, a first start takes seconds, and the artefact on disk holds the compil
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from halyard.hal.kernels.triton import skinny as _skinny  # noqa: F401 - stored segments call it
+from halyard.hal.kernels.triton.skinny import linear_add, linear_add_  # stored segments call them
 
 __all__ = ["Artefact", "compile_artefact", "load_artefact"]
 
@@ -55,6 +56,7 @@ def compile_artefact(segment: fx.GraphModule, inputs: Sequence[Tensor]) -> Artef
             "fx_graph_cache": True,
         }
     }
+    segment = add_in_place(segment)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the library's own
         warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 is asked for: it is kept
@@ -62,6 +64,58 @@ def compile_artefact(segment: fx.GraphModule, inputs: Sequence[Tensor]) -> Artef
             segment, list(inputs), dynamic_shapes="from_graph", options=options
         )
     return Artefact(compiled)
+
+
+def add_in_place(segment: fx.GraphModule) -> fx.GraphModule:
+    """Let sums take the place of what they are added to, where nobody reads that any more.
+
+    A segment changes inputs only that were given to it for good (`donated`).
+    """
+    segment = copy.deepcopy(segment)
+    nodes = list(segment.graph.nodes)
+    place = {node: number for number, node in enumerate(nodes)}
+    outputs = nodes[-1].all_input_nodes
+    for node in [node for node in nodes if node.target is linear_add]:
+        residual, x, weight = node.args
+        others = [user for user in residual.users if user is not node]
+        if (
+            residual in outputs
+            or not _owned(residual)
+            or any(place[user] > place[node] or _may_alias(user) for user in others)
+        ):
+            continue
+        with segment.graph.inserting_before(node):
+            place[segment.graph.call_function(linear_add_, (residual, x, weight))] = place[node]
+        node.replace_all_uses_with(residual)
+        segment.graph.erase_node(node)
+        outputs = nodes[-1].all_input_nodes
+    segment.graph.lint()
+    segment.recompile()
+    return segment
+
+
+def _owned(node: fx.Node) -> bool:
+    """Memory of its own, laid out in order, that this segment may write to."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        return False
+    if node.op == "placeholder":
+        return bool(node.meta.get("donated"))
+    return not _may_alias(node)
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether its result may be a view of what it reads."""
+    if node.op != "call_function":
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    if node.target is torch.ops.aten.to.dtype:  # a copy, unless it changes nothing
+        source = node.all_input_nodes[0].meta.get("val")
+        value = node.meta.get("val")
+        if isinstance(source, torch.Tensor) and isinstance(value, torch.Tensor):
+            return source.dtype == value.dtype
+    return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def load_artefact(directory: Path) -> Artefact:

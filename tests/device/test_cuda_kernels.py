@@ -12,8 +12,15 @@ import torch
 
 from halyard.hal.devices.cuda import CudaDevice
 from halyard.hal.devices.rocm import RocmDevice
+from halyard.hal.dtypes import torch_dtype
 from halyard.hal.errors import CapacityError
-from halyard.hal.kernels.triton.skinny import Plan, SkinnyLinears, skinny_linear
+from halyard.hal.kernels.triton.skinny import (
+    Plan,
+    SkinnyLinears,
+    linear_add,
+    linear_add_,
+    skinny_linear,
+)
 from halyard.hal.types import BlockMove, DType, KVSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "conformance"))
@@ -109,6 +116,22 @@ def test_the_linear_operator_serves_any_number_of_rows(device: Any) -> None:
         wanted = torch.nn.functional.linear(x, weight, bias)
         assert found.shape == wanted.shape
         torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_adds_to_any_number_of_rows_in_place(device: Any, dtype: DType) -> None:
+    kind, bound = torch_dtype(dtype), {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    for outputs, inputs in ((768, 1024), (2048, 8192), (96, 80)):
+        weight = (torch.randn(outputs, inputs) / inputs**0.5).to(kind).cuda()
+        for shape in ((0,), (1,), (1, 3), (16,), (17,), (1, 300)):
+            x = torch.randn(*shape, inputs).to(kind).cuda()
+            residual = torch.randn(*shape, outputs).to(kind).cuda()
+            truth = residual.double() + x.double() @ weight.double().T
+            apart = linear_add(residual, x, weight)
+            linear_add_(residual, x, weight)
+            for found in (residual, apart):
+                error = (found.double() - truth).abs() / truth.abs().clamp(min=1)
+                assert not error.numel() or error.max() <= bound, (outputs, shape)
 
 
 @pytest.mark.parametrize("swap", ["kernel", "copy", "batch"])

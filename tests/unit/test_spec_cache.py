@@ -113,3 +113,10 @@ print(*sorted({"transformers", "tvm", "onnxruntime", "onnx"} & set(sys.modules))
         for _ in range(2)
     ]
     assert found == [["transformers"], []]
+
+
+def test_folders_may_be_given_as_text(tmp_path: Path) -> None:
+    config = EngineConfig(cache_dir=str(tmp_path), mirror="~/models", dump_dir=None)  # type: ignore[arg-type]
+    assert config.cache_dir == tmp_path
+    assert config.mirror == Path.home() / "models"
+    assert config.dump_dir is None

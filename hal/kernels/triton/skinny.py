@@ -1,4 +1,4 @@
-"""halyard::skinny_linear: a linear that takes our kernels for few rows and the library's otherwise.
+"""halyard::skinny_linear and linear_add: linears that take our kernels for few rows, the library's otherwise.
 
 Which one is decided when it runs, from shapes alone, so that one compiled graph serves every batch
 and a captured step keeps what its number of rows calls for. Needs no Triton until a GPU calls it.
@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_ROWS", "Plan", "SkinnyLinears", "choose_plan", "skinny_linear"]
+__all__ = ["MAX_ROWS", "Plan", "SkinnyLinears", "choose_plan", "linear_add", "linear_add_",
+           "skinny_linear"]  # fmt: skip
 
 MAX_ROWS = 16
 _MOST_ADDED = 4  # rows that few_rows_kernel takes
@@ -23,6 +24,8 @@ _ADDING_ROWS = 2  # up to here products and sums keep up with the reading of w
 
 _library = torch.library.Library("halyard", "FRAGMENT")
 _library.define("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("linear_add(Tensor residual, Tensor x, Tensor weight) -> Tensor")
+_library.define("linear_add_(Tensor(a!) residual, Tensor x, Tensor weight) -> ()")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +181,27 @@ def _skinny_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 @torch.library.impl(_library, "skinny_linear", "CUDA")
 def _skinny_linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = _by_few_rows(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias) if y is None else y.view(*x.shape[:-1], -1)
+
+
+def _by_few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | None:
+    """[rows, outputs] by our kernels; None: the library's are as good."""
     inputs, rows = x.shape[-1], math.prod(x.shape[:-1])
-    if rows <= MAX_ROWS and x.dtype == weight.dtype and weight.stride(1) == 1:
-        linears, cores, arch = _on(x.device)
-        plan = choose_plan(rows, weight.shape[0], inputs, cores, x.element_size(), arch)
-        if plan is not None:
-            y = linears.multiply(plan, x.reshape(rows, inputs).contiguous(), weight, bias)
-            return y.view(*x.shape[:-1], -1)
-    return torch.nn.functional.linear(x, weight, bias)
+    if rows > MAX_ROWS or x.dtype != weight.dtype or weight.stride(1) != 1:
+        return None
+    linears, cores, arch = _on(x.device)
+    plan = choose_plan(rows, weight.shape[0], inputs, cores, x.element_size(), arch)
+    if plan is None:
+        return None
+    flat = x.reshape(rows, inputs).contiguous()
+    return linears.multiply(plan, flat, weight, bias, residual=residual, out=out)
 
 
 @torch.library.register_fake("halyard::skinny_linear", lib=_library)
@@ -195,3 +211,39 @@ def _skinny_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 skinny_linear = torch.ops.halyard.skinny_linear.default
 """x [..., in], weight [out, in], bias [out] or None -> [..., out] in x's dtype."""
+
+
+@torch.library.impl(_library, "linear_add", "CPU")
+@torch.library.impl(_library, "linear_add", "CUDA")
+def _linear_add(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    product: Tensor = torch.ops.halyard.skinny_linear(x, weight, None)
+    return residual + product
+
+
+@torch.library.impl(_library, "linear_add_", "CPU")
+def _linear_add_in_place_cpu(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    residual += torch.nn.functional.linear(x, weight)
+
+
+@torch.library.impl(_library, "linear_add_", "CUDA")
+def _linear_add_in_place_gpu(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    flat = residual.view(-1, weight.shape[0])
+    if _by_few_rows(x, weight, residual=flat, out=flat) is None:
+        flat.addmm_(x.reshape(-1, x.shape[-1]), weight.T)
+
+
+@torch.library.register_fake("halyard::linear_add", lib=_library)
+def _linear_add_fake(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(residual)
+
+
+@torch.library.register_fake("halyard::linear_add_", lib=_library)
+def _linear_add_in_place_fake(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    return None
+
+
+linear_add = torch.ops.halyard.linear_add.default
+"""residual [..., out] + x [..., in] @ weight [out, in]^T, all of one dtype; a new tensor."""
+
+linear_add_ = torch.ops.halyard.linear_add_.default
+"""As `linear_add`, to the contiguous `residual` itself: the sum is rounded once."""

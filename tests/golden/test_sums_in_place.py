@@ -1,0 +1,121 @@
+"""Products that add to the residual stream in place, as GPUs run them, change no model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from test_program_matches_hf import Batch
+from tiny_models import tiny_model
+from torch import Tensor, fx
+
+from halyard.compiler.build import build_program
+from halyard.compiler.graphs.eager import EagerCompiler
+from halyard.compiler.graphs.inductor_gpu import add_in_place
+from halyard.compiler.program import HeadShape
+from halyard.hal.contract import Executable
+from halyard.hal.devices.cpu import CpuDevice
+from halyard.hal.kernels.reference.kernels import ReferenceKernels
+from halyard.hal.kernels.triton.skinny import linear_add, linear_add_
+from halyard.hal.types import DeviceInfo
+from halyard.models.adapter import build_meta_module
+from halyard.models.spec import ModelSpec
+
+DEVICE = CpuDevice()
+PASSES = ("skinny_linears", "add_in_linears")
+
+
+class InPlace(EagerCompiler):
+    """The segments that Inductor gets on a GPU, run node by node."""
+
+    def __init__(self) -> None:
+        self.changed: list[fx.GraphModule] = []
+
+    def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
+        return (*super().passes(device, dtype), *PASSES)
+
+    def compile(
+        self, segment: fx.GraphModule, inputs: Sequence[Tensor], device: DeviceInfo
+    ) -> Executable:
+        before = segment.code
+        self.changed.append(add_in_place(segment))
+        assert segment.code == before
+        return super().compile(self.changed[-1], inputs, device)
+
+
+# gemma2 norms what it adds: its products can't. mixtral's experts are no linears.
+@pytest.mark.parametrize(
+    ("family", "in_place"), [("llama", 4), ("qwen2", 4), ("phi3", 4), ("gemma2", 0), ("mixtral", 2)]
+)
+def test_logits_stay(family: str, in_place: int) -> None:
+    model, compiler = tiny_model(family), InPlace()
+    spec = ModelSpec.from_hf(model.config)
+    traceable = build_meta_module(spec, "float32")
+    unbound = build_program(
+        traceable, traceable.buffers_by_name, compiler, DEVICE.info, name=family,
+        num_layers=spec.num_layers,
+        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+        vocab_size=spec.vocab_size, dtype="float32", torch_device=DEVICE.torch_device,
+    )  # fmt: skip
+    targets = [node.target for module in compiler.changed for node in module.graph.nodes]
+    assert targets.count(linear_add_) == in_place
+    assert targets.count(linear_add) == 0
+    kernels = ReferenceKernels(DEVICE)
+    program = unbound.bind(
+        {name: model.state_dict()[name].clone() for name in unbound.weights}, kernels
+    )
+    program.set_pool(DEVICE.allocate_kv(kernels.layout(spec.kv_spec("float32", 4)), 64, host=False))
+    sequences = [[5 * i % 128 for i in range(20)], [7 * i % 128 for i in range(11)]]
+    batch = Batch(sequences)
+    got: list[list[Tensor]] = [[], []]
+    for counts in ({0: 9, 1: 8}, {0: 8, 1: 1}, {0: 1, 1: 1}, {0: 1}, {1: 1}, {0: 1}):
+        for row, logits in batch.step(program, counts).items():
+            got[row].append(logits)
+    with torch.no_grad():
+        for sequence, found in zip(sequences, got, strict=True):
+            expected = model(torch.tensor([sequence])).logits[0]
+            torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
+
+
+def made(donated: bool, late_reader: bool, view_before: bool = False) -> fx.GraphModule:
+    """residual + linear; the residual may be read behind it, or through a view made before it."""
+    graph = fx.Graph()
+    value = torch.randn(3, 8)
+    places = [graph.placeholder(name) for name in ("residual", "x", "weight")]
+    for place, meta in zip(places, (value, value, torch.randn(8, 8)), strict=True):
+        place.meta["val"] = meta
+    places[0].meta["donated"] = donated
+    view = (
+        graph.call_function(torch.ops.aten.view.default, (places[0], [24])) if view_before else None
+    )
+    total = graph.call_function(linear_add, tuple(places))
+    total.meta["val"] = value
+    out: list[fx.Node] = [total]
+    if late_reader:
+        out.append(graph.call_function(torch.ops.aten.neg.default, (places[0],)))
+    if view is not None:
+        out.append(graph.call_function(torch.ops.aten.neg.default, (view,)))
+    graph.output(tuple(out))
+    return fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [
+        (made(donated=True, late_reader=False), True),
+        (made(donated=False, late_reader=False), False),
+        (made(donated=True, late_reader=True), False),
+        (made(donated=True, late_reader=False, view_before=True), False),
+    ],
+    ids=["given", "kept by others", "read later", "seen through a view"],
+)
+def test_only_what_nobody_reads_any_more_is_written_to(
+    module: fx.GraphModule, changes: bool
+) -> None:
+    changed = add_in_place(module)
+    assert (linear_add_ in {node.target for node in changed.graph.nodes}) == changes
+    residual, x, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8, 8)
+    expected, before = module(residual, x, weight), residual.clone()
+    torch.testing.assert_close(changed(residual, x, weight), expected)
+    assert torch.equal(residual, before) == (not changes)
