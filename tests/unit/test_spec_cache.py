@@ -15,6 +15,7 @@ from halyard.hal.errors import ModelError
 from halyard.models.source import resolve_source
 from halyard.models.spec import ModelSpec
 from halyard.models.spec_cache import SpecCache
+from halyard.runtime.config import EngineConfig
 
 
 @pytest.fixture
