@@ -117,7 +117,7 @@ print(*sorted({"transformers", "tvm", "onnxruntime", "onnx"} & set(sys.modules))
 
 
 def test_folders_may_be_given_as_text(tmp_path: Path) -> None:
-    config = EngineConfig(cache_dir=str(tmp_path), mirror="~/models", dump_dir=None)  # type: ignore[arg-type]
+    config = EngineConfig("embedded", cache_dir=str(tmp_path), mirror="~/models")  # type: ignore[arg-type]
     assert config.cache_dir == tmp_path
     assert config.mirror == Path.home() / "models"
     assert config.dump_dir is None
