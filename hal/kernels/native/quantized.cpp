@@ -55,7 +55,7 @@ inline void two_codes(const char* group, int64_t k, int j, vi* even, vi* odd) {
 
 template <int BITS>
 inline void widen(const char* group, int64_t k, float* target) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < PANEL / W; j++) {
         vi even, odd;
         two_codes<BITS>(group, k, j, &even, &odd);
@@ -84,7 +84,7 @@ inline vu widen_pair(const char* group, int64_t k, int j) {
 
 template <int BITS>
 inline void widen(const char* group, int64_t k, uint16_t* target) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < PANEL / W; j++) {
         const vu pairs = widen_pair<BITS>(group, k, j);
         std::memcpy(target + j * W * 2, &pairs, sizeof(pairs));
