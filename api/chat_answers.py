@@ -91,6 +91,7 @@ class ChatAnswers:
         ):
             choice = ChatChunkChoice(0, ChatDelta(content=""), None)
             plain = TextEvents(self._chunk([choice], None if wants_usage else UNSET), "content")
+        end = b""
         async for _, delta in generation.deltas():
             if plain is not None and started and not delta.finished:
                 if text := delta.completions[0].text:
@@ -108,10 +109,14 @@ class ChatAnswers:
                 choices.append(self._chunk_choice(new, first, piece, reader.has_calls))
             if choices:
                 usage = generation.usage() if always else (None if wants_usage else UNSET)
-                yield b"".join(event(self._chunk([choice], usage)) for choice in choices)
+                told = b"".join(event(self._chunk([choice], usage)) for choice in choices)
+                if delta.finished:
+                    end = told  # nothing comes after it: it goes with what ends the stream
+                else:
+                    yield told
         if wants_usage:
-            yield event(self._chunk([], generation.usage()))
-        yield DONE
+            end += event(self._chunk([], generation.usage()))
+        yield end + DONE
 
     def _chunk_choice(
         self, new: CompletionDelta, first: bool, piece: Piece, has_calls: bool

@@ -68,6 +68,7 @@ class CompletionAnswers:
         wants_usage = options is not None and bool(options.include_usage)
         always = options is not None and bool(options.continuous_usage_stats)
         plain = self._plain_events(None if wants_usage else UNSET)
+        end = b""
         async for number, delta in self._generation.deltas():
             if plain is not None and not delta.finished and not self._answers[0][0].waits:
                 if text := delta.completions[0].text:
@@ -83,10 +84,14 @@ class CompletionAnswers:
                     choices.append(answer.take())
             if choices:
                 usage = self._generation.usage() if always else (None if wants_usage else UNSET)
-                yield b"".join(event(self._chunk([choice], usage)) for choice in choices)
+                told = b"".join(event(self._chunk([choice], usage)) for choice in choices)
+                if delta.finished and len(self._answers) == 1:
+                    end = told  # nothing comes after it: it goes with what ends the stream
+                else:
+                    yield told
         if wants_usage:
-            yield event(self._chunk([], self._generation.usage()))
-        yield DONE
+            end += event(self._chunk([], self._generation.usage()))
+        yield end + DONE
 
     def _plain_events(self, usage: UnsetType | None) -> TextEvents | None:
         """How events of a lone answer are written of which nothing but text is wanted."""

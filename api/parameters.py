@@ -64,13 +64,19 @@ def refused_names(kind: type) -> list[str]:
     ]
 
 
+_refused_names: dict[type, list[str]] = {}  # by kind of request
+
+
 def refuse(request: Any) -> None:
     """Refuse what would change the answer but isn't served.
 
     Raises:
         RequestError: one of them is set; it is named.
     """
-    for name in refused_names(type(request)):
+    kind = type(request)
+    if (names := _refused_names.get(kind)) is None:
+        names = _refused_names[kind] = refused_names(kind)
+    for name in names:
         value = getattr(request, name)
         fine, instead = REFUSED[name]
         if value and value not in fine:

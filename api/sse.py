@@ -146,18 +146,34 @@ async def _start(
 
 
 async def _unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
-    """The result of `work`; None, and `work` cancelled, if the client disconnects before."""
-    working = asyncio.ensure_future(work)
+    """The result of `work`; None, and `work` cancelled, if the client disconnects before.
+
+    It runs in this task, not in one of its own: hundreds of requests may come at once.
+    """
+    own = asyncio.current_task()
+    if own is None:
+        raise AssertionError("not in a task")
+    gone = False
+
+    def leave(watching: asyncio.Task[None]) -> None:
+        nonlocal gone
+        gone = True
+        watching.exception()  # a connection that can't be watched is gone too
+        own.cancel()  # `work` waits for something now, and is told there
+
     watching = asyncio.ensure_future(_disconnected(receive))
+    watching.add_done_callback(leave)
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if not gone or own.cancelling() > 1:  # somebody else wants this task to end
+            raise
         return None
     finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        watching.remove_done_callback(leave)
+        watching.cancel()
+        if gone:
+            own.uncancel()
 
 
 async def _disconnected(receive: Receive) -> None:

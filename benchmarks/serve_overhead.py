@@ -15,6 +15,7 @@ the first text and between reads that brought some, and the processor time of se
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -51,7 +52,8 @@ print(json.dumps(streams * tokens / best))
 def move(pid: int, core: int) -> None:
     """All threads of a process to one core."""
     for task in Path(f"/proc/{pid}/task").iterdir():
-        os.sched_setaffinity(int(task.name), {core})
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(task.name), {core})
 
 
 def children(pid: int) -> list[int]:
