@@ -60,14 +60,14 @@ float round_group(const float* values, int8_t* codes) {
         const float wanted = (tried % 2 ? extreme / LOW : std::fabs(extreme) / TOP) * share;
         const float s = bf16_to_float(float_to_bf16(wanted));
         if (s == 0.0f) continue;
-        vf error = {};
+        vf error[16 / W] = {};  // 16 sums whatever the width, which so decides no tie
         for (int i = 0; i < GROUP; i += W) {
             const vf x = load(values + i);
             const vf left = within(rounded(x / s), LOW, TOP) * s - x;
-            error += left * left;
+            error[i / W % (16 / W)] += left * left;
         }
         float sum = 0.0f;
-        for (int i = 0; i < W; i++) sum += error[i];
+        for (int i = 0; i < 16; i++) sum += error[i / W][i % W];
         if (sum < best) best = sum, scale = s;
     }
     for (int i = 0; i < GROUP; i += W) {
