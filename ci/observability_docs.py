@@ -58,6 +58,8 @@ imported.
 `GET /metrics`, Prometheus' text format. Every `halyard_` series carries `model` and `backend`.
 Label values stay few: the first {MAX_TENANTS} tenants have their own, later ones share `other`; so do error
 types after the 64th. Engine totals begin at 0 again when an engine restarts, as `rate()` expects.
+After a reload to a model of another name all series are that model's, from 0 on; restarts of engines
+and failed loads count on.
 
 With `--metrics-compat vllm` the numbers appear under vLLM's names too, labelled `model_name` and
 `engine`, so that its dashboards and autoscalers work. The column on the right says which.
