@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_program_matches_hf import Batch
+from test_program_matches_hf import Batch, check
 from tiny_models import tiny_model
 
 from halyard.compiler.build import build_program
@@ -60,21 +60,6 @@ def bound(family: str, unbound: UnboundProgram) -> Program:
     layout = kernels.layout(spec.kv_spec("float32", 4))
     program.set_pool(DEVICE.allocate_kv(layout, 64, host=False))
     return program
-
-
-def check(family: str, program: Program) -> None:
-    """Prefill, a mixed step, as many rows as tokens, and one token alone: Hugging Face's logits."""
-    model = tiny_model(family)
-    sequences = [[5 * i % 128 for i in range(20)], [7 * i % 128 for i in range(11)]]
-    batch = Batch(sequences)
-    got: list[list[torch.Tensor]] = [[], []]
-    for counts in ({0: 9, 1: 8}, {0: 8, 1: 1}, {0: 1, 1: 1}, {0: 1}, {1: 1}, {0: 1}):
-        for row, logits in batch.step(program, counts).items():
-            got[row].append(logits)
-    with torch.no_grad():
-        for sequence, found in zip(sequences, got, strict=True):
-            expected = model(torch.tensor([sequence])).logits[0]
-            torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

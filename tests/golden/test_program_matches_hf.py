@@ -98,6 +98,21 @@ class Batch:
         return {row: logits[starts[i] : starts[i + 1]] for i, row in enumerate(rows)}
 
 
+def check(family: str, program: Program) -> None:
+    """Prefill, a mixed step, as many rows as tokens, and one token alone: Hugging Face's logits."""
+    model = tiny_model(family)
+    sequences = [[5 * i % 128 for i in range(20)], [7 * i % 128 for i in range(11)]]
+    batch = Batch(sequences)
+    got: list[list[torch.Tensor]] = [[], []]
+    for counts in ({0: 9, 1: 8}, {0: 8, 1: 1}, {0: 1, 1: 1}, {0: 1}, {1: 1}, {0: 1}):
+        for row, logits in batch.step(program, counts).items():
+            got[row].append(logits)
+    with torch.no_grad():
+        for sequence, found in zip(sequences, got, strict=True):
+            expected = model(torch.tensor([sequence])).logits[0]
+            torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", SERVED)
 def test_logits(family: str) -> None:
     model, program, unique = program_of(family)
