@@ -6,19 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.native import linear
-from halyard.hal.kernels.native.library import supported_isas
 
-INFO = CpuDevice().info
-
-
-@pytest.fixture(params=supported_isas(INFO.features), autouse=True)
-def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setenv("HALYARD_NATIVE_ISA", request.param)
-    linear.functions.cache_clear()
-    yield
-    linear.functions.cache_clear()
+pytestmark = pytest.mark.usefixtures("each_isa")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halyard.hal.devices.cpu import CpuDevice
-from halyard.hal.kernels.native import linear
-from halyard.hal.kernels.native.library import find_compiler, supported_isas
+from halyard.hal.kernels.native.library import find_compiler
 from halyard.hal.kernels.native.quantized_linear import (
     dequantize_linear,
     quantize_linear,
@@ -15,16 +13,10 @@ from halyard.hal.kernels.native.quantized_linear import (
     quantized_linear,
 )
 
-pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
-INFO = CpuDevice().info
-
-
-@pytest.fixture(params=supported_isas(INFO.features), autouse=True)
-def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setenv("HALYARD_NATIVE_ISA", request.param)
-    linear.functions.cache_clear()
-    yield
-    linear.functions.cache_clear()
+pytestmark = [
+    pytest.mark.usefixtures("each_isa"),
+    pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here"),
+]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
