@@ -95,6 +95,15 @@ async def resting(played: Engine) -> None:
         await asyncio.sleep(0.001)
 
 
+async def rest_behind_a_token(played: Engine) -> RequestStream:
+    """A stream whose first token, 1, was dear to hand out."""
+    stream = played.client.submit([7], GREEDY)
+    played.cost = 0.01
+    played.say(token(stream, 1))
+    await resting(played)
+    return stream
+
+
 @pytest.mark.usefixtures("long_rests")
 def test_steps_join_behind_a_dear_delivery_and_none_is_lost() -> None:
     async def scene() -> None:
@@ -136,10 +145,7 @@ def test_a_cheap_delivery_is_followed_by_the_next_at_once() -> None:
 def test_an_engine_that_dies_meanwhile_is_found_and_what_it_said_counts() -> None:
     async def scene() -> None:
         async with engine() as played:
-            stream = played.client.submit([7], GREEDY)
-            played.cost = 0.01
-            played.say(token(stream, 1))
-            await resting(played)
+            stream = await rest_behind_a_token(played)
             played.say(token(stream, 2))
             played.end()
             got, error = await tokens(stream)
@@ -180,10 +186,7 @@ def test_what_is_not_read_is_no_hang_and_a_hang_is_found(monkeypatch: pytest.Mon
 def test_closing_meanwhile_ends_the_rest() -> None:
     async def scene() -> None:
         async with engine() as played:
-            stream = played.client.submit([7], GREEDY)
-            played.cost = 0.01
-            played.say(token(stream, 1))
-            await resting(played)
+            stream = await rest_behind_a_token(played)
             played.process.kill()
             await played.client.close(0.0)
             assert "shut" in ((await tokens(stream))[1] or "")
