@@ -236,6 +236,7 @@ class ProcessPort:
         self._reason: str | None = None  # why it is dead
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._reading = False  # the loop tells when something came
         self._rest: asyncio.TimerHandle | None = None  # while nothing is read
         self._burial: asyncio.Task[None] | None = None
 
@@ -351,6 +352,7 @@ class ProcessPort:
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         self._rest = None
+        self._reading = True
         loop.add_reader(self._channel.socket, self._read, loop)
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -383,11 +385,12 @@ class ProcessPort:
     def _pace(self, loop: asyncio.AbstractEventLoop, started: float) -> None:
         """Let steps pile up, if one took long to hand out."""
         busy = loop.time() - started
-        if busy < _BUSY_SECONDS or self._rest is not None:
+        if busy < _BUSY_SECONDS or not self._reading:  # it rests, or nothing comes any more
             return
-        if loop.remove_reader(self._channel.socket):  # else it is gone: nothing comes any more
-            rest = min(_REST * busy, _MAX_REST_SECONDS)
-            self._rest = loop.call_later(rest, self._listen, loop)
+        self._reading = False
+        loop.remove_reader(self._channel.socket)  # uvloop doesn't tell whether there was one
+        rest = min(_REST * busy, _MAX_REST_SECONDS)
+        self._rest = loop.call_later(rest, self._listen, loop)
 
     def _take_step(self, step: Step) -> None:
         self._frames += 1
@@ -441,6 +444,7 @@ class ProcessPort:
         self._died(self._reason)
 
     def _detach(self) -> None:
+        self._reading = False
         if self._loop is not None:
             self._loop.remove_reader(self._channel.socket)
             self._loop.remove_writer(self._channel.socket)

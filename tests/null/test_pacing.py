@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -22,6 +22,8 @@ from halyard.runtime.plan import TokenEvent
 from halyard.runtime.port import EngineFacts
 from halyard.runtime.process_port import ProcessPort
 from halyard.runtime.request import SamplingParams
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
 
 FACTS = EngineFacts("model", "null", Limits(2048, 1024, frozenset(), 64))
 GREEDY = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
@@ -105,7 +107,7 @@ async def rest_behind_a_token(played: Engine) -> RequestStream:
 
 
 @pytest.mark.usefixtures("long_rests")
-def test_steps_join_behind_a_dear_delivery_and_none_is_lost() -> None:
+def test_steps_join_behind_a_dear_delivery_and_none_is_lost(run: Run) -> None:
     async def scene() -> None:
         async with engine() as played:
             one, other = (played.client.submit([7], GREEDY) for _ in range(2))
@@ -123,11 +125,11 @@ def test_steps_join_behind_a_dear_delivery_and_none_is_lost() -> None:
             assert len(played.deliveries) == 2
             assert played.client.num_requests == 0
 
-    asyncio.run(scene())
+    run(scene())
 
 
 @pytest.mark.usefixtures("long_rests")
-def test_a_cheap_delivery_is_followed_by_the_next_at_once() -> None:
+def test_a_cheap_delivery_is_followed_by_the_next_at_once(run: Run) -> None:
     async def scene() -> None:
         async with engine() as played:
             stream = played.client.submit([7], GREEDY)
@@ -138,11 +140,11 @@ def test_a_cheap_delivery_is_followed_by_the_next_at_once() -> None:
                 assert time.monotonic() - started < 0.1
             assert len(played.deliveries) == 5
 
-    asyncio.run(scene())
+    run(scene())
 
 
 @pytest.mark.usefixtures("long_rests")
-def test_an_engine_that_dies_meanwhile_is_found_and_what_it_said_counts() -> None:
+def test_an_engine_that_dies_meanwhile_is_found_and_what_it_said_counts(run: Run) -> None:
     async def scene() -> None:
         async with engine() as played:
             stream = await rest_behind_a_token(played)
@@ -153,10 +155,12 @@ def test_an_engine_that_dies_meanwhile_is_found_and_what_it_said_counts() -> Non
             assert "SIGKILL" in (error or "")
             assert len(played.died) == 1
 
-    asyncio.run(scene())
+    run(scene())
 
 
-def test_what_is_not_read_is_no_hang_and_a_hang_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_read_is_no_hang_and_a_hang_is_found(
+    monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
     monkeypatch.setattr(process_port, "_REST", 100.0)
     monkeypatch.setattr(process_port, "_MAX_REST_SECONDS", 0.5)
 
@@ -179,11 +183,11 @@ def test_what_is_not_read_is_no_hang_and_a_hang_is_found(monkeypatch: pytest.Mon
             assert got == [0, 1]
             assert "hung" in (error or "")
 
-    asyncio.run(scene())
+    run(scene())
 
 
 @pytest.mark.usefixtures("long_rests")
-def test_closing_meanwhile_ends_the_rest() -> None:
+def test_closing_meanwhile_ends_the_rest(run: Run) -> None:
     async def scene() -> None:
         async with engine() as played:
             stream = await rest_behind_a_token(played)
@@ -192,4 +196,4 @@ def test_closing_meanwhile_ends_the_rest() -> None:
             assert "shut" in ((await tokens(stream))[1] or "")
             await asyncio.sleep(0.15)  # the reader would have come back: of a closed socket
 
-    asyncio.run(scene())
+    run(scene())
