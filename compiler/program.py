@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halyard.compiler.graph import WeightRecipe
 from halyard.compiler.segments import AttentionCall, SegmentCall
-from halyard.hal.contract import Executable, PagedKernels
+from halyard.hal.contract import Executable, PagedKernels, WritingKernels
 from halyard.hal.types import AttentionLayer, KVPool, StepBatch, WeightInfo
 
 __all__ = ["HeadShape", "Program", "UnboundProgram"]
@@ -109,6 +109,7 @@ class Program:
         self._result = self._slots[program.result]
         self._hidden = self._slots[program.hidden]
         self._token_axes = program.token_axes
+        self._last_attention = self._find_last_attention()
 
     def set_pool(self, pool: KVPool) -> None:
         """Where keys and values live."""
@@ -120,7 +121,7 @@ class Program:
 
     def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:
         """One step: input_ids [tokens] int64, logit_indices [rows] int64 -> logits [rows, vocab]."""
-        # Behind the last attention, where few tokens' logits are wanted, the others needn't go on.
+        # Where few tokens' logits are wanted, the others' last layer ends with their keys and values.
         few = self._token_axes is not None and 2 * len(logit_indices) <= batch.num_tokens
         return self._run(input_ids, logit_indices, batch, few)[0]
 
@@ -148,6 +149,8 @@ class Program:
                 results = step.run(*inputs)
                 for slot, value in zip(step.outputs, results, strict=True):
                     values[slot] = value
+            elif few and step is self._last_attention:
+                values[step.output] = self._attend_few(step, values, pool, logit_indices, batch)
             elif type(step) is _AttentionStep:
                 values[step.output] = attend(
                     values[step.q],
@@ -163,14 +166,44 @@ class Program:
 
     def _narrowed(self, step: _SegmentStep, inputs: list[Any], logit_indices: Tensor) -> list[Any]:
         """The last segment's inputs for the tokens whose logits are wanted alone."""
+        attention = self._last_attention
+        done = attention.output if attention is not None else -1  # is of these tokens already
         narrowed = []
         for slot, value, axis in zip(step.inputs, inputs, self._token_axes or (), strict=True):
             if slot == _LOGIT_INDICES:
                 value = torch.arange(len(logit_indices), device=logit_indices.device)
-            elif axis >= 0:
+            elif axis >= 0 and slot != done:
                 value = value.index_select(axis, logit_indices)
             narrowed.append(value)
         return narrowed
+
+    def _find_last_attention(self) -> _AttentionStep | None:
+        """The attention right before a last segment that goes token by token, if its kernels write
+        keys and values without attending too."""
+        if self._token_axes is None or not isinstance(self._kernels, WritingKernels):
+            return None
+        attention, last = self._steps[-2:]
+        if type(attention) is not _AttentionStep or type(last) is not _SegmentStep:
+            return None
+        axes = dict(zip(last.inputs, self._token_axes, strict=True))
+        return attention if axes.get(attention.output) == 0 else None
+
+    def _attend_few(
+        self,
+        step: _AttentionStep,
+        values: list[Any],
+        pool: KVPool,
+        wanted: Tensor,
+        batch: StepBatch,
+    ) -> Tensor:
+        """Write all keys and values; attention of the wanted tokens alone, each a row of its own."""
+        kernels = self._kernels
+        assert isinstance(kernels, WritingKernels)
+        q, k, v = values[step.q], values[step.k], values[step.v]
+        kernels.write(k, v, pool, step.layer, batch)
+        few = _rows_of_one(batch, wanted)
+        n = len(wanted)  # keys and values have no slots any more: any will do
+        return kernels.attend(q.index_select(0, wanted), k[:n], v[:n], pool, step.layer, few)
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
@@ -231,3 +264,22 @@ class Program:
                     )
                 )
         return steps
+
+
+def _rows_of_one(batch: StepBatch, tokens: Tensor) -> StepBatch:
+    """Tokens [n] int64 of a batch as decode rows without slots."""
+    # Rows without tokens begin where the next one does: the last that begins there has the token.
+    rows = torch.searchsorted(batch.query_start, tokens.to(torch.int32), right=True) - 1
+    positions = batch.positions.index_select(0, tokens)
+    return replace(
+        batch,
+        num_tokens=len(tokens),
+        num_rows=len(tokens),
+        max_query_len=1,
+        positions=positions,
+        slot_mapping=torch.full_like(tokens, -1),
+        block_tables=batch.block_tables.index_select(0, rows),
+        seq_lens=(positions + 1).to(torch.int32),
+        query_start=torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device),
+        shared=None,
+    )

@@ -48,9 +48,10 @@ __all__ = [
     "OverlappingDevice",
     "PagedKernels",
     "ThriftyDevice",
+    "WritingKernels",
 ]
 
-CONTRACT_VERSION = (1, 2)  # a part with another major number is refused by the registry
+CONTRACT_VERSION = (1, 3)  # a part with another major number is refused by the registry
 
 
 @runtime_checkable
@@ -221,6 +222,19 @@ class MaskingKernels(Protocol):
             allowed: [n, bytes] uint8, contiguous, a bit a token, lowest first; on the host.
             places: [n] int64, different rows of the logits, on the host; None: the first n.
         """
+
+
+@runtime_checkable
+class WritingKernels(Protocol):
+    """What PagedKernels may offer besides (1.3): keys and values are written without an attention.
+
+    Then, in the last layer, only the tokens whose logits are wanted attend.
+    """
+
+    def write(
+        self, k: Tensor, v: Tensor, pool: KVPool, layer: AttentionLayer, batch: StepBatch
+    ) -> None:
+        """What `attend` does first: keys and values to their slots, tokens without one left out."""
 
 
 Executable = Callable[..., "tuple[Tensor, ...]"]  # positional tensors in, tuple of tensors out

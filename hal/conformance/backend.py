@@ -42,6 +42,12 @@ class BackendUnderTest:
             return ()
         return tuple(d for d in self.row.dtypes if d in self.capabilities.dtypes)
 
+    def offers(self, method: str) -> bool:
+        """Whether the kernels have a method that the contract leaves to them."""
+        return self.capabilities is not None and hasattr(
+            load_part("kernels", self.row.kernels), method
+        )
+
     def versions(self) -> dict[str, str]:
         """Library versions as the probes of the parts tell them."""
         found = dict(probe_device(self.row.device).versions)

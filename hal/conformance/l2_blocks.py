@@ -38,6 +38,8 @@ def cases(backend: BackendUnderTest) -> list[Case]:
             ("blocks_are_portable", _portable),
         ):
             found.append(Case("L2", name, run, dtype, need, quick=name != "many_moves"))
+        if backend.offers("write"):
+            found.append(Case("L2", "written_alone", _written_alone, dtype, need, quick=True))
     return found
 
 
@@ -90,6 +92,23 @@ def _attend_then_read(context: CaseContext) -> None:
         context.require(same, f"the keys of row {row} are not those that were given")
         same = torch.equal(values, sequences.v[row][:length])
         context.require(same, f"the values of row {row} are not those that were given")
+
+
+def _written_alone(context: CaseContext) -> None:
+    """Keys and values that came without an attention are stored, and attended to by single tokens
+    of the same step as by those of the next."""
+    sequences = Sequences(context, [41, 34, 200])
+    sequences.write([25, 33, 198])
+    sequences.write([15, 0, 0])
+    for row, length in enumerate((40, 33, 198)):
+        for name, stored, given in zip(
+            ("keys", "values"), sequences.stored(row), (sequences.k, sequences.v), strict=True
+        ):
+            same = torch.equal(stored, given[row][:length])
+            context.require(same, f"the {name} of row {row} are not those that were given")
+    sequences.done = [39, 32, 197]
+    sequences.step([1, 1, 1], write=False)
+    sequences.step([1, 1, 1])
 
 
 def _write_then_attend(context: CaseContext) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from halyard.hal.conformance import oracle
 from halyard.hal.conformance.case import CaseContext
 from halyard.hal.conformance.tolerances import limit_for
+from halyard.hal.contract import WritingKernels
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.types import AttentionLayer, KVPool, KVSpec, StepBatch
 
@@ -115,6 +116,17 @@ class Sequences:
             for row, (first, last), part in zip(rows, spans, parts, strict=True):
                 self._compare(row, first, last, part)
         return parts
+
+    def write(self, counts: Sequence[int]) -> None:
+        """Keys and values of `counts[i]` more tokens of sequence i, without an attention."""
+        rows = [i for i, count in enumerate(counts) if count]
+        spans = [(self.done[i], self.done[i] + counts[i]) for i in rows]
+        k, v = (self.packed(x, rows, spans) for x in (self.k, self.v))
+        kernels = self.kernels
+        assert isinstance(kernels, WritingKernels)
+        kernels.write(k, v, self.pool, self.layer, self.batch(rows, spans))
+        for row, (_, last) in zip(rows, spans, strict=True):
+            self.done[row] = last
 
     def batch(
         self, rows: Sequence[int], spans: Sequence[tuple[int, int]], write: bool = True

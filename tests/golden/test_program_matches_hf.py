@@ -14,7 +14,7 @@ from halyard.compiler.program import HeadShape, Program
 from halyard.compiler.segments import SegmentCall
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
-from halyard.hal.types import StepBatch
+from halyard.hal.types import AttentionLayer, KVPool, StepBatch
 from halyard.models.adapter import build_meta_module
 from halyard.models.spec import ModelSpec
 
@@ -22,9 +22,9 @@ BLOCK = 4
 CASES: dict[str, tuple[object, Program, int]] = {}
 
 
-def program_of(family: str) -> tuple[object, Program, int]:
-    """(Hugging Face model, program, unique segments), made once."""
-    if family not in CASES:
+def program_of(family: str, kernels: ReferenceKernels | None = None) -> tuple[object, Program, int]:
+    """(Hugging Face model, program, unique segments), made once for the reference's own kernels."""
+    if family not in CASES or kernels is not None:
         model = tiny_model(family)
         spec = ModelSpec.from_hf(model.config)
         device = CpuDevice()
@@ -43,12 +43,14 @@ def program_of(family: str) -> tuple[object, Program, int]:
         )
         state = {k: v for k, v in model.state_dict(keep_vars=False).items() if k in unbound.weights}
         assert set(state) == set(unbound.weights)
-        kernels = ReferenceKernels(device)
-        program = unbound.bind(dict(state), kernels)
-        pool = device.allocate_kv(kernels.layout(spec.kv_spec("float32", BLOCK)), 64, host=False)
+        used = kernels or ReferenceKernels(device)
+        program = unbound.bind(dict(state), used)
+        pool = device.allocate_kv(used.layout(spec.kv_spec("float32", BLOCK)), 64, host=False)
         pool.data.fill_(float("nan"))  # whoever reads a slot nobody wrote shows it
         program.set_pool(pool)
         unique = len({c.segment for c in unbound.calls if isinstance(c, SegmentCall)})
+        if kernels is not None:
+            return model, program, unique
         CASES[family] = (model, program, unique)
     return CASES[family]
 
@@ -178,3 +180,52 @@ def test_few_wanted_tokens_go_on_alone_behind_the_last_attention(family: str) ->
         object.__setattr__(last, "run", ran)
     assert rows_seen == [21, 2]
     torch.testing.assert_close(some, everything[[2, 20]], atol=1e-5, rtol=1e-5)
+
+
+class _Writing(ReferenceKernels):
+    """The reference, which offers to write alone; notes how many tokens attend in each layer."""
+
+    def __init__(self, device: CpuDevice) -> None:
+        super().__init__(device)
+        self.attended: list[int] = []
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: KVPool,
+        layer: AttentionLayer, batch: StepBatch,
+    ) -> torch.Tensor:  # fmt: skip
+        self.attended.append(len(q))
+        return super().attend(q, k, v, pool, layer, batch)
+
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, pool: KVPool, layer: AttentionLayer,
+        batch: StepBatch,
+    ) -> None:  # fmt: skip
+        q = k.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1)
+        super().attend(q, k, v, pool, layer, batch)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_few_wanted_tokens_attend_alone_in_the_last_layer(family: str) -> None:
+    """A packed step whose rows are a prompt's chunk behind others, one that ends, and a decode."""
+    kernels = _Writing(CpuDevice())
+    model, program, _ = program_of(family, kernels)
+    by_token = family not in ("gpt-oss", "deepseek-v3")
+    generator = random.Random(2)
+    sequences = [[generator.randrange(128) for _ in range(n)] for n in (30, 21, 12)]
+    batch = Batch(sequences)
+    batch.step(program, {0: 9, 1: 4, 2: 11})
+    kernels.attended.clear()
+    # Wanted: of the first row two tokens, of the second its last, of the third its only one.
+    found = batch.step(program, {0: 17, 1: 17, 2: 1}, wanted=[3, 16, 33, 34])[0]
+    assert kernels.attended == [35] * (len(kernels.attended) - 1) + [4 if by_token else 35]
+    places = [(0, 12), (0, 25), (1, 20), (2, 11)]
+    with torch.no_grad():
+        for logits, (row, position) in zip(found, places, strict=True):
+            tokens = torch.tensor([sequences[row][: position + 1]])
+            expected = model(tokens).logits[0, -1]  # type: ignore[operator]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    # What the step wrote is there for the next one.
+    after = batch.step(program, {0: 1})[0]
+    with torch.no_grad():
+        expected = model(torch.tensor([sequences[0][:27]])).logits[0, -1:]  # type: ignore[operator]
+    torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-4)

@@ -137,6 +137,24 @@ class NativeKernels:
         self._attend[dtype](args)
         return out
 
+    def write(
+        self, k: Tensor, v: Tensor, pool: KVPool, layer: AttentionLayer, batch: StepBatch
+    ) -> None:
+        data = pool.data
+        if k.stride(2) != 1 or v.stride(2) != 1:
+            k, v = k.contiguous(), v.contiguous()
+        args = _ARGS.pack(  # a call without rows: nothing attends
+            0, k.data_ptr(), v.data_ptr(), 0,
+            data.data_ptr() + layer.index * data.stride(0) * data.element_size(),
+            *_addresses(batch),
+            0,
+            0, 0, *k.stride()[:2], *v.stride()[:2],
+            batch.num_tokens, 0, batch.block_tables.shape[1],
+            layer.num_heads, layer.num_kv_heads, layer.head_dim, pool.layout.spec.block_size,
+            layer.window, layer.scale, layer.softcap, num_threads(),
+        )  # fmt: skip
+        self._attend[data.dtype](args)
+
     def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         rows, count = logits.shape
         where = torch.empty(rows, dtype=torch.int64)

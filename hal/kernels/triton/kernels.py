@@ -116,10 +116,15 @@ class TritonKernels:
         if q.dtype != pool.data.dtype:
             held = pool.layout.dtype
             raise AssertionError(f"queries are {dtype_name(q.dtype)}, the KV pool is {held}")
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        data = pool.data[layer.index]
-        self.launcher.write(k, v, data, batch.slot_mapping)
-        return self.launcher.attend(q, data, layer, batch)
+        self.write(k, v, pool, layer, batch)
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        return self.launcher.attend(q, pool.data[layer.index], layer, batch)
+
+    def write(
+        self, k: Tensor, v: Tensor, pool: KVPool, layer: AttentionLayer, batch: StepBatch
+    ) -> None:
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        self.launcher.write(k, v, pool.data[layer.index], batch.slot_mapping)
 
     def draw(
         self, logits: Tensor, rows: Tensor | None, columns: Tensor | None

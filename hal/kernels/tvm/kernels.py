@@ -88,23 +88,12 @@ class TvmKernels:
         data = pool.data
         if q.dtype != data.dtype:
             raise AssertionError(f"queries are {q.dtype}, the KV pool is {data.dtype}")
-        shape = KernelShape(
-            layer.num_heads,
-            layer.num_kv_heads,
-            layer.head_dim,
-            pool.layout.spec.block_size,
-            dtype_name(q.dtype),
-            softcap=layer.softcap > 0,
-            sinks=layer.sinks is not None,
-        )
+        shape = _kernel_shape(pool, layer)
         functions = self._functions(shape)
-        # TVM checks strides; it takes slices of a fused projection, but no transposed vectors.
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        if q.requires_grad:
-            q, k, v = q.detach(), k.detach(), v.detach()
+        (q,) = _taken(q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         sinks = self._sinks(layer, q.device)
-        functions["write"](k, v, data, batch.slot_mapping, layer.index)
+        self.write(k, v, pool, layer, batch)
         arguments = (
             q, data, out, batch.block_tables, batch.seq_lens, batch.query_start, sinks,
             layer.index, layer.window or _NO_WINDOW, layer.scale, layer.softcap,
@@ -128,6 +117,12 @@ class TvmKernels:
         functions["decode_split"](*arguments, tiles, *split)
         functions["merge"](*split, out, batch.seq_lens, batch.query_start, sinks)
         return out
+
+    def write(
+        self, k: Tensor, v: Tensor, pool: KVPool, layer: AttentionLayer, batch: StepBatch
+    ) -> None:
+        write = self._functions(_kernel_shape(pool, layer))["write"]
+        write(*_taken(k, v), pool.data, batch.slot_mapping, layer.index)
 
     def copy_blocks(self, pool: KVPool, moves: Sequence[BlockMove]) -> None:
         self._move(pool, pool, moves)
@@ -225,6 +220,24 @@ class TvmKernels:
             return keys.view(*lead, heads, spec.block_size, dim).permute(0, 1, 3, 2, 4), values
         tiles = keys.view(*lead, heads, spec.block_size // LANES, dim, LANES)
         return tiles.permute(0, 1, 3, 5, 2, 4), values
+
+
+def _kernel_shape(pool: KVPool, layer: AttentionLayer) -> KernelShape:
+    return KernelShape(
+        layer.num_heads,
+        layer.num_kv_heads,
+        layer.head_dim,
+        pool.layout.spec.block_size,
+        dtype_name(pool.data.dtype),
+        softcap=layer.softcap > 0,
+        sinks=layer.sinks is not None,
+    )
+
+
+def _taken(*tensors: Tensor) -> list[Tensor]:
+    """TVM checks strides: it takes slices of a fused projection, but no transposed vectors."""
+    plain = (x.detach() if x.requires_grad else x for x in tensors)
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in plain]
 
 
 def _runtime_problems(kind: str) -> list[str]:
