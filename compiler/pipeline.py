@@ -9,6 +9,7 @@ from halyard.compiler.graph import ModelGraph
 from halyard.compiler.passes.add_in_linears import add_in_linears
 from halyard.compiler.passes.drop_no_ops import drop_no_ops
 from halyard.compiler.passes.fuse_linears_of_one_input import fuse_linears_of_one_input
+from halyard.compiler.passes.gate_linears import gate_linears
 from halyard.compiler.passes.merge_equal_nodes import merge_equal_nodes
 from halyard.compiler.passes.prepack_linears import prepack_linears
 from halyard.compiler.passes.quantize_linears import (
@@ -27,6 +28,7 @@ PASSES: dict[str, Callable[[ModelGraph], None]] = {
     "quantize_linears_int8": quantize_linears_int8,  # where asked for: EngineConfig.quantization
     "quantize_linears_int4": quantize_linears_int4,
     "prepack_linears": prepack_linears,  # weights in the order the CPU's linear kernel reads them
+    "gate_linears": gate_linears,  # behind it: a feed-forward part's gate, within the product
     "skinny_linears": skinny_linears,  # kernels of our own where a GPU multiplies few rows
     "add_in_linears": add_in_linears,  # behind it: residual adds happen in the products
 }

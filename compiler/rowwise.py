@@ -25,7 +25,9 @@ _SHAPES = frozenset({
 _ONE_AXIS = frozenset({_aten.slice, _aten.select, _aten.softmax, _aten._softmax, _aten.topk})
 _REDUCTIONS = frozenset({_aten.mean, _aten.sum, _aten.amax})
 _LAST_AXIS = frozenset({_aten.linear, _aten.layer_norm, _aten.rms_norm, _aten.native_layer_norm})
-_OURS = frozenset({"halyard::packed_linear", "halyard::quantized_linear", "halyard::experts"})
+_OURS = frozenset({
+    "halyard::packed_linear", "halyard::gated_linear", "halyard::quantized_linear", "halyard::experts",
+})  # fmt: skip
 
 
 def token_axes(

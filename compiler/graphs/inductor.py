@@ -85,7 +85,10 @@ class InductorCompiler:
 
     def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
         passes = ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
-        more = {"cpu": ("prepack_linears",), "cuda": ("skinny_linears", "add_in_linears")}
+        more = {
+            "cpu": ("prepack_linears", "gate_linears"),
+            "cuda": ("skinny_linears", "add_in_linears"),
+        }
         return (*passes, *more.get(device.kind, ()))
 
     def fingerprint(self) -> str:

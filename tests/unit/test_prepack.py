@@ -9,9 +9,15 @@ from torch import fx, nn
 from halyard.compiler.graph import ModelGraph, WeightRecipe
 from halyard.compiler.passes.prepack_linears import prepack_linears
 from halyard.compiler.passes.quantize_linears import quantize_linears_int4, quantize_linears_int8
+from halyard.compiler.pipeline import run_passes
 from halyard.hal.kernels.native.embedding import packed_embedding
 from halyard.hal.kernels.native.library import find_compiler
-from halyard.hal.kernels.native.linear import pack_linear, packed_linear, unpack_linear
+from halyard.hal.kernels.native.linear import (
+    gated_linear,
+    pack_linear,
+    packed_linear,
+    unpack_linear,
+)
 from halyard.hal.kernels.native.quantized_linear import quantized_embedding, quantized_linear
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
@@ -51,7 +57,9 @@ def run(graph: ModelGraph, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     for node in graph.module.graph.nodes:
         if node.op == "placeholder":
             name = node.meta.get("weight")
-            arguments.append(graph.recipes[name].make([state[name].detach()]) if name else ids)
+            recipe = graph.recipes[name] if name else None
+            sources = [state[source].detach() for source in recipe.sources] if recipe else []
+            arguments.append(recipe.make(sources) if recipe else ids)
     found = graph.module(*arguments)
     return found[0] if isinstance(found, tuple | list) else found
 
@@ -142,3 +150,54 @@ def test_quantised_graph_computes_nearly_the_same(bits: int) -> None:
     wanted, found = model(torch.arange(100)), run(graph, model, torch.arange(100))
     loss = (found - wanted).norm() / wanted.norm()
     assert 0 < loss < (0.02 if bits == 8 else 0.15)
+
+
+class FeedForward(nn.Module):
+    """gate and up as two linears or as the chunks of one, the activation by name."""
+
+    def __init__(self, form: str, activation: str, size: int = 128) -> None:
+        super().__init__()
+        self.form, self.activation = form, activation
+        self.embedding = nn.Embedding(100, 32)
+        self.gate = nn.Linear(32, size, bias=form == "bias")
+        self.up = nn.Linear(32, size, bias=form == "bias")
+        self.both = nn.Linear(32, 2 * size, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        if self.form == "chunk":
+            gate, up = self.both(x).chunk(2, dim=-1)
+        elif self.form == "swapped chunk":
+            up, gate = self.both(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate(x), self.up(x)
+        active = {
+            "silu": nn.functional.silu,
+            "gelu": lambda x: nn.functional.gelu(x, approximate="tanh"),
+            "gelu by erf": nn.functional.gelu,
+        }[self.activation](gate)
+        product = up * active if self.form == "swapped factors" else active * up
+        return product + gate if self.form == "second reader" else product
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu by erf"])
+@pytest.mark.parametrize(
+    "form", ["two", "chunk", "swapped factors", "swapped chunk", "bias", "second reader"]
+)
+def test_gates_join_their_product_where_nobody_else_reads_it(form: str, activation: str) -> None:
+    torch.manual_seed(0)
+    model = FeedForward(form, activation)
+    graph = graph_of(model)
+    run_passes(graph, ("fuse_linears_of_one_input", "prepack_linears", "gate_linears"))
+    targets = [node.target for node in graph.module.graph.nodes]
+    joins = form in ("two", "chunk", "swapped factors") and activation != "gelu by erf"
+    assert targets.count(gated_linear) == joins
+    assert (packed_linear in targets) != joins
+    ids = torch.randint(0, 100, (7,))
+    torch.testing.assert_close(run(graph, model, ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_gates_of_half_panels_stay_apart() -> None:
+    graph = graph_of(FeedForward("two", "silu", size=96))
+    run_passes(graph, ("fuse_linears_of_one_input", "prepack_linears", "gate_linears"))
+    assert gated_linear not in [node.target for node in graph.module.graph.nodes]

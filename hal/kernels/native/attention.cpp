@@ -43,27 +43,6 @@ constexpr int SPLIT = 1024;       // keys a work item of a short row
 constexpr int SHORT_ROW = 8;      // query tokens up to which a row is cut along its keys
 constexpr float NEG_INF = -INFINITY;
 
-// exp(x) for x <= 0 (and moderately above); relative error about 2e-7. -inf gives 0.
-inline vf vexp(vf x) {
-    vi dead = x < -87.0f;
-    x = dead ? splat(-87.0f) : x;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    vf n = x * 1.44269504f + magic;
-    vi exponent = (vi)n - (vi)splat(magic);
-    n = n - magic;
-    vf r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    vf result = (vf)((vi)p + (exponent << 23));
-    return dead ? vf{} : result;
-}
-
 #if defined(__AVX512F__)
 // Polynomials for 2^f, f in [-0.5, 0.5], with the least relative error.
 constexpr float EXP4[] = {0.9999992614f, 0.6931218145f, 0.2402474485f, 0.0559178621f, 0.0095701017f};

@@ -129,6 +129,16 @@ int32_t aoti_torch_cpu_packed_linear(Handle x, Handle packed, Handle* bias, int6
     });
 }
 
+// y [..., out] = x [..., in] times the first half of packed weights [2 x out], activated, times x times
+// the second half.
+int32_t aoti_torch_cpu_gated_linear(Handle x, Handle packed, int64_t out, int32_t gelu, Handle* result) {
+    return multiply(x, packed, nullptr, out, result, [gelu](const LinearArgs* args, const View& in, const View& weights) {
+        if (weights.dtype != in.dtype) return FAILURE;
+        (in.dtype == FLOAT32 ? halyard_gated_float32 : halyard_gated_bfloat16)(args, gelu);
+        return SUCCESS;
+    });
+}
+
 // y [..., out] = x [..., in] times weights of 8 or 4 bits, plus bias [out] or null.
 int32_t aoti_torch_cpu_quantized_linear(Handle x, Handle packed, Handle* bias, int64_t out, int64_t bits,
                                         Handle* result) {

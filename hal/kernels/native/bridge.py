@@ -21,7 +21,7 @@ from halyard.hal.kernels.native.library import (
     num_threads,
     take_threads,
 )
-from halyard.hal.kernels.native.linear import packed_linear
+from halyard.hal.kernels.native.linear import gated_linear, packed_linear
 from halyard.hal.kernels.native.quantized_linear import quantized_embedding, quantized_linear
 
 __all__ = ["C_FUNCTIONS", "offer_operators", "take_torch_threads"]
@@ -31,6 +31,10 @@ C_FUNCTIONS = {
     packed_linear: [
         "AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x, AtenTensorHandle packed, "
         "AtenTensorHandle* bias, int64_t out_features, AtenTensorHandle* result)"
+    ],
+    gated_linear: [
+        "AOTITorchError aoti_torch_cpu_gated_linear(AtenTensorHandle x, AtenTensorHandle packed, "
+        "int64_t out_features, int32_t gelu, AtenTensorHandle* result)"
     ],
     quantized_linear: [
         "AOTITorchError aoti_torch_cpu_quantized_linear(AtenTensorHandle x, "

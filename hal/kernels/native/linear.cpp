@@ -12,21 +12,21 @@
 
 namespace {
 
-// `rows` rows against `count` inputs of a panel from the k-th on, tile by tile. With `fetch`, the
-// inputs behind them (the next slice, or the next panel's first) are fetched on the way.
+// `rows` rows against `count` inputs of a panel from the k-th on, tile by tile. On the way as much
+// is fetched of what is multiplied next, unless that is null.
 template <typename T>
 void tiles(const typename Weights<T>::X* x, int64_t in, int64_t rows, int64_t k, const T* w,
-           int64_t count, float* c, bool fetch) {
-    const char* ahead = reinterpret_cast<const char*>(w + count * PANEL);
+           int64_t count, float* c, const T* next) {
+    const char* ahead = reinterpret_cast<const char*>(next);
     const char* end = ahead + count * PANEL * sizeof(T);
     // Passes over the slice: the more there are, the fewer lines each has to fetch.
     const int64_t passes = (rows + TILE - 1) / TILE * (PANEL / W / tile_vectors(TILE));
     for (int64_t m = 0; m < rows; m += TILE) {
         const int size = int(std::min<int64_t>(TILE, rows - m));
-        const auto run = !fetch || ahead >= end ? any_tile<T, 0>
-                         : passes == 1          ? any_tile<T, 4>
-                         : passes <= 3          ? any_tile<T, 2>
-                                                : any_tile<T, 1>;
+        const auto run = !next || ahead >= end ? any_tile<T, 0>
+                         : passes == 1         ? any_tile<T, 4>
+                         : passes <= 3         ? any_tile<T, 2>
+                                               : any_tile<T, 1>;
         ahead = run(size, x + m * in + k * size, w, count, c + m * PANEL, ahead, nullptr);
     }
 }
@@ -54,49 +54,39 @@ void stream(const typename Weights<T>::X* x, const T* w, int64_t stride, int64_t
     if constexpr (FIRST + V < PANEL / W) stream<T, N, FIRST + V>(x, w, stride, count, c);
 }
 
-// One row against all panels.
+// c [count][PANEL] = one row against `count` panels from the first on, at most STREAMS.
 template <typename T>
-void one_row(const LinearArgs& a, const typename Weights<T>::X* x) {
-    const T* packed = static_cast<const T*>(a.packed);
-    const T* bias = static_cast<const T*>(a.bias);
-    T* y = static_cast<T*>(a.y);
-    const int64_t panels = (a.out + PANEL - 1) / PANEL, stride = PANEL * a.in;
-    // Several cores make streams enough, and small groups divide better among them.
-    const int64_t size = a.threads == 1 || panels >= 4 * STREAMS * a.threads ? STREAMS : 1;
-    halyard::parallel((panels + size - 1) / size, a.threads, [&](int64_t group) {
-        const int64_t panel = group * size;
-        float c[STREAMS * PANEL] = {};
-        for (int64_t k = 0; k < a.in; k += CHUNK) {
-            const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
-            const T* w = packed + panel * stride + k * PANEL;
-            if (size > 1 && panel + STREAMS <= panels)
-                stream<T, STREAMS>(x + k, w, stride, count, c);
-            else
-                for (int64_t i = 0; i < size && panel + i < panels; i++)
-                    stream<T, 1>(x + k, w + i * stride, stride, count, c + i * PANEL);
-        }
-        const int64_t first = panel * PANEL;
-        const int64_t width = std::min<int64_t>(size * PANEL, a.out - first);
-        write_row(y + first, c, bias ? bias + first : nullptr, width);
-    });
+void row_sums(const LinearArgs& a, const typename Weights<T>::X* x, int64_t first, int64_t count,
+              float* c) {
+    const int64_t stride = PANEL * a.in;
+    std::fill(c, c + count * PANEL, 0.0f);
+    for (int64_t k = 0; k < a.in; k += CHUNK) {
+        const int64_t inputs = std::min<int64_t>(CHUNK, a.in - k);
+        const T* w = static_cast<const T*>(a.packed) + first * stride + k * PANEL;
+        if (count > 1 && count == STREAMS)
+            stream<T, STREAMS>(x + k, w, stride, inputs, c);
+        else
+            for (int64_t i = 0; i < count; i++)
+                stream<T, 1>(x + k, w + i * stride, stride, inputs, c + i * PANEL);
+    }
 }
 
-// A panel for all rows.
+// Panels that one row is multiplied with in one go: several cores make streams enough, and small
+// groups divide better among them.
+int64_t panels_of_a_row(int64_t panels, int64_t threads) {
+    return threads == 1 || panels >= 4 * STREAMS * threads ? STREAMS : 1;
+}
+
+// c [rows][PANEL] = rows from row0 on against a panel. Behind its own slices `next` is fetched.
 template <typename T>
-void one_panel(const LinearArgs& a, const typename Weights<T>::X* x, int64_t panel, float* c) {
-    const T* w = static_cast<const T*>(a.packed) + panel * PANEL * a.in;
-    const T* bias = static_cast<const T*>(a.bias);
-    const int64_t width = std::min<int64_t>(PANEL, a.out - panel * PANEL);
-    for (int64_t row0 = 0; row0 < a.rows; row0 += ROWS) {
-        const int64_t rows = std::min<int64_t>(ROWS, a.rows - row0);
-        std::fill(c, c + rows * PANEL, 0.0f);
-        for (int64_t k = 0; k < a.in; k += CHUNK) {
-            const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
-            tiles<T>(x + row0 * a.in, a.in, rows, k, w + k * PANEL, count, c, row0 == 0);
-        }
-        for (int64_t m = 0; m < rows; m++)
-            write_row(static_cast<T*>(a.y) + (row0 + m) * a.out + panel * PANEL, c + m * PANEL,
-                      bias ? bias + panel * PANEL : nullptr, width);
+void panel_sums(const LinearArgs& a, const typename Weights<T>::X* x, int64_t row0, int64_t rows,
+                const T* w, const T* next, float* c) {
+    std::fill(c, c + rows * PANEL, 0.0f);
+    for (int64_t k = 0; k < a.in; k += CHUNK) {
+        const int64_t count = std::min<int64_t>(CHUNK, a.in - k);
+        const T* own = w + k * PANEL;
+        const T* then = row0 ? nullptr : k + count < a.in ? own + count * PANEL : next;
+        tiles<T>(x + row0 * a.in, a.in, rows, k, own, count, c, then);
     }
 }
 
@@ -104,14 +94,88 @@ template <typename T>
 void linear(const LinearArgs& a) {
     const ProductTimer timer;
     const auto x = tiled_inputs<T>(a);
+    const T* packed = static_cast<const T*>(a.packed);
+    const T* bias = static_cast<const T*>(a.bias);
+    T* y = static_cast<T*>(a.y);
     const int64_t panels = (a.out + PANEL - 1) / PANEL;
-    if (a.rows == 1) return one_row<T>(a, x.get());
+    if (a.rows == 1) {
+        const int64_t size = panels_of_a_row(panels, a.threads);
+        halyard::parallel((panels + size - 1) / size, a.threads, [&](int64_t group) {
+            float c[STREAMS * PANEL];
+            const int64_t panel = group * size, first = panel * PANEL;
+            row_sums<T>(a, x.get(), panel, std::min(size, panels - panel), c);
+            write_row(y + first, c, bias ? bias + first : nullptr,
+                      std::min<int64_t>(size * PANEL, a.out - first));
+        });
+        return;
+    }
     // Panels that lie side by side are claimed together: the next one is fetched ahead.
     const int64_t size = std::max<int64_t>(1, panels / (8 * a.threads));
     halyard::parallel((panels + size - 1) / size, a.threads, [&](int64_t group) {
         alignas(64) float c[ROWS * PANEL];
         const int64_t last = std::min(panels, (group + 1) * size);
-        for (int64_t panel = group * size; panel < last; panel++) one_panel<T>(a, x.get(), panel, c);
+        for (int64_t panel = group * size; panel < last; panel++) {
+            const T* w = packed + panel * PANEL * a.in;
+            const int64_t first = panel * PANEL, width = std::min<int64_t>(PANEL, a.out - first);
+            for (int64_t row0 = 0; row0 < a.rows; row0 += ROWS) {
+                const int64_t rows = std::min<int64_t>(ROWS, a.rows - row0);
+                panel_sums<T>(a, x.get(), row0, rows, w, w + PANEL * a.in, c);
+                for (int64_t m = 0; m < rows; m++)
+                    write_row(y + (row0 + m) * a.out + first, c + m * PANEL,
+                              bias ? bias + first : nullptr, width);
+            }
+        }
+    });
+}
+
+// y [width] = activation of the gate's sums, times the others. Both activations are x times a sigmoid.
+template <typename T, bool GELU>
+void write_gated(T* y, const float* gate, const float* up, int64_t width) {
+    for (int64_t n = 0; n < width; n += W) {
+        const vf x = load(gate + n);
+        const vf z = GELU ? x * (1.5957691216f + 0.0713548162726f * x * x) : x;
+        // Below the sigmoid is 0 to fp32, or as good as; vexp gives 0 above. What isn't a number passes.
+        const vi shut = z < -87.0f;
+        const vf open = shut ? vf{} : 1.0f / (1.0f + vexp(-z));
+        store_as(y + n, x * open * load(up + n));
+    }
+}
+
+// As linear over twice `out` outputs, of which the first half gates the second.
+template <typename T, bool GELU>
+void gated(const LinearArgs& a) {
+    const ProductTimer timer;
+    const auto x = tiled_inputs<T>(a);
+    const T* packed = static_cast<const T*>(a.packed);
+    T* y = static_cast<T*>(a.y);
+    const int64_t panels = a.out / PANEL, stride = PANEL * a.in;
+    if (a.rows == 1) {
+        const int64_t size = panels_of_a_row(panels, a.threads);
+        halyard::parallel((panels + size - 1) / size, a.threads, [&](int64_t group) {
+            float gate[STREAMS * PANEL], up[STREAMS * PANEL];
+            const int64_t panel = group * size, count = std::min(size, panels - panel);
+            row_sums<T>(a, x.get(), panel, count, gate);
+            row_sums<T>(a, x.get(), panels + panel, count, up);
+            write_gated<T, GELU>(y + panel * PANEL, gate, up, count * PANEL);
+        });
+        return;
+    }
+    const int64_t size = std::max<int64_t>(1, panels / (8 * a.threads));
+    halyard::parallel((panels + size - 1) / size, a.threads, [&](int64_t group) {
+        alignas(64) float gate[ROWS * PANEL], up[ROWS * PANEL];
+        const int64_t last = std::min(panels, (group + 1) * size);
+        for (int64_t panel = group * size; panel < last; panel++) {
+            const T* w = packed + panel * stride;
+            const T* other = w + panels * stride;
+            for (int64_t row0 = 0; row0 < a.rows; row0 += ROWS) {
+                const int64_t rows = std::min<int64_t>(ROWS, a.rows - row0);
+                panel_sums<T>(a, x.get(), row0, rows, w, other, gate);
+                panel_sums<T>(a, x.get(), row0, rows, other, w + stride, up);
+                for (int64_t m = 0; m < rows; m++)
+                    write_gated<T, GELU>(y + (row0 + m) * a.out + panel * PANEL, gate + m * PANEL,
+                                         up + m * PANEL, PANEL);
+            }
+        }
     });
 }
 
@@ -142,6 +206,12 @@ extern "C" {
 int64_t halyard_product_nanoseconds() { return product_nanoseconds.load(std::memory_order_relaxed); }
 void halyard_linear_float32(const LinearArgs* args) { linear<float>(*args); }
 void halyard_linear_bfloat16(const LinearArgs* args) { linear<uint16_t>(*args); }
+void halyard_gated_float32(const LinearArgs* args, int64_t gelu) {
+    (gelu ? gated<float, true> : gated<float, false>)(*args);
+}
+void halyard_gated_bfloat16(const LinearArgs* args, int64_t gelu) {
+    (gelu ? gated<uint16_t, true> : gated<uint16_t, false>)(*args);
+}
 void halyard_rows_float32(const int64_t* ids, int64_t count, const void* packed, int64_t in, void* y) {
     rows_of<float>(ids, count, static_cast<const float*>(packed), in, static_cast<float*>(y));
 }

@@ -23,6 +23,7 @@ __all__ = [
     "PANEL",
     "fill_panels",
     "functions",
+    "gated_linear",
     "multiply",
     "pack_linear",
     "packed_linear",
@@ -33,6 +34,7 @@ PANEL = 64  # outputs a panel; mirrors linear.cpp
 
 _library = torch.library.Library("halyard", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor")
+_library.define("gated_linear(Tensor x, Tensor packed, int out_features, bool gelu) -> Tensor")
 
 
 class _Args(ctypes.Structure):
@@ -107,7 +109,7 @@ def functions() -> dict[tuple[str, torch.dtype], Any]:
         raise AssertionError("the native library was built from another source")
     return {
         (kind, dtype): getattr(library, f"halyard_{kind}_{str(dtype).removeprefix('torch.')}")
-        for kind in ("linear", "quantized", "quantized_rows", "pack", "quantize")
+        for kind in ("linear", "gated", "quantized", "quantized_rows", "pack", "quantize")
         for dtype in (torch.float32, torch.bfloat16)
     }
 
@@ -118,7 +120,7 @@ def multiply(
     """x [..., in] times packed weights, plus bias [out] or None -> [..., out] in x's dtype.
 
     Args:
-        kind: "linear" or "quantized"; more: what the C function of that kind wants besides.
+        kind: "linear", "gated" or "quantized"; more: what the C function of that kind wants besides.
     """
     x = x.contiguous()
     num_inputs = x.shape[-1]
@@ -147,3 +149,21 @@ def _packed_linear_fake(
 
 packed_linear = torch.ops.halyard.packed_linear.default
 """x [..., in], packed by pack_linear, bias [out] or None -> [..., out] in x's dtype."""
+
+
+@torch.library.impl(_library, "gated_linear", "CPU")
+def _gated_linear(x: Tensor, packed: Tensor, out_features: int, gelu: bool) -> Tensor:
+    if 2 * out_features != len(packed) * PANEL:
+        raise ValueError(f"{out_features} gated outputs need {2 * out_features // PANEL} panels")
+    return multiply("gated", x, packed, None, out_features, ctypes.c_int64(gelu))
+
+
+@torch.library.register_fake("halyard::gated_linear", lib=_library)
+def _gated_linear_fake(x: Tensor, packed: Tensor, out_features: int, gelu: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+gated_linear = torch.ops.halyard.gated_linear.default
+"""x [..., in], packed by pack_linear(gate, up), each [out, in] with `out` a multiple of PANEL ->
+activation(x gate^T) * (x up^T) [..., out] in x's dtype, from fp32 sums. The activation: silu, or
+gelu by tanh."""

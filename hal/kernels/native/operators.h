@@ -38,7 +38,10 @@ void halyard_bar_float32(const MaskArgs* args);
 
 void halyard_linear_float32(const LinearArgs* args);
 void halyard_linear_bfloat16(const LinearArgs* args);
-// The same over weights of 8 or 4 bits.
+// Over packed weights [2 x out]: silu, or tanh's gelu, of the first half's outputs times the second's.
+void halyard_gated_float32(const LinearArgs* args, int64_t gelu);
+void halyard_gated_bfloat16(const LinearArgs* args, int64_t gelu);
+// As halyard_linear over weights of 8 or 4 bits.
 void halyard_quantized_float32(const LinearArgs* args, int64_t bits);
 void halyard_quantized_bfloat16(const LinearArgs* args, int64_t bits);
 

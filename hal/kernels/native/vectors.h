@@ -77,6 +77,26 @@ inline void store_as(uint16_t* p, vf x) {
 #endif
 }
 
+// exp(x) for x <= 0 (and moderately above); relative error about 2e-7. -inf gives 0.
+inline vf vexp(vf x) {
+    vi dead = x < -87.0f;
+    x = dead ? splat(-87.0f) : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    vf n = x * 1.44269504f + magic;
+    vi exponent = (vi)n - (vi)splat(magic);
+    n = n - magic;
+    vf r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vf result = (vf)((vi)p + (exponent << 23));
+    return dead ? vf{} : result;
+}
 
 #if defined(__AVX512BF16__)
 // sums + a's pairs times one pair that all lanes share.
