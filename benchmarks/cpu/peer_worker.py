@@ -1,7 +1,8 @@
 """One engine with one model, driven by lines of JSON: peers.py starts it in the engine's environment.
 
 Each line holds `requests`: [prompt token ids, answer length] pairs, all submitted at once, greedy,
-end-of-sequence ignored. Answers are lines `ANSWER {"seconds": ..., "tokens": ...}`.
+end-of-sequence ignored. Answers are lines `ANSWER {"seconds": ..., "tokens": ...}`; Halyard's
+tell its steps' work too.
 """
 
 from __future__ import annotations
@@ -23,14 +24,26 @@ class Halyard:
         options: dict[str, Any] = {"quantization": name.split(":")[1]} if ":" in name else {}
         self.params = SamplingParams
         self.llm = LLM(model=model, dtype=dtype, max_model_len=2048, **options)
+        self.plans: list[Any] = []  # of the last run's steps
 
     def run(self, requests: Requests) -> int:
+        from halyard.runtime.work import watched_plans
+
         prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
         params = [
             self.params(temperature=0.0, ignore_eos=True, max_tokens=count) for _, count in requests
         ]
-        outputs = self.llm.generate(prompts, params)
+        self.plans.clear()
+        with watched_plans(self.llm, self.plans.append):
+            outputs = self.llm.generate(prompts, params)
         return sum(len(one.outputs[0].token_ids) for one in outputs)
+
+    def work(self) -> list[tuple[float, float]]:
+        """Bytes and arithmetic of each step of the last run."""
+        from halyard.runtime.work import work_of
+
+        found = [work_of(plan, self.llm) for plan in self.plans]
+        return [(step.bytes, step.flops) for step in found]
 
 
 class Vllm:
@@ -105,6 +118,8 @@ def main() -> None:
         tokens = engine.run(requests)
         seconds = time.perf_counter() - began
         answer = {"seconds": seconds, "tokens": tokens, "rss": resident_bytes()}
+        if isinstance(engine, Halyard):
+            answer["work"] = engine.work()
         print("ANSWER " + json.dumps(answer), flush=True)
 
 

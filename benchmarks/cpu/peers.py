@@ -2,13 +2,15 @@
 
     python benchmarks/cpu/peers.py install [openvino] [vllm] [llamacpp]   into environments of their own
     python benchmarks/cpu/peers.py run --shape 160m --rounds 5            alternating; a table and JSON
+    python benchmarks/cpu/peers.py plot OUT.svg RESULTS.json ...          a picture of what was found
 
 A round runs each workload once on every engine, in an order that rotates, and reads memory as a
 stream in between: a shared machine's bandwidth drifts by up to two times, so only what ran side by
 side is compared. Every engine keeps its process, its model and its caches between rounds; each
 round has prompts of its own, so that no prefix cache helps the next.
 
-Ratio: the best peer's seconds over ours, round by round; above 1 Halyard is faster.
+Ratio: the best peer's seconds over ours, round by round; above 1 Halyard is faster. The limit: what
+Halyard's steps must take if each read its bytes, or computed, at the rates measured in the same run.
 """
 
 from __future__ import annotations
@@ -100,6 +102,7 @@ class Engine:
     startup: float
     seconds: dict[str, list[float]] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    work: dict[str, list[list[float]]] = field(default_factory=dict)  # bytes, flops of each step
 
     def ask(self, **message: Any) -> dict[str, Any]:
         stdin, stdout = self.process.stdin, self.process.stdout
@@ -217,6 +220,7 @@ def run(args: argparse.Namespace) -> None:
                 if number >= 0:
                     engine.seconds.setdefault(workload_name, []).append(answer["seconds"])
                     engine.info["rss"] = answer.get("rss")
+                    engine.work[workload_name] = answer.get("work", [])
             reads.append(stream_read())
         rates.append(matrix_rate(args.dtype))
         print(f"round {number + 1} of {args.rounds} done", flush=True)
@@ -235,10 +239,13 @@ def report(
         f"{statistics.median(reads):.0f} GB/s ({min(reads):.0f}-{max(reads):.0f}), {args.dtype} product "
         f"{statistics.median(rates):.0f} GFLOP/s ({min(rates):.0f}-{max(rates):.0f})",
         "",
-        "| workload | " + " | ".join(engine.name for engine in engines) + " | best peer / ours |",
-        "|---" * (len(engines) + 2) + "|",
+        "| workload | "
+        + " | ".join(engine.name for engine in engines)
+        + " | best peer / ours | limit / ours |",
+        "|---" * (len(engines) + 3) + "|",
     ]
     ratios: dict[str, list[float]] = {}
+    limits = least_seconds(ours[0], max(reads), max(rates)) if ours else {}
     for workload in args.workloads:
         cells = [spread(engine.seconds[workload]) for engine in engines]
         ratio = "-"
@@ -252,10 +259,12 @@ def report(
             ]
             ratios[workload] = found
             ratio = f"{spread(found)} ({best.name})"
-        lines.append(f"| {workload} | " + " | ".join(cells) + f" | {ratio} |")
-    lines.append("| start-up, s | " + " | ".join(f"{e.startup:.1f}" for e in engines) + " | |")
+        own = statistics.median(ours[0].seconds[workload]) if ours else 0.0
+        share = f"{limits[workload] / own:.0%}" if workload in limits else "-"
+        lines.append(f"| {workload} | " + " | ".join(cells) + f" | {ratio} | {share} |")
+    lines.append("| start-up, s | " + " | ".join(f"{e.startup:.1f}" for e in engines) + " | | |")
     lines.append("| resident, GiB | " + " | ".join(
-        f"{(e.info.get('rss') or 0) / 2**30:.1f}" for e in engines) + " | |")  # fmt: skip
+        f"{(e.info.get('rss') or 0) / 2**30:.1f}" for e in engines) + " | | |")  # fmt: skip
     print("\n".join(lines))
     if args.output:
         record = {
@@ -269,8 +278,67 @@ def report(
                 for e in engines
             },
             "ratio_to_best_peer": ratios,
+            "limit_seconds": limits,
         }
         args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def least_seconds(engine: Engine, read: float, rate: float) -> dict[str, float]:
+    """Seconds of each workload at `read` GB/s and `rate` GFLOP/s, whichever a step needs longer."""
+    return {
+        workload: sum(max(size / read, flops / rate) for size, flops in steps) / 1e9
+        for workload, steps in engine.work.items()
+        if steps
+    }
+
+
+def plot(target: Path, sources: list[Path]) -> None:
+    """Bars: each engine's seconds as multiples of Halyard's; a line: the limit as a share of them."""
+    found = [json.loads(source.read_text()) for source in sources]
+    colours = {"halyard": "#4878a8", "openvino": "#d08a3c", "vllm": "#7a9a4a"}
+    floor, unit, x = 250, 130.0, 30.0
+    parts: list[str] = []
+    for one in found:
+        for workload, ratios in one["ratio_to_best_peer"].items():
+            own = statistics.median(one["engines"]["halyard"]["seconds"][workload])
+            left = x
+            for name, engine in one["engines"].items():
+                seconds = statistics.median(engine["seconds"][workload])
+                height = unit * seconds / own
+                parts.append(
+                    f'<rect x="{x}" y="{floor - height:.1f}" width="22" height="{height:.1f}" '
+                    f'fill="{colours.get(name, "#888")}"><title>{name}: {seconds:.3g} s</title></rect>'
+                )
+                x += 24
+            limit = one.get("limit_seconds", {}).get(workload)
+            if limit:
+                y = floor - unit * limit / own
+                parts.append(f'<line x1="{left - 3}" x2="{left + 25}" y1="{y:.1f}" y2="{y:.1f}" '
+                             'stroke="#222" stroke-width="2"/>')  # fmt: skip
+            middle = (left + x) / 2
+            share = f", {limit / own:.0%}" if limit else ""
+            parts += [_text(middle, floor + 16, f"{one['shape']} {workload}"),
+                      _text(middle, floor + 31, f"{statistics.median(ratios):.2f}x{share}")]  # fmt: skip
+            x += 22
+    legend = [
+        f'<rect x="{30 + 110 * n}" y="34" width="12" height="12" fill="{colour}"/>'
+        f'<text x="{46 + 110 * n}" y="45">{name}</text>'
+        for n, (name, colour) in enumerate(colours.items())
+    ]
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{x:.0f}" height="295" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{x:.0f}" height="295" fill="#fff"/>',
+        '<text x="20" y="22" font-size="14">Seconds as multiples of Halyard\'s (lower is faster; dark '
+        "line: the limit). Below: best peer / Halyard, limit / Halyard</text>",
+        f'<line x1="20" x2="{x - 20:.0f}" y1="{floor - unit}" y2="{floor - unit}" '
+        'stroke="#c0573e" stroke-dasharray="4 3"/>',
+    ]
+    target.write_text("\n".join([*head, *legend, *parts, "</svg>"]) + "\n")
+
+
+def _text(x: float, y: float, words: str) -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="middle" font-size="11">{words}</text>'
 
 
 def spread(values: list[float]) -> str:
@@ -299,7 +367,13 @@ def main() -> None:
     running.add_argument("--engines", nargs="+", default=["halyard", "openvino", "vllm"])
     running.add_argument("--logs", type=Path, default=Path("peers/logs"))
     running.add_argument("--output", type=Path)
+    drawing = kinds.add_parser("plot")
+    drawing.add_argument("target", type=Path)
+    drawing.add_argument("sources", type=Path, nargs="+")
     args = parser.parse_args()
+    if args.kind == "plot":
+        plot(args.target, args.sources)
+        return
     args.folder = args.folder.resolve()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.kind == "install":
