@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,16 @@ class _GpuFetch:
         return self._host
 
 
+def keep_kernels_in_one_place() -> None:
+    """Name the folder where Triton keeps compiled kernels: its own, unless another one is named.
+
+    Inductor names one of its own when it first compiles or loads a kernel. What is compiled before
+    went elsewhere then, and the next process, which does things in another order, compiled it again.
+    """
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    os.environ.setdefault("TRITON_CACHE_DIR", str(home / ".triton" / "cache"))
+
+
 class GpuDevice:
     """The first visible GPU (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES). Opened when constructed.
 
@@ -57,6 +69,7 @@ class GpuDevice:
         probe = self.probe()
         if not probe.available or probe.info is None:
             raise BackendUnavailableError("; ".join(probe.reasons))
+        keep_kernels_in_one_place()
         self.torch_device = torch.device("cuda", 0)
         try:
             _gpu.init()

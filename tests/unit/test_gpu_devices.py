@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -284,3 +285,29 @@ def test_splits_fill_the_chip_and_depend_on_shapes_alone() -> None:
     assert choose_splits(256, 8, 32768, 64, 132) <= 2
     assert choose_splits(1, 8, 16, 64, 132) == 1
     assert choose_splits(4, 8, 5000, 64, 132) == choose_splits(4, 8, 8192, 64, 132)
+
+
+def test_triton_keeps_kernels_where_it_always_does_whatever_inductor_does_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # restored afterwards
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    gpu.keep_kernels_in_one_place()
+    own = str(tmp_path / ".triton" / "cache")
+    assert os.environ["TRITON_CACHE_DIR"] == own
+    assert triton_cache_dir(0) == own  # where Inductor looks and would have named another
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    gpu.keep_kernels_in_one_place()
+    assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
+
+
+def test_that_is_tritons_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    expected = str(triton.knobs.cache.dir)
+    gpu.keep_kernels_in_one_place()
+    assert os.environ["TRITON_CACHE_DIR"] == expected
