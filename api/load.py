@@ -7,7 +7,6 @@ times as much a token, and at hundreds of streams that would be what is measured
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -94,42 +93,43 @@ async def run_load(
     if parts.scheme != "http" or not parts.hostname:
         raise ConfigError(f"the load client speaks http:// only, got {url!r}")
     address = (parts.hostname, parts.port or 80)
+    path = parts.path.rstrip("/")
+    # Written before the clock runs: hundreds at once would wait for this process, not for the server.
+    written = [_written(address, path, model, one, key, token_ids) for one in requests]
     gate = asyncio.Semaphore(concurrency or len(requests))
     arrivals = random.Random(seed)
     began = time.perf_counter()
 
-    async def one(request: WorkloadRequest, due: float) -> Timing:
+    async def one(request: bytes, due: float) -> Timing:
         await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
         # Closed loop: a request begins when it is its turn. Open loop: when it is due.
         async with gate:
             timing = Timing(time.perf_counter())
             try:
-                await _stream(
-                    address, parts.path.rstrip("/"), model, request, key, timing, token_ids
-                )
+                await _stream(address, request, timing)
             except (OSError, ValueError, asyncio.IncompleteReadError) as error:
                 timing.error = f"{type(error).__name__}: {error}"
             timing.ended = time.perf_counter()
             return timing
 
     due, tasks = 0.0, []
-    for request in requests:
+    for request in written:
         tasks.append(asyncio.create_task(one(request, due)))
         due += arrivals.expovariate(rate) if rate else 0.0
     timings = await asyncio.gather(*tasks)
     return LoadRun(rate, concurrency, time.perf_counter() - began, tuple(timings))
 
 
-async def _stream(
+def _written(
     address: tuple[str, int],
     path: str,
     model: str,
     request: WorkloadRequest,
     key: str | None,
-    timing: Timing,
     token_ids: bool,
-) -> None:
-    body = json.dumps(
+) -> bytes:
+    """The whole HTTP request."""
+    body = msgspec.json.encode(
         {
             "model": model,
             "prompt": list(request.prompt_token_ids),
@@ -140,16 +140,20 @@ async def _stream(
             "stream_options": {"include_usage": True},
             **({"return_token_ids": True} if token_ids else {}),
         }
-    ).encode()
+    )
+    secret = f"authorization: Bearer {key}\r\n" if key else ""
+    head = (
+        f"POST {path}/v1/completions HTTP/1.1\r\nhost: {address[0]}:{address[1]}\r\n"
+        f"content-type: application/json\r\n{secret}content-length: {len(body)}\r\n"
+        "connection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def _stream(address: tuple[str, int], request: bytes, timing: Timing) -> None:
     reader, writer = await asyncio.open_connection(*address)
     try:
-        secret = f"authorization: Bearer {key}\r\n" if key else ""
-        writer.write(
-            f"POST {path}/v1/completions HTTP/1.1\r\nhost: {address[0]}:{address[1]}\r\n"
-            f"content-type: application/json\r\n{secret}content-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n".encode()
-            + body
-        )
+        writer.write(request)
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         status = head.split(" ", 2)[1]
         stream = StreamReader("transfer-encoding: chunked" in head)
