@@ -7,14 +7,20 @@ import asyncio
 import contextlib
 import json
 import re
+import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halyard.hal.errors import ConfigError, HalyardError
+from halyard.runtime.workloads import WORKLOADS
+
+if TYPE_CHECKING:
+    from halyard.runtime.workloads import WorkloadRequest
 
 __all__ = ["add_arguments", "run"]
 
@@ -64,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
                     run_load(
                         url,
                         model,
-                        requests,
+                        _unheard(requests, args),
                         key=args.api_key,
                         seed=args.seed,
                         token_ids=args.token_ids,
@@ -85,6 +91,24 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(result), flush=True)
     return 1 if any(one["failed"] for one in found) else 0
+
+
+def _unheard(
+    requests: Sequence[WorkloadRequest], args: argparse.Namespace
+) -> Sequence[WorkloadRequest]:
+    """A built-in workload's requests with other tokens each time, alike among themselves as before.
+
+    Else the server would have the prompts of the run before in its prefix cache. A file's stay.
+    """
+    if args.workload not in WORKLOADS:
+        return requests
+    shift = secrets.randbelow(args.vocab_size)
+    return [
+        replace(
+            one, prompt_token_ids=tuple((t + shift) % args.vocab_size for t in one.prompt_token_ids)
+        )
+        for one in requests
+    ]
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +67,27 @@ def test_the_command_prints_one_object_last(
     assert found["requests"] == 2
     assert found["runs"][0]["output_tokens"] == 6
     assert printed.err.count("goodput") == 2
+
+
+def prefix_hits(url: str) -> float:
+    text = httpx.get(f"{url}/metrics").text
+    found = re.search(r"^halyard_prefix_cache_hits_total\{.*\} (\S+)$", text, re.MULTILINE)
+    assert found is not None
+    return float(found.group(1))
+
+
+def test_a_run_does_not_find_its_prompts_in_the_prefix_cache_from_the_one_before(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["bench", "serve", "--url", url, "--workload", "single", "--concurrency", "1", "1"]
+    shifts = iter([3, 4])
+    monkeypatch.setattr(secrets, "randbelow", lambda _: next(shifts))
+    before = prefix_hits(url)
+    assert main([*arguments, "--vocab-size", "500"]) == 0
+    assert prefix_hits(url) == before
+    monkeypatch.setattr(secrets, "randbelow", lambda _: 4)
+    assert main([*arguments[:-1], "--vocab-size", "500"]) == 0
+    assert prefix_hits(url) >= before + 112  # so it would have been noticed
 
 
 def test_goals_and_percentiles_of_made_up_timings() -> None:
