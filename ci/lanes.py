@@ -43,7 +43,7 @@ def run_lane(lane: Lane, seconds: float) -> Outcome:
     if "conformance" in lane.arguments:
         command += ["--report", str(REPORTS)]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "pkg"), "OMP_NUM_THREADS": "1", **lane.environment
+        "PYTHONPATH": str(ROOT / "pkg"), "GOMP_SPINCOUNT": "0", **lane.environment
     }  # fmt: skip
     started = time.monotonic()
     with subprocess.Popen(
