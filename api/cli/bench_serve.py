@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from halyard.hal.errors import ConfigError, HalyardError
-from halyard.runtime.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from halyard.runtime.workloads import WorkloadRequest
@@ -100,6 +99,8 @@ def _unheard(
 
     Else the server would have the prompts of the run before in its prefix cache. A file's stay.
     """
+    from halyard.runtime.workloads import WORKLOADS
+
     if args.workload not in WORKLOADS:
         return requests
     shift = secrets.randbelow(args.vocab_size)

@@ -90,10 +90,10 @@ class TvmKernels:
             raise AssertionError(f"queries are {q.dtype}, the KV pool is {data.dtype}")
         shape = _kernel_shape(pool, layer)
         functions = self._functions(shape)
-        (q,) = _taken(q)
+        q, k, v = _taken(q, k, v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         sinks = self._sinks(layer, q.device)
-        self.write(k, v, pool, layer, batch)
+        functions["write"](k, v, data, batch.slot_mapping, layer.index)
         arguments = (
             q, data, out, batch.block_tables, batch.seq_lens, batch.query_start, sinks,
             layer.index, layer.window or _NO_WINDOW, layer.scale, layer.softcap,
