@@ -3,10 +3,10 @@
 Usage: python benchmarks/gpu_swap.py [--layers 32] [--kv-heads 8] [--dim 128] [--json FILE]
 
 The link rate is the best of large copies from and to pinned memory in the same run. `kernel` reads
-and writes pinned host memory in place, one launch a call; `copy` is one copy per layer and run of
-neighbouring blocks; `batch` is one call of the runtime for all of these, on a stream of its own. What
-moves cost a matrix product that runs beside them comes last. Blocks lie scattered in both pools, or side by side. Every cell is checked bit
-for bit before it is timed; times include issuing the call from Python.
+and writes pinned host memory in place, one launch a call; `staged` gathers blocks in a buffer, from
+and to which the copy engines move whole ones. Blocks lie scattered in both pools, or side by side.
+Every cell is checked bit for bit before it is timed; times include issuing the call from Python. What
+moves cost a matrix product that runs beside them comes last.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from halyard.hal.kernels.triton.kernels import SwapWay, TritonKernels
 from halyard.hal.types import BlockMove, KVSpec
 
 COUNTS = (1, 4, 16, 64, 256)
-WAYS: tuple[SwapWay, ...] = ("kernel", "copy", "batch")
+WAYS: tuple[SwapWay, ...] = ("kernel", "staged")
 
 
 def best_seconds(call: Callable[[], object], budget: float) -> float:

@@ -110,7 +110,9 @@ class KVPool:
     layout: KVLayout
     num_blocks: int
     host: bool  # True: host memory (pinned where that exists), the swap tier
-    data: Tensor  # [num_layers, num_blocks, *layout.block_shape] layout.dtype
+    # [num_layers, num_blocks, *layout.block_shape] layout.dtype. A block of a layer lies in one piece;
+    # a device pool is contiguous, a host pool may have its blocks outermost.
+    data: Tensor
 
 
 class BlockMove(NamedTuple):

@@ -115,11 +115,12 @@ class GpuDevice:
         shape = (layout.spec.num_layers, num_blocks, *layout.block_shape)
         dtype = torch_dtype(layout.dtype)
         if host:
-            data = torch.empty(shape, dtype=dtype)
-            ask_for_huge_pages(data.data_ptr(), size)
-            data.zero_()  # by many threads, where pinning would touch page after page
-            self._pin(data)
-            return KVPool(layout, num_blocks, host, data)
+            # A block lies in one piece, all layers of it: copy engines want large pieces.
+            whole = torch.empty((num_blocks, shape[0], *shape[2:]), dtype=dtype)
+            ask_for_huge_pages(whole.data_ptr(), size)
+            whole.zero_()  # by many threads, where pinning would touch page after page
+            self._pin(whole)
+            return KVPool(layout, num_blocks, host, whole.transpose(0, 1))
         try:
             data = torch.empty(shape, dtype=dtype, device=self.torch_device)
         except torch.OutOfMemoryError as error:  # free, but not in one piece

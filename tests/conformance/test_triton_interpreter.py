@@ -6,7 +6,6 @@ TRITON_INTERPRET=1. No bfloat16: the interpreter computes its dots on raw bits.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import subprocess
@@ -32,8 +31,9 @@ if INTERPRETING:
     import triton_checks as checks
 
     from halyard.hal.devices.cpu import CpuDevice
-    from halyard.hal.kernels.triton.moves import batch_moves
-    from halyard.hal.types import BlockMove, KVSpec
+    from halyard.hal.kernels.triton.moves import index_moves
+    from halyard.hal.kernels.triton.staging import runs_of
+    from halyard.hal.types import BlockMove, KVPool, KVSpec
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the process it starts")
@@ -89,26 +89,34 @@ def test_rows_and_tokens_that_fill_up_a_step(shape: str) -> None:
 
 
 @inside
-def test_pieces_of_a_batch_copy_are_where_the_moves_say() -> None:
+@pytest.mark.parametrize("way", ["kernel", "index"])
+def test_moves_to_a_host_pool_whose_blocks_are_outermost(way: str) -> None:
     device, kernels = CpuDevice(), made().kernels
     layout = kernels.layout(KVSpec(3, 2, 24, "float32", 16))
-    pool, host = (device.allocate_kv(layout, n, host=n == 6) for n in (9, 6))
+    pool = device.allocate_kv(layout, 9, host=False)
+    whole = torch.zeros(6, 3, *layout.block_shape)
+    host = KVPool(layout, 6, True, whole.transpose(0, 1))
     pool.data.copy_(torch.randn(pool.data.shape))
-    host.data.zero_()
-    pieces = []
-
-    def copy(sources: Any, targets: Any, sizes: Any, stream: int) -> None:
-        assert stream == 7
-        for one in zip(*(a.reshape(-1).tolist() for a in (targets, sources, sizes)), strict=True):
-            ctypes.memmove(*one)
-            pieces.append(one)
-
-    moves = [BlockMove(4, 0), BlockMove(1, 3), BlockMove(2, 4), BlockMove(8, 5)]
-    batch_moves(copy, pool, host, moves, 7)
-    assert torch.equal(host.data[:, [0, 3, 4, 5]], pool.data[:, [4, 1, 2, 8]])
+    original = pool.data.clone()
+    out = [BlockMove(4, 0), BlockMove(1, 3), BlockMove(2, 4), BlockMove(8, 5)]
+    back = [BlockMove(3, 0), BlockMove(5, 7)]
+    if way == "kernel":
+        kernels.swap_out(pool, host, out)
+        kernels.swap_in(pool, host, back)
+    else:
+        index_moves(pool, host, out)
+        index_moves(host, pool, back)
+        index_moves(host, pool, [])
+    assert torch.equal(host.data[:, [0, 3, 4, 5]], original[:, [4, 1, 2, 8]])
     assert not host.data[:, [1, 2]].any()
-    assert len(pieces) == 3 * 3  # layers; two blocks lie side by side on both ends
-    batch_moves(copy, pool, host, [], 7)
+    assert torch.equal(pool.data, original[:, [1, 1, 2, 3, 4, 5, 6, 8, 8]])
+
+
+@inside
+def test_neighbouring_host_blocks_are_one_copy() -> None:
+    runs = runs_of([0, 3, 4, 5, 9, 11, 12])
+    assert runs == [(0, 0, 1), (1, 3, 3), (4, 9, 1), (5, 11, 2)]
+    assert runs_of([7]) == [(0, 7, 1)]
 
 
 @inside
@@ -117,9 +125,8 @@ def test_decode_rows_beside_a_long_chunk() -> None:
 
 
 @inside
-@pytest.mark.parametrize("swap", ["kernel", "copy"])
-def test_moves(swap: str) -> None:
-    checks.moves(made(swap=swap))
+def test_moves() -> None:
+    checks.moves(made())
 
 
 @inside

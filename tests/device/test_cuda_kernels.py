@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ if PROBE.available:
 import triton_checks as checks  # noqa: E402
 
 from halyard.hal.conformance.sequences import Sequences  # noqa: E402
+from halyard.hal.kernels.triton.staging import StagedSwap  # noqa: E402
 
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 
@@ -134,7 +137,7 @@ def test_a_linear_adds_to_any_number_of_rows_in_place(device: Any, dtype: DType)
                 assert not error.numel() or error.max() <= bound, (outputs, shape)
 
 
-@pytest.mark.parametrize("swap", ["kernel", "copy", "batch"])
+@pytest.mark.parametrize("swap", ["kernel", "staged"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moves_and_blocks(device: Any, dtype: DType, swap: str) -> None:
     context = checks.context(device, dtype, swap=swap)
@@ -143,6 +146,30 @@ def test_moves_and_blocks(device: Any, dtype: DType, swap: str) -> None:
         checks.moves(context)
     checks.canonical(context)
     checks.no_slot(context)
+
+
+@pytest.mark.parametrize("side", [False, True])
+def test_swaps_of_many_pieces_follow_each_other(device: Any, side: bool) -> None:
+    """Buffers of three blocks: pieces and whole swaps take turns in them, and nobody waits."""
+    kernels = checks.context(device, "bfloat16").kernels
+    layout = kernels.layout(KVSpec(3, 2, 64, "bfloat16"))
+    pool = device.allocate_kv(layout, 60, host=False)
+    host = device.allocate_kv(layout, 60, host=True)
+    staged = StagedSwap(device.torch_device, 3 * layout.bytes_per_block)
+    assert staged.takes(host)
+    pool.data.normal_()
+    original = pool.data.clone()
+    shuffled = random.Random(0).sample(range(60), 60)
+    there = list(zip(range(60), shuffled, strict=True))
+    back = [(block, shuffled[(block + 1) % 60]) for block in range(60)]
+    with device.beside(False) if side else nullcontext():
+        for _ in range(5):
+            staged.swap_out(pool, host, there)
+            pool.data.zero_()
+            staged.swap_in(pool, host, back)  # each block in the place of the one before
+    device.synchronize()
+    expected = original[:, [(block + 5) % 60 for block in range(60)]]
+    assert torch.equal(pool.data, expected)
 
 
 def test_host_pools_are_pinned_and_in_reach(device: Any) -> None:
@@ -219,6 +246,9 @@ def test_moves_beside_a_step_wait_for_what_came_before_its_mark(device: Any) -> 
     host.data.zero_()
     weight = torch.full((8192, 8192), 0.25, dtype=torch.bfloat16, device="cuda")
     pool.data.zero_()
+    moves = [BlockMove(block, block) for block in range(256)]
+    with device.beside(False):
+        context.kernels.swap_out(pool, host, moves)  # what is compiled first takes its time
     for value in (1.0, 2.0):
         torch.mm(weight, weight)  # long enough that a move that didn't wait would be seen
         pool.data.fill_(value)
@@ -227,7 +257,6 @@ def test_moves_beside_a_step_wait_for_what_came_before_its_mark(device: Any) -> 
         for _ in range(60):
             torch.mm(weight, weight)
         ended.record()
-        moves = [BlockMove(block, block) for block in range(256)]
         with device.beside(True):
             context.kernels.swap_out(pool, host, moves)
             moved = torch.cuda.Event()

@@ -8,12 +8,11 @@ lie side by side, so that a program, which works on one head, reads a block as o
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from torch import Tensor
 from halyard.hal.contract import CONTRACT_VERSION, Device
 from halyard.hal.dtypes import dtype_name
 from halyard.hal.errors import BackendUnavailableError
-from halyard.hal.kernels.triton.batch_copy import batch_copy
 from halyard.hal.kernels.triton.draw_launch import DrawLauncher
 from halyard.hal.kernels.triton.launch import AttentionLauncher
 from halyard.hal.kernels.triton.tiles import family
@@ -37,11 +35,16 @@ from halyard.hal.types import (
     StepBatch,
 )
 
+if TYPE_CHECKING:
+    from halyard.hal.kernels.triton.staging import StagedSwap
+
 __all__ = ["SwapWay", "TritonKernels"]
 
-SwapWay = Literal["auto", "kernel", "copy", "batch"]
+SwapWay = Literal["auto", "kernel", "staged"]
 
-_ROW_BLOCKS = 32  # in a row, on average, from which copy engines are quicker than a kernel
+_FEW_BYTES = (
+    8 << 20
+)  # up to here the kernel is done sooner than a staged swap (benchmarks/gpu_swap.py)
 
 
 def _interpreting() -> bool:
@@ -52,9 +55,9 @@ class TritonKernels:
     """Paged attention on the GPU.
 
     Args:
-        swap: "kernel" reads and writes pinned host memory in place; "copy" uses the copy engines, a
-            call for each piece; "batch" uses them with one call for all, where the runtime has
-            that and the stream isn't the default one; "auto": batch or else one of the others.
+        swap: "kernel" reads and writes pinned host memory in place; "staged" has the copy engines
+            move whole blocks from and to a buffer, where host blocks are whole; "auto": staged, but
+            for a few blocks.
         num_splits: programs a decode row's keys are split over; None: by shape and device.
     """
 
@@ -80,6 +83,7 @@ class TritonKernels:
         self.swap = swap
         self.launcher = AttentionLauncher(device, num_splits)
         self._moves = importlib.import_module("halyard.hal.kernels.triton.moves")
+        self._staging: StagedSwap | None = None
         self.drawing = DrawLauncher(device)
 
     @classmethod
@@ -135,10 +139,18 @@ class TritonKernels:
         self._moves.gather_moves(pool, pool, moves, pool.data.device)
 
     def swap_out(self, pool: KVPool, host: KVPool, moves: Sequence[BlockMove]) -> None:
-        self._swap(pool, host, moves, pool.data.device)
+        staged = self._staged_swap(pool, host, len(moves))
+        if staged is not None:
+            staged.swap_out(pool, host, moves)
+        else:
+            self._swap(pool, host, moves, pool.data.device)
 
     def swap_in(self, pool: KVPool, host: KVPool, moves: Sequence[BlockMove]) -> None:
-        self._swap(host, pool, moves, pool.data.device)
+        staged = self._staged_swap(pool, host, len(moves))
+        if staged is not None:
+            staged.swap_in(pool, host, [(move.target, move.source) for move in moves])
+        else:
+            self._swap(host, pool, moves, pool.data.device)
 
     def read_blocks(self, pool: KVPool, blocks: Sequence[int]) -> Tensor:
         self._settle(pool)
@@ -152,24 +164,26 @@ class TritonKernels:
         chosen = data.to(pool.data.device).permute(1, 2, 0, 4, 3, 5).contiguous()
         pool.data.index_copy_(1, index, chosen)
 
+    def _staged_swap(self, pool: KVPool, host: KVPool, moves: int) -> StagedSwap | None:
+        """None: the kernel's turn. Host blocks aren't whole, or so few that it is done sooner."""
+        if self.swap == "kernel" or pool.data.device.type != "cuda":
+            return None
+        if self.swap == "auto" and moves * pool.layout.bytes_per_block <= _FEW_BYTES:
+            return None
+        staging = importlib.import_module("halyard.hal.kernels.triton.staging")
+        if not staging.StagedSwap.takes(host):
+            return None
+        if self._staging is None:
+            self._staging = staging.StagedSwap(pool.data.device)
+        return self._staging
+
     def _swap(
         self, source: KVPool, target: KVPool, moves: Sequence[BlockMove], device: torch.device
     ) -> None:
-        reach = self._in_reach(source) and self._in_reach(target)
-        stream = self._side_stream(device) if self.swap in ("auto", "batch") and reach else 0
-        copy = batch_copy() if stream else None
-        if copy is not None:
-            self._moves.batch_moves(copy, source, target, moves, stream)
-        elif self.swap != "copy" and reach and not _in_rows(moves):
+        if self._in_reach(source) and self._in_reach(target):
             self._moves.gather_moves(source, target, moves, device)
         else:
-            self._moves.copy_moves(source, target, moves)
-
-    @staticmethod
-    def _side_stream(device: torch.device) -> int:
-        """The current stream, if it is one that runs beside others; else 0."""
-        on_gpu = device.type == "cuda"
-        return int(torch.cuda.current_stream(device).cuda_stream) if on_gpu else 0
+            self._moves.index_moves(source, target, moves)
 
     def _settle(self, pool: KVPool) -> None:
         """Before the host touches a host pool itself: swaps may still be on their way."""
@@ -180,16 +194,3 @@ class TritonKernels:
     def _in_reach(pool: KVPool) -> Any:
         """Whether a kernel can address the pool: device memory, or pinned host memory."""
         return not pool.host or pool.data.is_pinned() or _interpreting()
-
-
-def _in_rows(moves: Sequence[BlockMove]) -> bool:
-    """Whether blocks lie side by side on both ends, 32 and more: the copy engines' best case.
-
-    On an H100 they then reach 95 % of the link where the kernel reaches 87 (benchmarks/gpu_swap.py);
-    for scattered blocks they are ten times slower.
-    """
-    breaks = sum(
-        (b.source, b.target) != (a.source + 1, a.target + 1)
-        for a, b in itertools.pairwise(sorted(moves))
-    )
-    return len(moves) >= _ROW_BLOCKS * (breaks + 1)
