@@ -9,7 +9,8 @@ other blocks until the second-level cache can't help, as one layer after the oth
 Calls are timed as a captured graph: the device's time, without Python's. Rivals: `sdpa` gathers the
 blocks and calls scaled_dot_product_attention with the group folded into query rows; `flash` is
 torch.nn.attention.varlen, on pages of 256 tokens where it takes a block table, else on contiguous
-keys (which no paged cache has). --sweep tries other tiles and splits and prints the best of a cell.
+keys (which no paged cache has); `portable` is the prefill kernel that every GPU has, where this one
+has its own. --sweep tries other tiles and splits and prints the best of a cell.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from halyard.hal.devices.cuda import CudaDevice
 from halyard.hal.devices.rocm import RocmDevice
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.kernels.triton.kernels import TritonKernels
-from halyard.hal.kernels.triton.tiles import Tile
+from halyard.hal.kernels.triton.tiles import Tile, prefill_tile
 from halyard.hal.types import AttentionLayer, KVPool, KVSpec, StepBatch
 
 BLOCK = 16
 COLD_BYTES = 1 << 28  # a cell cycles through this much, more than any second-level cache
 MAX_COPIES = 64
+LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # error: see Bench.error
 Call = Callable[[], object]
 
 
@@ -251,15 +253,32 @@ class Bench:
             for n, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4)):
                 for split in splits:
                     yield Tile(rows, n, warps, stages), split
+        elif self.own_prefill:
+            for n, stages in itertools.product((64, 128), (2, 3, 4)):
+                yield Tile(128, n, 8, stages), None
+                yield Tile(64, n, 4, stages), None
         else:
             for m, n, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4)):
                 yield Tile(m, n, warps, stages), None
+
+    @property
+    def own_prefill(self) -> bool:
+        """Whether prefill runs in a kernel that only this GPU has."""
+        launcher: Any = self.kernels.launcher
+        found = launcher._variant(self.layer, self.dtype.itemsize, BLOCK).hopper is not None
+        launcher._variants.clear()
+        return found
+
+    def portable(self) -> Tile:
+        return prefill_tile(self.device.info.arch, self.dim, self.dtype.itemsize)
 
     def use(self, cell: Cell, tile: Tile | None, splits: int | None) -> None:
         """Take this tile (None: the table's) and number of splits (None: the heuristic's)."""
         launcher: Any = self.kernels.launcher
         launcher.decode_override = tile if cell.decode else None
-        launcher.prefill_override = None if cell.decode else tile
+        own = self.own_prefill
+        launcher.prefill_override = None if cell.decode or own else tile
+        launcher.hopper_override = None if cell.decode or not own else tile
         launcher._num_splits = splits
         launcher._variants.clear()
 
@@ -274,9 +293,8 @@ class Bench:
     def run(self, cell: Cell, budget: float) -> dict[str, Any]:
         batches, qkv = self.batches(cell), self.inputs(cell)
         error = self.error(batches[0], qkv)
-        limit = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[self.dtype]
-        if error > limit:
-            raise SystemExit(f"{cell.name}: WRONG: error {error:.2e}, limit {limit:.0e}")
+        if error > LIMITS[self.dtype]:
+            raise SystemExit(f"{cell.name}: WRONG: error {error:.2e}")
         own = self.seconds(self._calls(batches, qkv), budget)
         result: dict[str, Any] = {"cell": cell.name, "error": error, "seconds": own, "rivals": {}}
         line = f"{cell.name:24} {self.told(cell, own)}  error {error:.1e}"
@@ -288,6 +306,14 @@ class Bench:
                 continue
             result["rivals"][name] = took
             line += f"  {name} {took * 1e6:.1f} us ({took / own:.2f}x)"
+        if not cell.decode and self.own_prefill:
+            launcher: Any = self.kernels.launcher
+            launcher.prefill_override = self.portable()
+            took = self.seconds(self._calls(batches, qkv), budget)
+            launcher.prefill_override = None
+            launcher._variants.clear()
+            result["rivals"]["portable"] = took
+            line += f"  portable {took * 1e6:.1f} us ({took / own:.2f}x)"
         if cell.decode:
             result["of_copy"] = cell.context * self.token_bytes / own / self.copy_rate
         print(line, flush=True)
@@ -303,10 +329,13 @@ class Bench:
                 break
             self.use(cell, tile, splits)
             try:
+                error = self.error(batches[0], qkv)
                 took = self.seconds(self._calls(batches, qkv), budget)
             except Exception as problem:  # noqa: BLE001 - too large for the device: told, not fatal
                 print(f"    {tile}: {str(problem).splitlines()[0][:80]}", flush=True)
                 continue
+            if error > LIMITS[self.dtype]:
+                raise SystemExit(f"{cell.name}: {tile} is WRONG: error {error:.2e}")
             found.append((took, tile, splits))
         self.use(cell, None, None)
         table = self.seconds(self._calls(batches, qkv), budget)

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
 
 from halyard.hal.errors import BackendUnavailableError
-from halyard.hal.kernels.triton.targets import KERNELS, TARGETS, Variant, compile_variant
+from halyard.hal.kernels.triton.targets import KERNELS, TARGETS, Variant, compile_variant, variants
 from halyard.hal.kernels.triton.tiles import SHARED_LIMITS, decode_tile, family, prefill_tile
 
 compiles = pytest.mark.skipif(
@@ -31,7 +31,7 @@ def test_decode_and_prefill_fit_each_target(target: str) -> None:
 @compiles
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_compiles_for_both_vendors(kernel: str) -> None:
-    for target in ("sm_90", "gfx942"):
+    for target in ("sm_90",) if kernel == "prefill_hopper" else ("sm_90", "gfx942"):
         report = compile_variant(Variant(kernel, target, "float16", 64))  # type: ignore[arg-type]
         assert not report.problems()
 
@@ -41,6 +41,21 @@ def test_tiles_of_keys_are_pipelined() -> None:
     """Two stages of keys and values in flight: half the shared memory means they are not."""
     report = compile_variant(Variant("decode", "sm_90", "bfloat16", 128))
     assert report.shared >= 2 * 2 * 64 * 128 * 2
+
+
+@compiles
+def test_products_on_hopper_run_beside_the_softmax() -> None:
+    """ptxas says nothing where it can't follow, and has each product waited for at once."""
+    report = compile_variant(Variant("prefill_hopper", "sm_90", "bfloat16", 128))
+    assert 0 < report.waits < sum(report.matrix.values()) / 2
+    assert replace(report, waits=sum(report.matrix.values())).problems()
+
+
+def test_what_hopper_alone_has_is_listed_for_hopper_alone() -> None:
+    found = {str(variant) for variant in variants(kernels=("prefill_hopper",))}
+    dims = [f"sm_90 prefill_hopper {dtype} d{dim}" for dtype in ("bfloat16", "float16")
+            for dim in (64, 128)]  # fmt: skip
+    assert found == set(dims)
 
 
 @compiles

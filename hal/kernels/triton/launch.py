@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from halyard.hal.contract import Device
-from halyard.hal.kernels.triton.tiles import Tile, decode_tile, prefill_tile, shared_tile
+from halyard.hal.errors import BackendUnavailableError
+from halyard.hal.kernels.triton.tiles import (
+    Tile,
+    decode_tile,
+    family,
+    hopper_tile,
+    prefill_tile,
+    shared_tile,
+)
 from halyard.hal.types import AttentionLayer, SharedRows, StepBatch
 
 __all__ = ["AttentionLauncher", "Shape", "pad"]
@@ -45,6 +53,11 @@ class Shape:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def plain(self) -> bool:
+        """Causal attention over 16-bit heads, and nothing else."""
+        return self.item_size == 2 and not (self.window or self.softcap or self.sinks)
+
+    @property
     def dim_pad(self) -> int:
         return pad(self.head_dim)
 
@@ -72,6 +85,19 @@ class Shape:
             "SINKS": self.sinks,
         }
 
+    def hopper_constants(self, tile: Tile) -> dict[str, Any]:
+        """The constants of Hopper's prefill kernel."""
+        return {
+            "GROUP": self.group,
+            "GROUP_TILE": self.group_tile(tile),
+            "KV_HEADS": self.num_kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_SIZE": self.block_size,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "AHEAD": tile.num_stages - 1,
+        }
+
     def shared_constants(self, tile: Tile) -> dict[str, Any]:
         """The constants of the kernel for shared keys."""
         return {
@@ -96,6 +122,7 @@ class _Variant:
     prefill: Tile
     decode_constants: dict[str, Any]
     prefill_constants: dict[str, Any]
+    hopper: Tile | None  # prefill goes to Hopper's own kernel
 
 
 class AttentionLauncher:
@@ -112,9 +139,11 @@ class AttentionLauncher:
         self._prefill = importlib.import_module("halyard.hal.kernels.triton.prefill")
         self._shared = importlib.import_module("halyard.hal.kernels.triton.shared")
         self._write = importlib.import_module("halyard.hal.kernels.triton.write")
+        self._hopper = _hopper_module(self._arch)
         # Tiles to try instead of the tables' (benchmarks).
         self.decode_override: Tile | None = None
         self.prefill_override: Tile | None = None
+        self.hopper_override: Tile | None = None
 
     def write(self, k: Tensor, v: Tensor, data: Tensor, slot_mapping: Tensor) -> None:
         """k, v [tokens, kv_heads, dim] to their slots of one layer [blocks, 2, heads, size, dim]."""
@@ -169,8 +198,11 @@ class AttentionLauncher:
                 self._arch, shape.dim_pad, item_size, shape.group
             )
             prefill = self.prefill_override or prefill_tile(self._arch, shape.dim_pad, item_size)
+            hopper = None
+            if self._hopper is not None and shape.plain and self.prefill_override is None:
+                hopper = self.hopper_override or hopper_tile(shape.head_dim)
             found = _Variant(
-                shape, decode, prefill, shape.constants(decode), shape.constants(prefill)
+                shape, decode, prefill, shape.constants(decode), shape.constants(prefill), hopper
             )
             self._variants[shape] = found
         return found
@@ -230,10 +262,17 @@ class AttentionLauncher:
         self, q: Tensor, data: Tensor, out: Tensor, layer: AttentionLayer, batch: StepBatch,
         variant: _Variant, skip_single: bool,
     ) -> None:  # fmt: skip
-        shape, tile = variant.shape, variant.prefill
+        shape, tile = variant.shape, variant.hopper or variant.prefill
         tokens = tile.block_m // shape.group_tile(tile)
         grid = (batch.num_tokens // tokens + batch.num_rows, shape.heads_per_row(tile))
         tables = batch.block_tables
+        if self._hopper is not None and variant.hopper is not None:
+            self._hopper.hopper_prefill_kernel[grid](
+                q, data, out, tables, batch.seq_lens, batch.query_start, _scales(layer)[0],
+                batch.num_rows, q.stride(0), q.stride(1), tables.stride(0),
+                **shape.hopper_constants(tile), SKIP_SINGLE=skip_single, num_warps=tile.num_warps,
+            )  # fmt: skip
+            return
         self._prefill.paged_prefill_kernel[grid](
             q, data, out, tables, batch.seq_lens, batch.query_start,
             out if layer.sinks is None else layer.sinks,
@@ -255,6 +294,16 @@ class AttentionLauncher:
             self._workspace = torch.empty(pad(need), dtype=torch.float32, device=device)
         parts = count * shape.dim_pad
         return self._workspace[:parts], self._workspace[parts:need]
+
+
+def _hopper_module(arch: str) -> Any:
+    """Hopper's own kernels, where the GPU is one and Triton's Gluon has what they need."""
+    try:
+        if family(arch) != "sm_90":
+            return None
+        return importlib.import_module("halyard.hal.kernels.triton.hopper")
+    except (BackendUnavailableError, ImportError):
+        return None
 
 
 def _can_share(layer: AttentionLayer, shape: Shape, batch: StepBatch) -> bool:

@@ -21,6 +21,7 @@ from halyard.hal.kernels.triton.tiles import (
     SHARED_LIMITS,
     decode_tile,
     family,
+    hopper_tile,
     prefill_tile,
     shared_tile,
 )
@@ -31,10 +32,10 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
 
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
                      "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
-                     "shared", "few_rows", "rows"]  # fmt: skip
+                     "shared", "few_rows", "rows", "prefill_hopper"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
-    "move", "draw", "draw_greedy", "decode_shared", "shared", "few_rows", "rows",
+    "move", "draw", "draw_greedy", "decode_shared", "shared", "few_rows", "rows", "prefill_hopper",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -53,7 +54,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 _SHORT: dict[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _MATRIX = re.compile(r"\b(wgmma|tcgen05|mma|v_s?w?mma|v_s?mfma)[._]\w[\w.]*")
 _STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "source_layer",
-            "target_layer", "row_stride", "x_row", "w_row", "num_inputs", "num_outputs",
+            "source_block", "target_layer", "target_block", "row_stride", "x_row", "w_row", "num_inputs", "num_outputs",
             "split_inputs", "piece", "vocab")  # fmt: skip
 # Of a draw or a linear nothing depends on a head's dim.
 _ONE_DIM = ("move", "draw", "draw_greedy", "few_rows", "rows")
@@ -87,6 +88,7 @@ class CompileReport:
     registers: int  # a thread
     spills: int  # 4-byte registers a thread
     matrix: dict[str, int]  # matrix instructions and how often each is there
+    waits: int = 0  # instructions that wait for asynchronous ones of these
 
     def problems(self) -> list[str]:
         """Everything that is wrong with it; empty if it may ship."""
@@ -99,6 +101,8 @@ class CompileReport:
         dots = self.variant.kernel.startswith(("decode", "prefill", "shared", "rows"))
         if dots and self.variant.dtype != "float32" and not self.matrix:
             found.append("no matrix instructions")
+        if self.waits >= sum(self.matrix.values()) > 1:  # ptxas gave each a wait of its own
+            found.append(f"{self.waits} waits for {self.matrix}: none runs beside anything")
         return found
 
 
@@ -113,6 +117,15 @@ def variants(
         for kernel in kernels:
             if kernel == "move":
                 yield Variant(kernel, target, dtypes[0], head_dims[0])
+                continue
+            if kernel == "prefill_hopper":
+                if family(target) == "sm_90":
+                    for dtype in dtypes:
+                        yield from (
+                            Variant(kernel, target, dtype, dim)
+                            for dim in head_dims
+                            if ITEM_SIZE[dtype] == 2 and hopper_tile(dim) is not None
+                        )
                 continue
             for dtype in dtypes:
                 for dim in head_dims[:1] if kernel in _ONE_DIM else head_dims:
@@ -131,6 +144,7 @@ def compile_variant(variant: Variant, **tile_changes: int) -> CompileReport:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     function, constants, options, tile = _source(variant, tile_changes)
     signature = {
@@ -143,14 +157,16 @@ def compile_variant(variant: Variant, **tile_changes: int) -> CompileReport:
         for index, name in enumerate(function.arg_names)
         if signature[name].startswith("*") or name in _STRIDES
     }
+    source = GluonASTSource if variant.kernel == "prefill_hopper" else ASTSource
     compiled = triton.compile(
-        ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs),
+        source(fn=function, signature=signature, constexprs=constants, attrs=attrs),
         target=GPUTarget(*TARGETS[variant.target]),
         options=options,
     )
     text = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     names = [match[0].rstrip(".") for match in _MATRIX.finditer(text)]
     registers, spills = _registers(compiled.asm)
+    waits = _disassembled(compiled.asm, "-sass").count("WARPGROUP.DEPBAR") if "wgmma" in text else 0
     return CompileReport(
         variant,
         tile,
@@ -159,6 +175,7 @@ def compile_variant(variant: Variant, **tile_changes: int) -> CompileReport:
         registers,
         spills,
         {name: names.count(name) for name in dict.fromkeys(names)},
+        waits,
     )
 
 
@@ -213,6 +230,16 @@ def _source(
         tile = shared_tile(variant.target, shape.dim_pad, item_size, shape.group)
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         return shared.shared_decode_kernel, shape.shared_constants(tile), options, "shared keys"
+    if variant.kernel == "prefill_hopper":
+        from halyard.hal.kernels.triton import hopper
+
+        own = hopper_tile(variant.head_dim)
+        if own is None:
+            raise AssertionError(f"no tile for {variant}")
+        tile = replace(own, **changes)
+        words = f"{tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
+        constants = shape.hopper_constants(tile) | {"SKIP_SINGLE": True}
+        return hopper.hopper_prefill_kernel, constants, {"num_warps": tile.num_warps}, words
     if variant.kernel.startswith("decode"):
         function: Any = decode.paged_decode_kernel
         tile = decode_tile(variant.target, shape.dim_pad, item_size, shape.group)
@@ -265,14 +292,18 @@ def _registers(asm: dict[str, Any]) -> tuple[int, int]:
             return int(found[-1]) if found else 0
 
         return last("vgpr_count"), last("vgpr_spill_count")
+    found = _disassembled(asm, "-res-usage")
+    usage = {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", found)}
+    return usage.get("REG", 0), usage.get("LOCAL", 0) // 4
+
+
+def _disassembled(asm: dict[str, Any], what: str) -> str:
+    """What NVIDIA's tool in Triton's wheel says of a compiled kernel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(asm["cubin"])
-        done = subprocess.run(
-            [str(tool), "-res-usage", str(file)], capture_output=True, text=True, check=True
-        )
-    usage = {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", done.stdout)}
-    return usage.get("REG", 0), usage.get("LOCAL", 0) // 4
+        command = [str(tool), what, str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 
 from halyard.hal.errors import BackendUnavailableError
 
-__all__ = ["SHARED_LIMITS", "Tile", "decode_tile", "family", "prefill_tile", "shared_tile"]
+__all__ = [
+    "SHARED_LIMITS",
+    "Tile",
+    "decode_tile",
+    "family",
+    "hopper_tile",
+    "prefill_tile",
+    "shared_tile",
+]
 
 _KIB = 1024
 
@@ -129,6 +137,9 @@ _PREFILL: dict[str, _Table] = {
     "gfx12": _PREFILL_RDNA4,
     "interpreter": {1024: Tile(64, 64, 4, 1)},
 }
+# Hopper's own prefill kernel, by head dim; stages: tiles of keys in shared memory. One warpgroup a
+# program: two of one wait for each other at every tile, two programs take turns by themselves.
+_PREFILL_OWN: _Table = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 3)}
 # fp32 has no matrix units at full precision: small tiles, sums in registers.
 _PREFILL_FLOAT32: _Table = {
     128: Tile(32, 32, 4, 2),
@@ -190,3 +201,8 @@ def prefill_tile(arch: str, dim_pad: int, item_size: int) -> Tile:
     kind = family(arch)
     table = _PREFILL_FLOAT32 if item_size == 4 and kind != "interpreter" else _PREFILL[kind]
     return _row(table, dim_pad * item_size)
+
+
+def hopper_tile(head_dim: int) -> Tile | None:
+    """The tile of Hopper's own prefill kernel; None: it doesn't take heads of this size."""
+    return _PREFILL_OWN.get(head_dim)
