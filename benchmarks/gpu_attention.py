@@ -254,9 +254,9 @@ class Bench:
                 for split in splits:
                     yield Tile(rows, n, warps, stages), split
         elif self.own_prefill:
-            for n, stages in itertools.product((64, 128), (2, 3, 4)):
-                yield Tile(128, n, 8, stages), None
+            for n, stages in itertools.product((32, 64, 128), (2, 3)):
                 yield Tile(64, n, 4, stages), None
+                yield Tile(128, n, 8, stages), None
         else:
             for m, n, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4)):
                 yield Tile(m, n, warps, stages), None
