@@ -369,9 +369,13 @@ class EngineHost:
         before, self._loaded = self._loaded, loaded
         self._loader = loader or self._loader
         self._leaving = self._failure = None
-        if before is not None and before.client.alive:
-            self._retiring.add(before)
-            self.spawn(self._retire(before))
+        if before is not None:
+            before.client.metrics.begin_to_leave(before.client.stats)
+            if before.client.alive:
+                self._retiring.add(before)
+                self.spawn(self._retire(before))
+            else:
+                before.client.metrics.left(before.client.stats)
         if not self._served_names:
             self._served_names = (loaded.client.model_name,)  # it keeps its name
         if before is not None and before.provenance is not None:
@@ -398,6 +402,7 @@ class EngineHost:
         finally:
             self._retiring.discard(loaded)
             await loaded.client.close()
+            loaded.client.metrics.left(loaded.client.stats)
 
     def let_go(self, loaded: Loaded) -> None:
         """Whoever says so ends that engine and puts another in its place, also if it dies before."""

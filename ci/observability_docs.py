@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from halyard.runtime.metrics.catalogue import METRICS, MetricSpec
+from halyard.runtime.metrics.metrics import MAX_MODELS
 from halyard.runtime.metrics.requests import MAX_TENANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,9 +58,10 @@ imported.
 
 `GET /metrics`, Prometheus' text format. Every `halyard_` series carries `model` and `backend`.
 Label values stay few: the first {MAX_TENANTS} tenants have their own, later ones share `other`; so do error
-types after the 64th. Engine totals begin at 0 again when an engine restarts, as `rate()` expects.
-After a reload to a model of another name all series are that model's, from 0 on; restarts of engines
-and failed loads count on.
+types after the 64th. Totals of engines that are gone are part of the sum: a restart, a reload or
+sleep takes nothing back. After a reload to a model of another name the counters and histograms of
+the one before stay, under its own name: its engine still finishes what it has. The last {MAX_MODELS} models
+are shown. Gauges, and the counts of restarts and failed loads, are the serving model's.
 
 With `--metrics-compat vllm` the numbers appear under vLLM's names too, labelled `model_name` and
 `engine`, so that its dashboards and autoscalers work. The column on the right says which.

@@ -101,7 +101,7 @@ class Launch:
         Args:
             tell: is called with the name of each phase as it begins.
             hang_seconds: a step that takes longer is taken for a hang; None: any may take for ever.
-            metrics: of the engine whose place this one takes; they go on if the model has that name.
+            metrics: of the engine whose place this one takes.
 
         Raises:
             HalyardError: loading failed; one line says why.
@@ -213,10 +213,9 @@ class ProcessPort:
         self.intake = Intake(
             facts.limits, facts.seed, _CompiledThere() if facts.has_tokenizer else None
         )
-        own = (facts.model_name, facts.backend_name)
-        if metrics is None or (metrics.model, metrics.backend) != own:
-            metrics = Metrics(*own, facts.bytes_per_block, before=metrics)
-        self.metrics = metrics
+        self.metrics = Metrics.after(
+            metrics, facts.model_name, facts.backend_name, facts.bytes_per_block
+        )
         self._process = process
         self._channel = channel
         self._hang_seconds = hang_seconds

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -12,56 +13,59 @@ from prometheus_client.registry import Collector
 from halyard.runtime.metrics.catalogue import COMMON_LABELS, METRICS, MetricSpec
 from halyard.runtime.metrics.store import Histogram, Samples
 
-__all__ = ["expose"]
+__all__ = ["Source", "expose"]
 
 
-def expose(
-    read: Callable[[MetricSpec], Samples], model: str, backend: str, *, vllm: bool = False
-) -> bytes:
-    """The text of a scrape.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Values of one model on one backend."""
 
-    Args:
-        read: gives a metric's values; one without any is left out.
-        vllm: vLLM's names too.
-    """
+    model: str
+    backend: str
+    read: Callable[[MetricSpec], Samples]  # a metric's values; one without any is left out
+
+
+def expose(sources: Sequence[Source], *, vllm: bool = False) -> bytes:
+    """The text of a scrape; with `vllm`, under vLLM's names too."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(_Values(read, model, backend, vllm))
+    registry.register(_Values(sources, vllm))
     return generate_latest(registry)
 
 
 class _Values(Collector):
-    def __init__(
-        self, read: Callable[[MetricSpec], Samples], model: str, backend: str, vllm: bool
-    ) -> None:
-        self._read, self._model, self._backend, self._vllm = read, model, backend, vllm
+    def __init__(self, sources: Sequence[Source], vllm: bool) -> None:
+        self._sources, self._vllm = sources, vllm
 
     def collect(self) -> Iterator[Family]:
         for spec in METRICS:
-            samples = self._read(spec)
+            samples = {
+                (source.model, source.backend, *key): value
+                for source in self._sources
+                for key, value in source.read(spec).items()
+            }
             if not samples:
                 continue
-            labels = (*COMMON_LABELS, *spec.labels)
-            own = {(self._model, self._backend, *key): value for key, value in samples.items()}
-            yield _family(spec, f"halyard_{spec.name}", labels, own)
+            yield _family(spec, f"halyard_{spec.name}", (*COMMON_LABELS, *spec.labels), samples)
             if self._vllm and spec.vllm:
-                yield self._as_vllm(spec, samples)
+                yield _as_vllm(spec, samples)
 
-    def _as_vllm(self, spec: MetricSpec, samples: Samples) -> Family:
-        """vLLM has other labels: ours are summed over, but for how requests finished."""
-        by_reason = spec.vllm == "request_success"
-        summed: Samples = {}
-        for key, value in samples.items():
-            target = (self._model, "0", *key[: int(by_reason)])
-            before = summed.get(target)
-            if isinstance(value, Histogram):
-                total = before if isinstance(before, Histogram) else Histogram(value.bounds)
-                total.add(value)
-                summed[target] = total
-            else:
-                summed[target] = value + (before if isinstance(before, float) else 0.0)
-        labels = ("model_name", "engine", *(("finished_reason",) if by_reason else ()))
-        return _family(spec, f"vllm:{spec.vllm}", labels, summed)
+
+def _as_vllm(spec: MetricSpec, samples: Samples) -> Family:
+    """vLLM has other labels: ours are summed over, but for how requests finished."""
+    by_reason = spec.vllm == "request_success"
+    summed: Samples = {}
+    for (model, _, *key), value in samples.items():
+        target = (model, "0", *key[: int(by_reason)])
+        before = summed.get(target)
+        if isinstance(value, Histogram):
+            total = before if isinstance(before, Histogram) else Histogram(value.bounds)
+            total.add(value)
+            summed[target] = total
+        else:
+            summed[target] = value + (before if isinstance(before, float) else 0.0)
+    labels = ("model_name", "engine", *(("finished_reason",) if by_reason else ()))
+    return _family(spec, f"vllm:{spec.vllm}", labels, summed)
 
 
 def _family(spec: MetricSpec, name: str, labels: tuple[str, ...], samples: Samples) -> Family:

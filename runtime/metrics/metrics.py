@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from halyard.runtime.metrics.catalogue import MetricSpec
+from halyard.runtime.metrics.catalogue import METRICS, MetricSpec
 from halyard.runtime.metrics.engine import engine_samples
-from halyard.runtime.metrics.exposition import expose
+from halyard.runtime.metrics.exposition import Source, expose
 from halyard.runtime.metrics.requests import MAX_TENANTS, OnEnd, RequestMetrics
-from halyard.runtime.metrics.store import Samples, Store
+from halyard.runtime.metrics.store import Histogram, Samples, Store
 from halyard.runtime.outputs import RequestDelta
 from halyard.runtime.request import Request
 
 if TYPE_CHECKING:
     from halyard.runtime.engine import EngineStats
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
+__all__ = ["CONTENT_TYPE", "MAX_MODELS", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+MAX_MODELS = 32  # that were served last are shown, so that series stay few
 _OF_LIVES = ("engine_restarts", "load_failures")
+_COUNTERS = frozenset(spec.name for spec in METRICS if spec.kind == "counter")
 
 
 class Metrics:
-    """All metrics of one engine, labelled with its model and backend.
+    """All metrics of one model on one backend, and so labelled.
 
-    Requests are observed on the event loop's thread, steps by whoever runs them. Outlives the
-    engine: after a restart its totals begin at 0, as Prometheus expects of counters.
-
-    Args:
-        before: of the model that the server served until now: what became of its engines counts on.
+    Requests are observed on the event loop's thread, steps by whoever runs them. Outlives engines:
+    totals of one that is gone, or about to go, are part of the sum. Shows, beside its own, what was
+    counted of models that were served before: their last requests may end after it took over.
     """
 
     def __init__(
@@ -40,13 +40,16 @@ class Metrics:
         backend: str,
         bytes_per_block: int = 0,
         max_tenants: int = MAX_TENANTS,
-        before: Metrics | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
         self._bytes_per_block = bytes_per_block
         self._store = Store()
-        self._lives: Store = before._lives if before is not None else Store()  # whatever is served
+        # Shared with those that come after it:
+        self._lives = Store()  # what became of engines, whatever they served
+        self._served: dict[tuple[str, str], Metrics] = {}  # by model and backend, the last one last
+        self._leaving: list[Callable[[], EngineStats]] = []
+        self._of_ended: dict[str, Samples] = {}  # totals of engines that are gone
         self._requests = RequestMetrics(self._store, max_tenants)
         self._gauges: dict[str, Samples] = {}
         self._steps = (
@@ -54,6 +57,24 @@ class Metrics:
             self._store.histogram("step_rows"),
             self._store.histogram("step_tokens"),
         )
+
+    @classmethod
+    def after(
+        cls, before: Metrics | None, model: str, backend: str, bytes_per_block: int = 0
+    ) -> Metrics:
+        """For an engine that takes the place of another, with the other's metrics.
+
+        Those of a model that was served before go on.
+        """
+        if before is None:
+            return cls(model, backend, bytes_per_block)
+        if (before.model, before.backend) == (model, backend):
+            return before
+        metrics = before._served.get((model, backend))
+        if metrics is None:
+            metrics = cls(model, backend, bytes_per_block)
+            metrics._lives, metrics._served = before._lives, before._served
+        return metrics
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -104,15 +125,31 @@ class Metrics:
     def describe(
         self, version: str, device: str, dtype: str, start_seconds: Mapping[str, float]
     ) -> None:
-        """What runs, and what its start took by phase."""
+        """What runs from now on, and what its start took by phase."""
+        own = (self.model, self.backend)
+        self._served.pop(own, None)
+        self._served[own] = self
+        if len(self._served) > MAX_MODELS:
+            del self._served[next(iter(self._served))]
         self._gauges["info"] = {(version, device, dtype): 1.0}
         self._gauges["start_seconds"] = {(phase,): s for phase, s in start_seconds.items()}
+
+    def begin_to_leave(self, stats: Callable[[], EngineStats]) -> None:
+        """An engine is replaced, but may still do something: its totals are read until it is gone."""
+        self._leaving.append(stats)
+
+    def left(self, stats: Callable[[], EngineStats]) -> None:
+        """That engine is gone; what it counted stays. Idempotent."""
+        if stats in self._leaving:
+            self._leaving.remove(stats)
+            _add_totals(self._of_ended, engine_samples(stats(), self._bytes_per_block))
 
     def render(
         self, stats: EngineStats | None, *, ready: bool = True, compat_vllm: bool = False
     ) -> bytes:
         """The exposition text, with what the engine counts as of `stats` (None: there is none)."""
         engine = engine_samples(stats, self._bytes_per_block) if stats is not None else {}
+        _add_totals(engine, self._totals())
         engine["ready"] = {(): float(ready)}
 
         def read(spec: MetricSpec) -> Samples:
@@ -122,4 +159,34 @@ class Metrics:
             store = self._lives if spec.name in _OF_LIVES else self._store
             return store.samples(spec.name)
 
-        return expose(read, self.model, self.backend, vllm=compat_vllm)
+        past = (other._past() for other in self._served.values() if other is not self)
+        return expose((*past, Source(self.model, self.backend, read)), vllm=compat_vllm)
+
+    def _totals(self) -> dict[str, Samples]:
+        """Of all engines that are gone or about to go."""
+        totals: dict[str, Samples] = {}
+        _add_totals(totals, self._of_ended)
+        for stats in self._leaving:
+            _add_totals(totals, engine_samples(stats(), self._bytes_per_block))
+        return totals
+
+    def _past(self) -> Source:
+        """What was counted while this was served; what is there now is another's."""
+        totals = self._totals()
+
+        def read(spec: MetricSpec) -> Samples:
+            if spec.kind == "gauge" or spec.name in _OF_LIVES:
+                return {}
+            return totals.get(spec.name) or self._store.samples(spec.name)
+
+        return Source(self.model, self.backend, read)
+
+
+def _add_totals(sums: dict[str, Samples], more: Mapping[str, Samples]) -> None:
+    """Add counters to counters; gauges are nobody's sum."""
+    for name in _COUNTERS & more.keys():
+        own = sums[name] = dict(sums.get(name, {}))
+        for labels, value in more[name].items():
+            before = own.get(labels, 0.0)
+            if not isinstance(value, Histogram) and not isinstance(before, Histogram):
+                own[labels] = before + value

@@ -336,3 +336,30 @@ def test_a_batch_waits_while_there_is_no_engine(live: LiveProcess, what: str) ->
         assert live.admin("wake").status_code == 200
     check_lines(answers_of(live, batch), count, tokens)
     until(lambda: len(live.engines()) == 1)
+
+
+def test_what_an_engine_finishes_after_a_reload_is_counted(live: LiveProcess, mirror: Path) -> None:
+    """Under its own model's name, and also what it did before stays there."""
+    [engine] = live.engines()
+    new = other_than_served(live, mirror)
+    old = "old" if new == "new" else "new"
+    finished = f'halyard_requests_total{{backend="null",finish_reason="length",model="{old}"'
+    generated = f'halyard_generation_tokens_total{{backend="null",model="{old}"}}'
+    before = live.metric(finished), live.metric(generated)
+    assert min(before) > 0
+    answers: list[httpx.Response] = []
+    long = threading.Thread(target=lambda: answers.append(live.ask(7, 50)))
+    os.kill(engine, signal.SIGSTOP)
+    long.start()
+    until(lambda: live.metric("halyard_requests_waiting") == 1)
+    assert live.admin("reload", model=new, mode="beside").status_code == 200
+    os.kill(engine, signal.SIGCONT)
+    long.join(60)
+    assert answers[0].status_code == 200, answers[0].text
+
+    def seen() -> tuple[float, float]:
+        return live.metric(finished), live.metric(generated)
+
+    until(lambda: seen() == (before[0] + 1, before[1] + 50))
+    until(lambda: len(live.engines()) == 1)
+    assert seen() == (before[0] + 1, before[1] + 50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -12,6 +13,7 @@ from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.engine import EngineStats
 from halyard.runtime.metrics import Metrics
 from halyard.runtime.metrics.catalogue import METRICS, exported_names
+from halyard.runtime.metrics.metrics import MAX_MODELS
 from halyard.runtime.metrics.store import BoundedLabels, Histogram
 from halyard.runtime.outputs import CompletionDelta, RequestDelta
 from halyard.runtime.plan import FinishReason
@@ -254,14 +256,98 @@ def test_two_engines_in_one_process_keep_their_numbers_apart() -> None:
 def test_what_became_of_engines_is_counted_on_when_another_model_is_served() -> None:
     before = Metrics("old", "b")
     before.observe_restart()
-    before.observe_deltas([(request(), delta(1, "stop"))])
-    now = Metrics("m", "b", before=before)
+    now = Metrics.after(before, "m", "b")
     before.observe_restart()  # of an engine that was starting meanwhile
     now.observe_load_failure()
     found = values(now)
     assert found[("halyard_engine_restarts_total",)] == 2
     assert found[("halyard_load_failures_total",)] == 1
-    assert ("halyard_requests_total", "stop", "default") not in found
+
+
+def served(before: Metrics | None, model: str, backend: str = "b") -> Metrics:
+    metrics = Metrics.after(before, model, backend)
+    metrics.describe("1.0", "cpu", "float32", {})
+    return metrics
+
+
+def test_what_a_model_that_is_replaced_still_answers_is_shown_under_its_name() -> None:
+    old = served(None, "old")
+    old.observe_deltas([(request(), delta(1))])
+    old_stats = engine_stats()
+    old.begin_to_leave(leaving := lambda: old_stats)
+    now = served(old, "m")
+    Metrics.after(now, "never adopted", "b")
+    old.observe_deltas([(request(), delta(1, "stop"))])
+    old_stats = replace(old_stats, generated_tokens=60)
+
+    def found(metrics: Metrics) -> Found:
+        text = metrics.render(engine_stats(), compat_vllm=True)
+        assert b"never adopted" not in text
+        return {
+            (name, *(labels.get(k, "") for k in ("model", "model_name", "finish_reason"))): value
+            for name, labels, value in samples(text)
+            if "le" not in labels
+        }
+
+    for ended in (False, True):
+        if ended:
+            old.left(leaving)
+            old_stats = replace(old_stats, generated_tokens=0)  # nobody asks it any more
+        seen = found(now)
+        assert seen[("halyard_requests_total", "old", "", "stop")] == 1
+        assert seen[("vllm:request_success_total", "", "old", "")] == 1
+        assert seen[("halyard_request_latency_seconds_count", "old", "", "")] == 1
+        assert seen[("halyard_generation_tokens_total", "old", "", "")] == 60
+        assert seen[("vllm:generation_tokens_total", "", "old", "")] == 60
+        assert seen[("halyard_generation_tokens_total", "m", "", "")] == 50
+        # Of what is now there is one engine's.
+        assert {key[1] for key in seen if key[0] in ("halyard_ready", "halyard_info")} == {"m"}
+        assert ("halyard_kv_blocks_total", "old", "", "") not in seen
+        assert ("halyard_engine_restarts_total", "old", "", "") not in seen
+    again = served(now, "old")
+    assert again is old
+    assert found(again)[("halyard_generation_tokens_total", "old", "", "")] == 60 + 50
+    assert found(again)[("halyard_ready", "old", "", "")] == 1
+
+
+def test_totals_go_on_where_an_engine_takes_the_place_of_its_like() -> None:
+    """Prometheus would take a smaller one for a start from 0, and count all of it again."""
+    metrics = served(None, "m")
+    metrics.observe_step(1, 1, 0.5)
+    stats = engine_stats(phase_seconds={"run": 4.0})
+    metrics.begin_to_leave(leaving := lambda: stats)
+    stats = replace(stats, steps=5)
+    new = engine_stats(phase_seconds={"run": 1.0, "wait": 2.0})
+    for _ in range(2):
+        found = values(metrics, new)
+        assert found[("halyard_steps_total",)] == 5 + 3
+        assert found[("halyard_step_phase_seconds_total", "run")] == 5
+        assert found[("halyard_step_phase_seconds_total", "wait")] == 2
+        assert found[("halyard_kv_blocks_total",)] == 8
+        metrics.left(leaving)
+
+
+def test_one_model_on_two_backends_is_one_to_vllms_names() -> None:
+    old = served(None, "m", "other")
+    old.observe_deltas([(request(), delta(1, "stop"))])
+    now = served(old, "m")
+    now.observe_deltas([(request(), delta(1, "stop"))])
+    series = [
+        (name, *labels.items()) for name, labels, _ in samples(now.render(None, compat_vllm=True))
+    ]
+    assert len(series) == len(set(series))
+    assert b'vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} 2.0' in (
+        now.render(None, compat_vllm=True)
+    )
+
+
+def test_only_so_many_models_are_remembered() -> None:
+    metrics = None
+    for number in range(100):
+        metrics = served(metrics, f"model-{number}")
+    assert metrics is not None
+    models = {labels["model"] for _, labels, _ in samples(metrics.render(engine_stats()))}
+    assert models == {f"model-{number}" for number in range(100 - MAX_MODELS, 100)}
 
 
 def test_estimated_wait_is_at_least_a_second_and_grows_with_the_queue() -> None:
