@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ class Program:
     def _find_last_attention(self) -> _AttentionStep | None:
         """The attention right before a last segment that goes token by token, if its kernels write
         keys and values without attending too."""
-        if self._token_axes is None or not isinstance(self._kernels, WritingKernels):
+        if self._token_axes is None or not getattr(self._kernels, "writes_alone", False):
             return None
         attention, last = self._steps[-2:]
         if type(attention) is not _AttentionStep or type(last) is not _SegmentStep:
@@ -198,9 +198,8 @@ class Program:
     ) -> Tensor:
         """Write all keys and values; attention of the wanted tokens alone, each a row of its own."""
         kernels = self._kernels
-        assert isinstance(kernels, WritingKernels)
         q, k, v = values[step.q], values[step.k], values[step.v]
-        kernels.write(k, v, pool, step.layer, batch)
+        cast(WritingKernels, kernels).write(k, v, pool, step.layer, batch)
         few = _rows_of_one(batch, wanted)
         n = len(wanted)  # keys and values have no slots any more: any will do
         return kernels.attend(q.index_select(0, wanted), k[:n], v[:n], pool, step.layer, few)

@@ -51,7 +51,7 @@ __all__ = [
     "WritingKernels",
 ]
 
-CONTRACT_VERSION = (1, 3)  # a part with another major number is refused by the registry
+CONTRACT_VERSION = (1, 4)  # a part with another major number is refused by the registry
 
 
 @runtime_checkable
@@ -224,12 +224,14 @@ class MaskingKernels(Protocol):
         """
 
 
-@runtime_checkable
 class WritingKernels(Protocol):
-    """What PagedKernels may offer besides (1.3): keys and values are written without an attention.
+    """What PagedKernels may offer besides (1.4): keys and values are written without an attention.
 
-    Then, in the last layer, only the tokens whose logits are wanted attend.
+    Then, in the last layer, only the tokens whose logits are wanted attend. In 1.3 the method was
+    offer enough; kernels from then, or with a `write` of another meaning, just do without.
     """
+
+    writes_alone: bool  # True is the offer
 
     def write(
         self, k: Tensor, v: Tensor, pool: KVPool, layer: AttentionLayer, batch: StepBatch

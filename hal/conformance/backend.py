@@ -42,10 +42,10 @@ class BackendUnderTest:
             return ()
         return tuple(d for d in self.row.dtypes if d in self.capabilities.dtypes)
 
-    def offers(self, method: str) -> bool:
-        """Whether the kernels have a method that the contract leaves to them."""
-        return self.capabilities is not None and hasattr(
-            load_part("kernels", self.row.kernels), method
+    def offers(self, claim: str) -> bool:
+        """Whether the kernels claim something that the contract leaves to them."""
+        return self.capabilities is not None and bool(
+            getattr(load_part("kernels", self.row.kernels), claim, False)
         )
 
     def versions(self) -> dict[str, str]:

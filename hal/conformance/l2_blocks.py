@@ -38,7 +38,7 @@ def cases(backend: BackendUnderTest) -> list[Case]:
             ("blocks_are_portable", _portable),
         ):
             found.append(Case("L2", name, run, dtype, need, quick=name != "many_moves"))
-        if backend.offers("write"):
+        if backend.offers("writes_alone"):
             found.append(Case("L2", "written_alone", _written_alone, dtype, need, quick=True))
     return found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -122,8 +122,7 @@ class Sequences:
         rows = [i for i, count in enumerate(counts) if count]
         spans = [(self.done[i], self.done[i] + counts[i]) for i in rows]
         k, v = (self.packed(x, rows, spans) for x in (self.k, self.v))
-        kernels = self.kernels
-        assert isinstance(kernels, WritingKernels)
+        kernels = cast(WritingKernels, self.kernels)
         kernels.write(k, v, self.pool, self.layer, self.batch(rows, spans))
         for row, (_, last) in zip(rows, spans, strict=True):
             self.done[row] = last

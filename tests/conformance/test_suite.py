@@ -20,7 +20,7 @@ import pytest
 
 from halyard.api.cli.main import main
 from halyard.hal.conformance import case as case_module
-from halyard.hal.conformance import results, runner
+from halyard.hal.conformance import l2_blocks, results, runner
 from halyard.hal.conformance.backend import BackendUnderTest, find_backend
 from halyard.hal.conformance.case import Case, collect
 from halyard.hal.conformance.evidence import accept, unproven
@@ -28,6 +28,7 @@ from halyard.hal.conformance.levels import LEVELS, MUTANTS, Level
 from halyard.hal.conformance.mutants import MUTATIONS
 from halyard.hal.conformance.page import write_page
 from halyard.hal.errors import ConfigError
+from halyard.hal.kernels.native.kernels import NativeKernels
 from halyard.hal.matrix import load_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,6 +252,21 @@ def test_a_wrong_claim_is_a_failure() -> None:
     told = [c.unclaimed(sinks) for c in collect(backend, ("L3",)) if "sinks.chunked" in c.id]
     assert told
     assert all("attention sinks" in reasons for reasons in told)
+
+
+def test_only_kernels_that_say_so_write_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another's method of that name is nobody's business."""
+
+    def asked() -> int:
+        return sum(case.name == "written_alone" for case in l2_blocks.cases(backend))
+
+    backend = find_backend("cpu-eager")
+    assert asked() == 3
+    monkeypatch.setattr(NativeKernels, "writes_alone", False)
+    assert hasattr(NativeKernels, "write")
+    assert asked() == 0
+    monkeypatch.delattr(NativeKernels, "writes_alone")  # as before 1.4
+    assert asked() == 0
 
 
 def test_there_are_mutants_of_every_kind() -> None:

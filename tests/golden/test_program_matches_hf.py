@@ -185,6 +185,8 @@ def test_few_wanted_tokens_go_on_alone_behind_the_last_attention(family: str) ->
 class _Writing(ReferenceKernels):
     """The reference, which offers to write alone; notes how many tokens attend in each layer."""
 
+    writes_alone = True
+
     def __init__(self, device: CpuDevice) -> None:
         super().__init__(device)
         self.attended: list[int] = []
@@ -229,3 +231,18 @@ def test_few_wanted_tokens_attend_alone_in_the_last_layer(family: str) -> None:
     with torch.no_grad():
         expected = model(torch.tensor([sequences[0][:27]])).logits[0, -1:]  # type: ignore[operator]
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-4)
+
+
+class _OfAnotherMind(ReferenceKernels):
+    """Kernels from before `write` meant anything, or for which it means something else."""
+
+    def write(self, path: str) -> None:
+        raise AssertionError("nobody asked for that")
+
+
+def test_a_method_called_write_is_no_offer() -> None:
+    _, program, _ = program_of("llama", _OfAnotherMind(CpuDevice()))
+    sequence = [5 * i % 128 for i in range(20)]
+    everything = Batch([sequence]).step(program, {0: 20})[0]
+    last = Batch([sequence]).step(program, {0: 20}, wanted=[19])[0]
+    torch.testing.assert_close(last, everything[[19]], atol=1e-5, rtol=1e-5)

@@ -61,6 +61,7 @@ class NativeKernels:
 
     contract_version = CONTRACT_VERSION
     name = "native"
+    writes_alone = True  # see WritingKernels
     capabilities = Capabilities(
         dtypes=("float32", "bfloat16"),
         kv_dtypes=("float32", "bfloat16"),

@@ -63,6 +63,7 @@ class TritonKernels:
 
     contract_version = CONTRACT_VERSION
     name = "triton"
+    writes_alone = True  # see WritingKernels
     reads_shared_rows = True  # attend makes use of StepBatch.shared
     takes_empty_rows = True  # attend takes rows without tokens, and tokens without a row
     capabilities = Capabilities(

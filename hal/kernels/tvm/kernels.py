@@ -43,6 +43,7 @@ class TvmKernels:
 
     contract_version = CONTRACT_VERSION
     name = "tvm"
+    writes_alone = True  # see WritingKernels
     capabilities = Capabilities(
         dtypes=("float32", "float16", "bfloat16"),
         kv_dtypes=("float32", "float16", "bfloat16"),
