@@ -7,7 +7,15 @@ import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["cpu_flags", "cpu_name", "cpu_vendor", "memory_available", "memory_limit", "num_cpus"]
+__all__ = [
+    "cpu_flags",
+    "cpu_name",
+    "cpu_vendor",
+    "memory_available",
+    "memory_limit",
+    "num_cpus",
+    "num_threads",
+]
 
 _VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd", "0x41": "arm", "0x61": "apple"}
 
@@ -49,6 +57,12 @@ def num_cpus() -> int:
         count = min(count, len(os.sched_getaffinity(0)))
     quota = _cgroup_cpu_quota()
     return max(1, min(count, int(quota)) if quota else count)
+
+
+def num_threads() -> int:
+    """Threads to compute with: a processor each, or fewer where OMP_NUM_THREADS says so."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # of the outermost level
+    return min(num_cpus(), int(asked) if asked.isdecimal() else 0) or num_cpus()
 
 
 def _read(path: str) -> str | None:

@@ -10,7 +10,6 @@ missing: of answers that begin, or went another way.
 from __future__ import annotations
 
 import importlib
-import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from halyard.hal.cpuinfo import num_threads
 from halyard.runtime.closing import Closer, Lead
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ class MaskMaker:
         if self._batches is None:
             batches: SimpleQueue[_Batch | None] = SimpleQueue()
             self._batches = batches
-            threads = max(1, min((os.cpu_count() or 1) - 1, _MOST_THREADS))
+            threads = max(1, min(num_threads() - 1, _MOST_THREADS))
             executor = importlib.import_module("llguidance").LLExecutor(threads)
             threading.Thread(
                 target=_work, args=(batches, executor), name="halyard-masks", daemon=True

@@ -33,7 +33,7 @@ _FEATURES = {
 
 
 class CpuDevice:
-    """All the cores that this process may use, as one device."""
+    """All the cores that this process may use, as one device: OMP_NUM_THREADS may leave some out."""
 
     contract_version = CONTRACT_VERSION
 
@@ -58,7 +58,7 @@ class CpuDevice:
             arch=platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64"),
             name=cpuinfo.cpu_name(),
             memory_bytes=cpuinfo.memory_limit(),
-            num_cores=cpuinfo.num_cpus(),
+            num_cores=cpuinfo.num_threads(),
             features=features,
             native_dtypes=native,
         )

@@ -12,6 +12,7 @@ from halyard.hal import cpuinfo
 from halyard.hal.contract import Device
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.errors import CapacityError
+from halyard.hal.kernels.native import library
 from halyard.hal.types import KVLayout, KVSpec
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32", block_size=16)
@@ -86,6 +87,46 @@ def test_limits_of_a_container(
 def test_a_quota_below_one_core_is_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpuinfo, "_read", {"/sys/fs/cgroup/cpu.max": "20000 100000"}.get)
     assert cpuinfo.num_cpus() == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads"),
+    [
+        ("1", 1),
+        (" 2 ", 2),
+        ("3,1", 3),
+        ("64", 4),
+        ("", 4),
+        ("0", 4),
+        ("-1", 4),
+        ("many", 4),
+        (None, 4),
+    ],
+)
+def test_omp_num_threads_asks_for_fewer(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, threads: int
+) -> None:
+    """What is no number of threads asks for nothing, as OpenMP has it."""
+    monkeypatch.setattr(cpuinfo, "num_cpus", lambda: 4)
+    monkeypatch.setattr(library, "_taken", None)  # no other test has opened the kernels
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    before = torch.get_num_threads()
+    try:
+        assert CpuDevice().info.num_cores == threads
+        assert torch.get_num_threads() == library.num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_affinity_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpuinfo, "_read", {}.get)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 9}, raising=False)
+    assert cpuinfo.num_cpus() == 3
+    monkeypatch.setattr(cpuinfo, "_read", {"/sys/fs/cgroup/cpu.max": "200000 100000"}.get)
+    assert cpuinfo.num_cpus() == 2
 
 
 def test_it_works_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
