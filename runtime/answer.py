@@ -34,13 +34,21 @@ class StopMatcher:
         self._stops = stop_strings
         self._include = include
         self._held = ""  # decoded, not yet released: a prefix of some stop string, or shorter
+        self._early = 0  # so much of it is too early for a stop string to end in
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Add text; returns what can be released and the stop string that matched, if any."""
+    def push(self, text: str, *, early: bool = False) -> tuple[str, str | None]:
+        """Add text; returns what can be released and the stop string that matched, if any.
+
+        Args:
+            early: no stop string that ends within this text counts; one may begin here.
+        """
         if not self._stops:
             return text, None
         self._held += text
-        found = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        if early:
+            self._early = len(self._held)
+        places = ((self._find(stop), stop) for stop in self._stops)
+        found = [(at, stop) for at, stop in places if at >= 0]
         if found:
             at, stop = min(found)
             end = at + len(stop) if self._include else at
@@ -49,7 +57,11 @@ class StopMatcher:
         keep = self._possible_start()
         cut = len(self._held) - keep
         released, self._held = self._held[:cut], self._held[cut:]
+        self._early = max(0, self._early - cut)
         return released, None
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._early - len(stop) + 1))
 
     def flush(self) -> str:
         """The answer ended otherwise: what was held back is text after all."""
@@ -70,6 +82,7 @@ class StopMatcher:
 class _Answer:
     decoder: IncrementalDecoder | None
     stops: StopMatcher
+    num_tokens: int = 0
     finished: bool = False
 
 
@@ -217,6 +230,7 @@ class Answers:
     def _take(self, answer: _Answer, event: TokenEvent, gain: _New) -> None:
         logprobs = event.logprobs or ()
         stopped_by_token = event.finish_reason == "stop"
+        min_tokens = self.request.params.min_tokens
         for position, token_id in enumerate(event.token_ids):
             gain.token_ids.append(token_id)
             if logprobs:
@@ -225,7 +239,10 @@ class Answers:
                 break  # the token that ends an answer is not part of its text
             if answer.decoder is None:
                 continue
-            text, stop = answer.stops.push(answer.decoder.push((token_id,)))
+            answer.num_tokens += 1
+            text, stop = answer.stops.push(
+                answer.decoder.push((token_id,)), early=answer.num_tokens <= min_tokens
+            )
             gain.text += text
             if stop is not None:
                 gain.finish_reason, gain.stop_reason = "stop", stop
@@ -239,7 +256,8 @@ class Answers:
             gain.stop_reason = event.stop_reason
             gain.error = event.error
             if answer.decoder is not None:
-                text, stop = answer.stops.push(answer.decoder.flush())
+                early = answer.num_tokens <= min_tokens
+                text, stop = answer.stops.push(answer.decoder.flush(), early=early)
                 gain.text += text if stop is not None else text + answer.stops.flush()
                 if stop is not None and event.finish_reason == "length":
                     gain.finish_reason, gain.stop_reason = "stop", stop

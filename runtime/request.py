@@ -112,7 +112,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None  # tokens that end the answer
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: up to the context's end
-    min_tokens: int = 0  # no end-of-sequence or stop token before that many
+    min_tokens: int = 0  # nothing ends the answer before that many
     logprobs: int | None = None  # alternatives per answer token, 0 for the chosen token alone
     prompt_logprobs: int | None = None  # the same for prompt tokens
     logit_bias: Mapping[int, float] | None = None  # token id -> -100..100, added to its logit

@@ -66,6 +66,35 @@ def test_held_text_is_released_at_the_end() -> None:
     assert feed(answers, "EN", finish="length") == "EN"
 
 
+@pytest.mark.parametrize(
+    ("pieces", "text", "stop"),
+    [
+        (["END", "xy", "END", "z"], "ENDxy", "END"),
+        (["aEN", "D", "z"], "aENDz", None),
+        (["abEN", "D", "z"], "ab", "END"),
+        (["ENEN", "D", "z"], "EN", "END"),
+        (["aENDy"], "aENDy", None),  # held back for the longer one, END is still none
+        (["aENDED", "z"], "a", "ENDED"),
+        (["aENDENDz"], "aEND", "END"),
+    ],
+)
+def test_no_stop_string_ends_an_answer_before_min_tokens(
+    pieces: list[str], text: str, stop: str | None
+) -> None:
+    """As in vLLM: one counts whose last token is behind the first min_tokens."""
+    answers = Answers(request(stop=["END", "ENDED"], min_tokens=4, max_tokens=16), Letters)
+    reasons = []
+    found = ""
+    for piece in pieces:
+        delta = answers.feed([TokenEvent("r", 0, tuple(map(ord, piece)))])
+        if delta is not None:
+            found += delta.completions[0].text
+            reasons.append(delta.completions[0].stop_reason)
+    if not answers.finished:
+        found += feed(answers, "", finish="length")
+    assert (found, reasons[-1]) == (text, stop)
+
+
 def test_the_stop_token_is_reported_but_has_no_text() -> None:
     answers = Answers(request(), Letters)
     delta = answers.feed([TokenEvent("r", 0, (97, 98), finish_reason="stop")])
