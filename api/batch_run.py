@@ -12,7 +12,7 @@ from halyard.api.dispatch import ENDPOINTS, answer
 from halyard.api.host import EngineHost
 from halyard.hal.errors import ConfigError
 
-__all__ = ["BatchLine", "done_ids", "read_lines", "run_lines"]
+__all__ = ["BatchLine", "read_done", "read_lines", "run_lines"]
 
 AT_ONCE = 128  # lines that are submitted; the scheduler decides how many run
 _PAUSE = 0.5  # seconds between two tries of a line
@@ -64,22 +64,25 @@ def read_lines(path: Path, endpoint: str | None = None) -> list[BatchLine]:
     return found
 
 
-def done_ids(path: Path) -> set[str]:
-    """custom_ids that an output file has answers for. A line that was cut off is removed.
+def read_done(path: Path) -> dict[str, bool]:
+    """custom_ids that an output file has answers for, and whether they are successes.
+
+    A line that was cut off is removed.
 
     Raises:
         ConfigError: the file holds something else.
     """
     if not path.is_file():
-        return set()
-    found: set[str] = set()
+        return {}
+    found: dict[str, bool] = {}
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break  # killed while it was written
             try:
-                found.add(json.loads(line)["custom_id"])
+                told = json.loads(line)
+                found[told["custom_id"]] = told["response"]["status_code"] == 200
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(
                     f"{path}, line {number} is no answer of a batch: give another output file"

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from halyard.api.batch_run import done_ids, read_lines, run_lines
+from halyard.api.batch_run import read_done, read_lines, run_lines
 from halyard.api.deps import new_id, now
 from halyard.api.dispatch import ENDPOINTS
 from halyard.api.errors import NotFoundError
@@ -184,8 +184,9 @@ class BatchStore:
             made = self._files.create(b"", f"{batch['id']}_output.jsonl", "batch_output")
             batch |= {"output_file_id": made["id"], "in_progress_at": now()}
         target = self._files.path(batch["output_file_id"])
-        done = await asyncio.to_thread(done_ids, target)
-        counts = {"total": len(lines), "completed": len(done), "failed": 0}
+        done = await asyncio.to_thread(read_done, target)
+        completed = sum(done.values())
+        counts = {"total": len(lines), "completed": completed, "failed": len(done) - completed}
         self._counts[batch["id"]] = batch["request_counts"] = counts
         batch["status"] = "in_progress"
         self._save(batch)

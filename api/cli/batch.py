@@ -32,14 +32,14 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from halyard.api.batch_run import done_ids, read_lines, run_lines
+    from halyard.api.batch_run import read_done, read_lines, run_lines
     from halyard.api.host import EngineHost
     from halyard.api.loading import load_engine
 
     if args.input.resolve() == args.output.resolve():
         raise ConfigError("input and output are the same file")
     lines = read_lines(args.input)
-    done = done_ids(args.output)
+    done = read_done(args.output)
     left = [line for line in lines if line.custom_id not in done]
     failed = 0
     if left:

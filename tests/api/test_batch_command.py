@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from scripted_engine import ScriptedEngine, scripted_client
 
-from halyard.api.batch_run import done_ids, read_lines, run_lines
+from halyard.api.batch_run import read_done, read_lines, run_lines
 from halyard.api.cli.main import main
 from halyard.api.host import EngineHost, Loaded
 from halyard.hal.errors import ConfigError
@@ -38,7 +38,7 @@ def answers(path: Path) -> dict[str, Any]:
 def run(source: Path, output: Path) -> None:
     async def work() -> None:
         host = EngineHost.of(Loaded(scripted_client(ScriptedEngine()), "thin air", "float32"))
-        done = done_ids(output)
+        done = read_done(output)
         left = [one for one in read_lines(source) if one.custom_id not in done]
         with output.open("a") as file:
             await run_lines(host, left, file)
@@ -106,7 +106,7 @@ def test_an_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
     other = tmp_path / "notes.jsonl"
     other.write_text('{"no": "batch"}\n')
     with pytest.raises(ConfigError, match="line 1"):
-        done_ids(other)
+        read_done(other)
     assert other.read_text() == '{"no": "batch"}\n'
 
 

@@ -105,6 +105,26 @@ def test_a_batch_goes_on_after_a_restart(
         assert fresh.until(lambda: sdk.batches.retrieve(batch_id).status == "completed")
 
 
+def test_lines_that_failed_before_a_restart_are_counted_so_after_it(
+    serve_engine: Callable[..., Served], tmp_path: Path
+) -> None:
+    def counts(sdk: openai.OpenAI) -> tuple[int, int, int]:
+        found = sdk.batches.retrieve(batch_id).request_counts
+        assert found is not None
+        return found.total, found.completed, found.failed
+
+    slow = serve_engine(ScriptedEngine("x" * 200, pause=0.05), data_dir=tmp_path)
+    refused = requests(1, temperature=-1).replace(b"r0", b"refused")
+    with client(slow) as sdk:
+        batch_id = start(sdk, upload(sdk, refused + requests(1, max_tokens=200)))
+        assert slow.until(lambda: counts(sdk) == (2, 0, 1))
+    slow.stop()
+    fresh = serve_engine(ScriptedEngine("Hi"), data_dir=tmp_path)
+    with client(fresh) as sdk:
+        assert fresh.until(lambda: sdk.batches.retrieve(batch_id).status == "completed")
+        assert counts(sdk) == (2, 1, 1)
+
+
 @pytest.mark.parametrize("name", ["../../etc", "file-..", "batch_x", "%2e%2e"])
 def test_ids_lead_nowhere_else(served: Served, name: str) -> None:
     assert served.http.get(f"/v1/files/{name}").status_code == 404
