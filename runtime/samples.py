@@ -46,11 +46,16 @@ RECORD = np.dtype(
 """How a sequence is sampled: constant over its life."""
 
 
+_ANY_VOCABULARY = 1 << 31  # tokens; no vocabulary has more
+
+
 def record_of(sequence: Sequence) -> tuple[Any, ...]:
     """The fields of RECORD."""
     request = sequence.request
     params = request.params
-    top_k = max(params.top_k, 0)
+    # Users' integers may be of any size; a larger one than these asks for the same.
+    top_k = min(max(params.top_k, 0), _ANY_VOCABULARY)
+    min_tokens = min(params.min_tokens, request.max_tokens)
     penalised = (
         params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
     )
@@ -59,7 +64,7 @@ def record_of(sequence: Sequence) -> tuple[Any, ...]:
         | FILTERED * (top_k > 0 or params.top_p < 1 or params.min_p > 0)
         | PENALISED * bool(penalised)
         | BIASED * bool(params.logit_bias)
-        | LEAST * (params.min_tokens > 0)
+        | LEAST * (min_tokens > 0)
         | GUIDED * (request.guidance is not None)
         | SCORED * (params.logprobs is not None)
     )
@@ -70,7 +75,7 @@ def record_of(sequence: Sequence) -> tuple[Any, ...]:
         params.top_p,
         params.min_p,
         top_k,
-        sequence.num_prompt_tokens + params.min_tokens,
+        sequence.num_prompt_tokens + min_tokens,
         sequence.index,
     )
 

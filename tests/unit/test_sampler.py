@@ -217,6 +217,19 @@ def test_logit_bias_and_min_tokens() -> None:
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("huge", [2**63 - 1, 2**63, 2**70])
+def test_integers_of_any_size_are_sampled_with(huge: int) -> None:
+    """JSON's integers have no bound: one that 64 bits don't hold must not be the engine's end."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 9], logits[0, 8] = 3.0, 2.0
+    own = SamplingParams(
+        temperature=0, top_k=huge, top_p=0.9, max_tokens=None, min_tokens=huge, logit_bias={3: 1.0}
+    )
+    request = Request("r", (5, 6), own, 100, frozenset({9}))
+    row = SampleRow(PlanRow(Sequence(0, request, 0, [5, 6], 2), 0, 2, 1), 0, 0)
+    assert Sampler(VOCAB).sample(logits, [row]).token_ids.item() == 8
+
+
 def test_ignored_eos_is_not_forbidden_by_min_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 9] = 3.0
