@@ -107,6 +107,8 @@ class EmbeddingRun:
         finally:
             for task in tasks:
                 task.cancel()
+            if not self._taken:
+                self._admission.withdraw()
             self.cancel()
         tokens = sum(map(len, self._prompts))
         return EmbeddingList(

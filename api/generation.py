@@ -77,6 +77,7 @@ class Generation:
             if deadline is not None:
                 self._alarm = asyncio.get_running_loop().call_at(deadline, self._expire)
         except BaseException:
+            self._admission.withdraw()
             self.cancel()
             raise
         if context is not None and context.traces is not None:

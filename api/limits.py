@@ -114,7 +114,7 @@ class Meter:
         self.running += 1
         self.usage.requests += 1
         self.usage.prompt_tokens += prompt_tokens
-        return Admission(self)
+        return Admission(self, prompt_tokens)
 
     def headers(self, per_minute: int | None, tokens_per_minute: int | None) -> dict[str, str]:
         """What is left, in OpenAI's headers."""
@@ -139,10 +139,11 @@ class Meter:
 class Admission:
     """One answer under way. `end` it, in any case."""
 
-    __slots__ = ("_meter", "_open")
+    __slots__ = ("_meter", "_open", "_prompt_tokens")
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, prompt_tokens: int) -> None:
         self._meter = meter
+        self._prompt_tokens = prompt_tokens
         self._open = True
 
     def __del__(self) -> None:
@@ -151,6 +152,15 @@ class Admission:
     def spend(self, completion_tokens: int) -> None:
         """Count tokens as they come."""
         self._meter.spend(completion_tokens)
+
+    def withdraw(self) -> None:
+        """It was refused after all: nothing of it is charged, so that who comes again pays once."""
+        if self._open:
+            meter = self._meter
+            meter._tokens.take(-self._prompt_tokens)
+            meter.usage.requests -= 1
+            meter.usage.prompt_tokens -= self._prompt_tokens
+            self.end()
 
     def end(self, cached_tokens: int = 0) -> None:
         """It runs no more. Idempotent."""

@@ -386,6 +386,31 @@ def test_usage_is_ones_own_and_all_for_an_admin(keyed: Keyed) -> None:
     assert [row["tenant"] for row in everybody] == ["acme", "boss", "rival"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        ("completions", {"prompt": "abcd"}, "queue_full"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "queue_full"),
+        ("embeddings", {"input": ["abcd", "efgh"]}, "queue_full"),
+        ("completions", {"prompt": ["a", "b" * 300]}, "context_length_exceeded"),
+        ("completions", {"prompt": "abcd", "timeout": 0}, "invalid_value"),
+    ],
+)
+def test_what_is_refused_is_not_charged(
+    serve_engine: Callable[..., Served], tmp_path: Path, path: str, body: dict[str, Any], code: str
+) -> None:
+    engine = ScriptedEngine(max_queue_len=1 if code == "queue_full" else None)
+    engine.intake.limits = replace(engine.intake.limits, hidden_size=4)  # for embeddings
+    keyed = keyed_server(serve_engine, tmp_path, engine)
+    keyed.limit("acme", tokens_per_minute=1000)
+    engine.num_waiting = 5
+    refused = keyed.call("acme", "POST", f"/v1/{path}", body)
+    assert refused.json()["error"]["code"] == code
+    assert refused.headers["x-ratelimit-remaining-tokens"] == "1000"
+    (row,) = keyed.call("acme", "GET", "/v1/usage").json()["data"]
+    assert (row["requests"], row["prompt_tokens"], row["running"]) == (0, 0, 0)
+
+
 def test_usage_tells_what_it_costs(keyed: Keyed, monkeypatch: pytest.MonkeyPatch) -> None:
     client = keyed.served.host.client
     stats = replace(
