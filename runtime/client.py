@@ -38,10 +38,12 @@ SHUTTING_DOWN = "the server is shutting down"
 class RequestStream(AsyncIterator[RequestDelta]):
     """The answers of one request as they come. Belongs to one event loop."""
 
-    def __init__(self, request: Request, answers: Answers, cancel: Callable[[str], None]) -> None:
+    def __init__(
+        self, request: Request, answers: Answers, leave: Callable[[str, RequestDelta | None], None]
+    ) -> None:
         self.request = request
         self.answers = answers
-        self._cancel = cancel
+        self._leave = leave  # is told of an end from this side, and what it was; None: cancelled
         self._deltas: list[RequestDelta] = []  # not read yet
         self._waiter: asyncio.Future[None] | None = None  # of the reader, if it waits
         self._closed = False  # no delta comes after those in the queue
@@ -58,7 +60,7 @@ class RequestStream(AsyncIterator[RequestDelta]):
             self._closed = True
             self._deltas.clear()
             self._wake()
-            self._cancel(self.request_id)
+            self._leave(self.request_id, None)
 
     def cut(self, reason: str) -> None:
         """End it here: what has been generated is the answer, its blocks are freed. Idempotent."""
@@ -70,7 +72,7 @@ class RequestStream(AsyncIterator[RequestDelta]):
                 for index in self.answers.unfinished
             ]
         )
-        self._cancel(self.request_id)
+        self._leave(self.request_id, delta)
         if delta is not None:
             self._deltas.append(delta)
         self._closed = True
@@ -92,7 +94,7 @@ class RequestStream(AsyncIterator[RequestDelta]):
             self.request_id, self.request.tenant, len(self._deltas),
         )  # fmt: skip
         self._deltas.clear()
-        self._cancel(self.request_id)
+        self._leave(self.request_id, None)
         failed = (
             CompletionDelta(index, "", (), finish_reason="error", error=READS_TOO_SLOWLY)
             for index in self.answers.unfinished
@@ -281,11 +283,15 @@ class Client:
                 retry_after=self.metrics.estimated_wait_seconds(own * len(parts)),
             )
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, last: RequestDelta | None) -> None:
         stream = self._streams.pop(request_id, None)
-        if stream is not None:
-            self.port.abort(request_id)
+        if stream is None:
+            return
+        self.port.abort(request_id)
+        if last is None:
             self.metrics.observe_cancelled(stream.request)
+        else:
+            self.metrics.observe_deltas([(stream.request, last)])
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hand the events of a step, or of a few, to their streams."""

@@ -260,6 +260,25 @@ def test_a_reader_that_stays_behind_is_counted_once(monkeypatch: pytest.MonkeyPa
     play(scene)
 
 
+def test_an_answer_that_its_time_cuts_short_is_no_cancelled_one() -> None:
+    """Its client is there and reads it: it counts as it was told, with its latency and its tokens."""
+
+    async def scene() -> None:
+        async with running() as client:
+            pace(client)
+            stream = client.submit([5], greedy(400))
+            await anext(stream)
+            stream.cut("deadline")
+            assert (await collect(stream))[1].finished
+            text = client.metrics.render(client.stats()).decode()
+            assert re.search(r'requests_total\{.*finish_reason="length".*\} 1.0', text)
+            assert re.search(r"request_generation_tokens_count\{.*\} 1.0", text)
+            assert 'finish_reason="abort"' not in text
+            assert 'type="cancelled"' not in text
+
+    play(scene)
+
+
 def test_a_picture_asked_of_an_engine_that_ends_is_refused() -> None:
     async def scene() -> None:
         async with running() as client:
