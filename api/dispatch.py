@@ -15,7 +15,7 @@ from halyard.api.errors import to_api_error
 from halyard.api.generation import Generation
 from halyard.api.host import EngineHost
 from halyard.api.response_answers import ResponseAnswers
-from halyard.api.response_convert import as_chat
+from halyard.api.response_convert import as_chat, input_blamed
 from halyard.api.schemas.chat import ChatCompletionRequest
 from halyard.api.schemas.completions import CompletionRequest
 from halyard.api.schemas.embeddings import EmbeddingRequest
@@ -81,8 +81,9 @@ async def _respond(host: EngineHost, body: bytes) -> dict[str, Any]:
         raise RequestError(f"{name} has no place in a batch", name)
     model = host.check_model(asked.model)
     chat = as_chat(asked, [])
-    plan = await plan_chat(host.client, chat)
-    generation = start_chat(chat, plan, new_id("resp").replace("-", "_"))
+    with input_blamed():
+        plan = await plan_chat(host.client, chat)
+        generation = start_chat(chat, plan, new_id("resp").replace("-", "_"))
     try:
         return await ResponseAnswers(
             generation, asked, model, plan.rules, generation.fingerprint

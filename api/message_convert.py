@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from halyard.api.prompt_size import MAX_STOPS, check_count
 from halyard.api.schemas.chat import ChatCompletionRequest, InputMessage
 from halyard.api.schemas.messages import CountTokensRequest, MessageRequest
 from halyard.hal.errors import RequestError
@@ -49,6 +50,10 @@ def as_chat(request: CountTokensRequest) -> ChatCompletionRequest:
         chat.continue_final_message, chat.add_generation_prompt = True, False
     if isinstance(request, MessageRequest):
         chat.max_completion_tokens = request.max_tokens
+        stops = request.stop_sequences or []
+        check_count(len(stops), MAX_STOPS, "stop sequences", "stop_sequences")
+        if not all(stops):
+            raise RequestError("stop_sequences must be without empty strings", "stop_sequences")
         chat.stop = request.stop_sequences
         chat.temperature = request.temperature
         chat.top_k, chat.top_p = request.top_k, request.top_p
@@ -117,16 +122,18 @@ def _choice(choice: dict[str, Any]) -> str | dict[str, Any]:
     kind = choice.get("type")
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
-    if kind not in _CHOICES:
+    if not isinstance(kind, str) or kind not in _CHOICES:
         raise RequestError(f"tool_choice.type must be auto, any, tool or none, got {kind!r}",
                            "tool_choice")  # fmt: skip
     return _CHOICES[kind]
 
 
-def _text(value: str | list[dict[str, Any]], where: str) -> str:
+def _text(value: Any, where: str) -> str:
     """Text, or blocks of it."""
     if isinstance(value, str):
         return value
+    if not isinstance(value, list):
+        raise RequestError("content must be text or a list of blocks", where)
     texts = []
     for number, block in enumerate(value):
         place = f"{where}[{number}]"

@@ -1,5 +1,7 @@
 """Requests of the responses API become chat requests."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from halyard.api.parameters import refuse
@@ -7,7 +9,7 @@ from halyard.api.schemas.chat import ChatCompletionRequest, InputMessage
 from halyard.api.schemas.responses import ResponseRequest
 from halyard.hal.errors import RequestError
 
-__all__ = ["as_chat", "read_items"]
+__all__ = ["as_chat", "input_blamed", "read_items"]
 
 _TEXTS = ("input_text", "output_text", "text")
 
@@ -50,6 +52,17 @@ def as_chat(request: ResponseRequest, before: list[InputMessage]) -> ChatComplet
                  "priority", "cache_salt", "timeout", "chat_template_kwargs", "guided_finish"):  # fmt: skip
         setattr(chat, name, getattr(request, name))
     return chat
+
+
+@contextmanager
+def input_blamed() -> Iterator[None]:
+    """What is wrong with the messages of the chat is so with the input that they were made of."""
+    try:
+        yield
+    except RequestError as error:
+        if not (error.param or "").startswith("messages"):
+            raise
+        raise type(error)(str(error), "input") from None
 
 
 def read_items(given: str | list[dict[str, Any]]) -> list[InputMessage]:

@@ -13,7 +13,7 @@ from halyard.api.deps import error_observer, host_of, new_id
 from halyard.api.openapi import body_of
 from halyard.api.paging import MOST, After, Listed, Order, page
 from halyard.api.response_answers import ResponseAnswers
-from halyard.api.response_convert import as_chat, read_items
+from halyard.api.response_convert import as_chat, input_blamed, read_items
 from halyard.api.response_store import ResponseStore, StoredResponse
 from halyard.api.schemas.responses import ResponseRequest
 from halyard.api.sse import EventStream, JsonAnswer
@@ -39,8 +39,9 @@ class ResponseController(Controller):
         if asked.previous_response_id is not None:
             before = store.get(asked.previous_response_id, "previous_response_id").conversation
         chat = as_chat(asked, before)
-        plan = await plan_chat(client, chat)
-        generation = start_chat(chat, plan, new_id("resp").replace("-", "_"))
+        with input_blamed():
+            plan = await plan_chat(client, chat)
+            generation = start_chat(chat, plan, new_id("resp").replace("-", "_"))
         answers = ResponseAnswers(generation, asked, model, plan.rules, generation.fingerprint)
         items = asked.input
         if isinstance(items, str):

@@ -128,6 +128,30 @@ def test_errors_are_the_sdk_s_own(served: Served) -> None:
             stream.get_final_message()
 
 
+def result(content: object) -> list[dict[str, object]]:
+    return [{"type": "tool_result", "tool_use_id": "t1", "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tool_choice": {"type": ["auto"]}}, "tool_choice"),
+        ({"tool_choice": {"type": {}}}, "tool_choice"),
+        ({"messages": [{"role": "user", "content": result(5)}]}, "messages[0].content[0].content"),
+        ({"messages": [{"role": "user", "content": result([5])}]}, "messages[0].content[0].content[0]"),
+        ({"messages": [{"role": "user", "content": result({"a": 1})}]},
+         "messages[0].content[0].content"),
+        ({"stop_sequences": ["a", ""]}, "stop_sequences"),
+        ({"stop_sequences": ["a"] * 65}, "stop_sequences"),
+    ],
+)  # fmt: skip
+def test_what_is_malformed_is_named(served: Served, body: dict[str, object], param: str) -> None:
+    asked = {"model": "letters", "max_tokens": 5, "messages": HI} | body
+    answer = served.http.post("/v1/messages", json=asked)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+
+
 def test_async(served: Served) -> None:
     async def ask() -> str:
         async with anthropic.AsyncAnthropic(

@@ -131,6 +131,10 @@ def test_one_in_the_background_is_fetched(served: Served) -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
          "input[0].content[0]"),
+        ({"input": "x" * 300}, "input"),
+        ({"input": "x" * 1_000_000}, "input"),
+        ({"instructions": "x" * 300}, "input"),
+        ({"input": [{"role": "wizard", "content": "x"}]}, "input"),
     ],
 )  # fmt: skip
 def test_what_is_not_served_is_named(served: Served, options: Any, param: str) -> None:
