@@ -48,13 +48,10 @@ class TokenController(Controller):
         else:
             special = asked.add_special_tokens is not False
             tokens = await asyncio.to_thread(tokenizer.encode, asked.prompt or "", special)
-        names = [tokenizer.token_text(token) for token in tokens]
-        return TokenizeResponse(
-            len(tokens),
-            host.client.max_model_len,
-            tokens,
-            names if asked.return_token_strs else None,
-        )
+        names: list[str] | None = None
+        if asked.return_token_strs:  # there may be millions: never on the event loop
+            names = await asyncio.to_thread(lambda: list(map(tokenizer.token_text, tokens)))
+        return TokenizeResponse(len(tokens), host.client.max_model_len, tokens, names)
 
     @post("/detokenize", status_code=200, operation_class=body_of(DetokenizeRequest))
     async def detokenize(self, request: Request[Any, Any, Any]) -> DetokenizeResponse:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from conftest import Served
+from scripted_engine import LetterTokenizer
 
 from halyard.api.parameters import IGNORED, REFUSED, refused_names
 from halyard.api.schemas.chat import ChatCompletionRequest
@@ -75,6 +77,29 @@ def test_the_best_of_several(served: Served) -> None:
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert all(choice["logprobs"] is None for choice in answer["choices"])
     assert answer["usage"]["completion_tokens"] == 12  # all three were made
+
+
+def test_the_texts_of_tokens_are_made_beside_the_event_loop(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body of 32 MiB has millions of them: all streams would stand still for half a minute."""
+    threads: list[str] = []
+
+    def token_text(self: LetterTokenizer, token_id: int) -> str:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            threads.append("beside")
+        else:
+            threads.append("on the loop")
+        return chr(token_id)
+
+    monkeypatch.setattr(LetterTokenizer, "token_text", token_text)
+    assert served.post("/tokenize", prompt="abc").json()["token_strs"] is None
+    assert threads == []  # nobody asked for them
+    answer = served.post("/tokenize", prompt="abc", return_token_strs=True).json()
+    assert answer["token_strs"] == ["a", "b", "c"]
+    assert set(threads) == {"beside"}
 
 
 def test_tokens_of_a_text_and_back(served: Served) -> None:
