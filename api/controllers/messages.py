@@ -62,6 +62,7 @@ class MessageController(Controller):
         """How many tokens a conversation has."""
         host = host_of(request)
         asked = decode_body(await request.body(), CountTokensRequest)
+        client = host.client  # before its name: while it loads none is known
         host.check_model(asked.model)
-        plan = await plan_chat(host.client, as_chat(asked))
+        plan = await plan_chat(client, as_chat(asked))
         return {"input_tokens": len(plan.prompt)}

@@ -166,6 +166,8 @@ def test_while_loading_only_health_is_fine(serve_engine: Callable[..., Served]) 
     assert refused(answer, 503)["code"] == "not_ready"
     assert "retry-after" in answer.headers
     refused(served.http.get("/v1/models"), 503)
+    counted = served.post("/v1/messages/count_tokens", model="letters", messages=HI)
+    assert (counted.status_code, counted.json()["error"]["code"]) == (503, "not_ready")
     assert 'halyard_ready{backend="",model=""} 0' in served.http.get("/metrics").text
     assert served.http.get("/status").json()["reason"] == "loading: compiling"
     loader.go_on.set()
