@@ -51,6 +51,11 @@ class Generation:
         timeout: float | None = None,
     ) -> None:
         who = caller()
+        queue = client.port.facts.max_queue_len
+        if queue is not None and len(prompts) > queue:  # there would never be room for all of them
+            raise RequestError(
+                f"at most {queue} prompts are taken here, got {len(prompts)}", "prompt"
+            )
         params = who.fit(params, max(map(len, prompts), default=0))
         self.fingerprint = client.fingerprint  # of what makes the answers
         self.answer_id = answer_id

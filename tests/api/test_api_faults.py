@@ -135,6 +135,16 @@ def test_a_full_queue_answers_429(serve_engine: Callable[..., Served]) -> None:
     assert int(answer.headers["retry-after"]) >= 1
 
 
+def test_more_prompts_than_the_queue_holds_are_no_case_for_later(
+    serve_engine: Callable[..., Served],
+) -> None:
+    """Told to come again they would do so for ever; a batch did."""
+    served = serve_engine(ScriptedEngine(max_queue_len=3))
+    error = refused(served.post("/v1/completions", prompt=["a"] * 4), 400)
+    assert (error["param"], "at most 3 prompts" in error["message"]) == ("prompt", True)
+    assert served.post("/v1/completions", prompt=["a"] * 3).status_code == 200
+
+
 def test_a_failed_request_leaves_others_alone(served: Served) -> None:
     error = refused(served.post("/v1/completions", prompt="x!"), 500)
     assert error["message"] == "logits are NaN"
