@@ -2,7 +2,8 @@
 
 Messages go out without waiting for the engine, and steps come in as events of the event loop; where
 the loop is late, the steps that have piled up are delivered as one. After a delivery that kept the
-loop busy it lets a few pile up: what an event to a client costs is shared by the tokens in it.
+loop busy it lets a few pile up: what an event to a client costs is shared by the tokens in it. So it
+does while many requests come, which the loop has to take in beside that.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ _STOP_SECONDS = 3.0  # a process that was told to stop gets that long
 _LOOKS = 4  # in the time that a step may take
 _BUSY_SECONDS = 0.003  # a delivery that costs the loop less is followed by the next at once
 _REST = 0.5  # of the time that a longer one took nothing is read
+_ARRIVAL_SECONDS = 0.002  # a delivery counts as long as so much for each request since the last one
 _MAX_REST_SECONDS = 0.02  # which delays tokens, and other requests' first ones
 _SEND_BUFFER = 1 << 20  # bytes that the engine may be ahead; the system may allow less
 _processes: set[subprocess.Popen[bytes]] = set()
@@ -237,6 +239,7 @@ class ProcessPort:
         self._watch: asyncio.TimerHandle | None = None
         self._reading = False  # the loop tells when something came
         self._rest: asyncio.TimerHandle | None = None  # while nothing is read
+        self._arrivals = 0  # requests since the last delivery
         self._burial: asyncio.Task[None] | None = None
 
     @property
@@ -257,6 +260,7 @@ class ProcessPort:
     def add(self, request: Request) -> None:
         self._send(Add(request))
         self._added.append(self._sent)
+        self._arrivals += 1
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         self._send(Abort(request_id, index))
@@ -382,8 +386,13 @@ class ProcessPort:
             loop.call_soon(self._pace, loop, started)
 
     def _pace(self, loop: asyncio.AbstractEventLoop, started: float) -> None:
-        """Let steps pile up, if one took long to hand out."""
-        busy = loop.time() - started
+        """Let steps pile up, if one took long to hand out, or while many requests come.
+
+        This loop takes requests in too, and a full batch waits for the last of them: the first
+        ones' tokens wait instead.
+        """
+        busy = max(loop.time() - started, _ARRIVAL_SECONDS * self._arrivals)
+        self._arrivals = 0
         if busy < _BUSY_SECONDS or not self._reading:  # it rests, or nothing comes any more
             return
         self._reading = False

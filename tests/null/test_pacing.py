@@ -1,4 +1,4 @@
-"""What an engine's process says is read less often while handing it out keeps the event loop busy."""
+"""What an engine's process says is read less often while the event loop is busy: with that, or with requests."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ async def engine(hang_seconds: float | None = None) -> AsyncIterator[Engine]:
 
 @pytest.fixture
 def long_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader rests for 0.1 s after a delivery that took 10 ms."""
+    """The reader rests for 0.1 s after a delivery that took 10 ms; requests alone make it rest never."""
+    monkeypatch.setattr(process_port, "_ARRIVAL_SECONDS", 0.0)
     monkeypatch.setattr(process_port, "_REST", 10.0)
     monkeypatch.setattr(process_port, "_MAX_REST_SECONDS", 0.1)
 
@@ -139,6 +140,25 @@ def test_a_cheap_delivery_is_followed_by_the_next_at_once(run: Run) -> None:
                 assert (await anext(stream)).completions[0].token_ids == (value,)
                 assert time.monotonic() - started < 0.1
             assert len(played.deliveries) == 5
+
+    run(scene())
+
+
+@pytest.mark.usefixtures("long_rests")
+def test_steps_join_behind_requests_that_come_together(
+    monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.setattr(process_port, "_ARRIVAL_SECONDS", 0.002)
+
+    async def scene() -> None:
+        async with engine() as played:
+            streams = [played.client.submit([7], GREEDY) for _ in range(8)]
+            played.say(token(streams[0], 1))
+            await resting(played)
+            played.say(token(streams[0], 2))
+            played.say(token(streams[0], 3, finish_reason="length"))
+            assert await tokens(streams[0]) == ([1, 2, 3], None)
+            assert len(played.deliveries) == 2
 
     run(scene())
 
