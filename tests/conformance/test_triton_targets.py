@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -46,7 +47,10 @@ def test_tiles_of_keys_are_pipelined() -> None:
 @compiles
 def test_products_on_hopper_run_beside_the_softmax() -> None:
     """ptxas says nothing where it can't follow, and has each product waited for at once."""
-    report = compile_variant(Variant("prefill_hopper", "sm_90", "bfloat16", 128))
+    for dim, block_size in itertools.product((64, 128), (16, 32, 64, 128)):
+        variant = Variant("prefill_hopper", "sm_90", "bfloat16", dim)
+        report = compile_variant(variant, block_size=block_size)
+        assert not report.problems()
     assert 0 < report.waits < sum(report.matrix.values()) / 2
     assert replace(report, waits=sum(report.matrix.values())).problems()
 

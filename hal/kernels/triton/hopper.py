@@ -45,8 +45,9 @@ def _copy_tile(
     WHOLE: no key is past the end.
     """
     offset = blocks.to(gl.int64) * BLOCK_STRIDE
-    if BLOCK_SIZE > BLOCK_N:
-        offset += (tile * BLOCK_N).to(gl.uint32) % BLOCK_SIZE * HEAD_DIM
+    if BLOCK_SIZE > BLOCK_N:  # a tile begins within a block
+        key = (tile * BLOCK_N + lane).to(gl.uint32)
+        offset += (key % BLOCK_SIZE - lane.to(gl.uint32)).to(gl.int64) * HEAD_DIM
     place = gl.reshape(slots + offset[:, None][:, :, None], [BLOCK_N, HEAD_DIM])
     place = gl.convert_layout(place, LOAD, assert_trivial=True)
     # 16 bytes in one piece: what the compiler knew before the reshape.
@@ -70,9 +71,10 @@ def _soften(
     score: gl.tensor, total: gl.tensor, peak: gl.tensor, tile: gl.tensor, position: gl.tensor,
     column: gl.tensor, qk_scale: gl.tensor,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MASKED: gl.constexpr, DTYPE: gl.constexpr,
-    OUT: gl.constexpr,
+    SCORE: gl.constexpr, OUT: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Scores of a tile to (weights as an operand, factor of earlier sums, total, peak)."""
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
     if MASKED:
         key = tile * BLOCK_N + column
         score = gl.where(key[None, :] <= position[:, None], score, float("-inf"))
@@ -80,13 +82,13 @@ def _soften(
     # by hand, beside each other.
     first, second = _halves(score, BLOCK_M, BLOCK_N)
     first, second = _halves(gl.maximum(first, second), BLOCK_M, BLOCK_N // 2)
-    largest = gl.convert_layout(gl.max(gl.maximum(first, second), 1), peak.type.layout)
+    largest = gl.convert_layout(gl.max(gl.maximum(first, second), 1), ROW)
     new_peak = gl.maximum(peak, largest * qk_scale)
     shrink = gl.exp2(peak - new_peak)
     weight = gl.exp2(score * qk_scale - new_peak[:, None])
     first, second = _halves(weight, BLOCK_M, BLOCK_N)
     first, second = _halves(first + second, BLOCK_M, BLOCK_N // 2)
-    total = total * shrink + gl.convert_layout(gl.sum(first + second, 1), peak.type.layout)
+    total = total * shrink + gl.convert_layout(gl.sum(first + second, 1), ROW)
     operand = gl.convert_layout(weight.to(DTYPE), gl.DotOperandLayout(0, OUT, 2))
     return operand, gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), total, new_peak
 
@@ -133,7 +135,7 @@ def _fold_tile(
     score = warpgroup_mma_wait(1, deps=[coming])
     weight, shrink, total, peak = _soften(
         score, total, peak, tile + 1, position, column, qk_scale, BLOCK_M, BLOCK_N, MASKED,
-        q.dtype, OUT,
+        q.dtype, SCORE, OUT,
     )  # fmt: skip
     acc = warpgroup_mma_wait(0, deps=[sums]) * shrink[:, None]
     return acc, total, peak, weight, v_blocks, k_blocks
@@ -240,7 +242,7 @@ def hopper_prefill_kernel(
     zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORE)
     score = warpgroup_mma(q_tile, k.index(0).permute((1, 0)), zeros, use_acc=False)
     weight, _, total, peak = _soften(
-        score, total, peak, 0, position, column, qk_scale, BLOCK_M, BLOCK_N, True, DTYPE, OUT
+        score, total, peak, 0, position, column, qk_scale, BLOCK_M, BLOCK_N, True, DTYPE, SCORE, OUT
     )
     last = (end + BLOCK_N - 1) // BLOCK_N - 1
     seen = gl.maximum((before + first_query + 1) // BLOCK_N - 1, 0)

@@ -132,10 +132,13 @@ def variants(
                     yield Variant(kernel, target, dtype, dim)
 
 
-def compile_variant(variant: Variant, **tile_changes: int) -> CompileReport:
+def compile_variant(
+    variant: Variant, *, block_size: int = 16, **tile_changes: int
+) -> CompileReport:
     """Compile it and read the result.
 
     Args:
+        block_size: tokens of a block.
         tile_changes: block_n, num_warps, ... other than the tables' (to try them).
 
     Raises:
@@ -146,7 +149,7 @@ def compile_variant(variant: Variant, **tile_changes: int) -> CompileReport:
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    function, constants, options, tile = _source(variant, tile_changes)
+    function, constants, options, tile = _source(variant, block_size, tile_changes)
     signature = {
         name: "constexpr" if name in constants else _type(name, variant)
         for name in function.arg_names
@@ -180,7 +183,7 @@ def compile_variant(variant: Variant, **tile_changes: int) -> CompileReport:
 
 
 def _source(
-    variant: Variant, changes: dict[str, int]
+    variant: Variant, block_size: int, changes: dict[str, int]
 ) -> tuple[Any, dict[str, Any], dict[str, int], str]:
     """The function, its constants, the compiler's options, and the tile in words."""
     from dataclasses import replace
@@ -189,7 +192,7 @@ def _source(
 
     features = variant.kernel.endswith("features")
     item_size = ITEM_SIZE[variant.dtype]
-    shape = Shape(32, 8, variant.head_dim, 16, item_size, features, features, features)
+    shape = Shape(32, 8, variant.head_dim, block_size, item_size, features, features, features)
     if variant.kernel == "merge":
         constants: dict[str, Any] = {
             "HEADS": 32, "HEAD_DIM": variant.head_dim, "DIM_PAD": shape.dim_pad, "SPLITS_PAD": 64,
