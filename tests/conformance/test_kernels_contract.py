@@ -344,3 +344,13 @@ def test_the_first_largest_number_of_each_row(isa: str, dtype: torch.dtype) -> N
         assert torch.equal(where, wanted), count
         chosen = logits.float().gather(1, wanted[:, None])[:, 0]
         assert torch.equal(values.nan_to_num(7e5), chosen.nan_to_num(7e5))
+
+
+def test_native_moves_refuse_pools_that_they_would_misread() -> None:
+    device, kernels = CpuDevice(), NativeKernels(CpuDevice())
+    layout = kernels.layout(KVSpec(2, 2, 32, "float32", 16))
+    pool = device.allocate_kv(layout, 4, host=False)
+    whole = torch.zeros(4, 2, *layout.block_shape)
+    host = KVPool(layout, 4, True, whole.transpose(0, 1))  # blocks outermost
+    with pytest.raises(AssertionError, match="contiguous"):
+        kernels.swap_out(pool, host, [BlockMove(0, 1)])

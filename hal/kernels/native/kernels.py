@@ -201,6 +201,8 @@ class NativeKernels:
     def _move(self, source: KVPool, target: KVPool, moves: Sequence[BlockMove]) -> None:
         if not moves:
             return
+        if not (source.data.is_contiguous() and target.data.is_contiguous()):
+            raise AssertionError("the native kernels move blocks between contiguous pools")
         pairs = torch.tensor(moves, dtype=torch.int64)
         self._library.halyard_move_blocks(
             ctypes.c_void_p(source.data.data_ptr()),
