@@ -112,7 +112,7 @@ def _fold_tile(
 
     Both products begin together; the softmax needs the first one's end alone. No product is under way
     at the end: ptxas gives each instruction a wait of its own where one goes on into the next turn.
-    No fence for copied tiles, as in Triton's own loops: it would wait for all copies under way.
+    No fence between copies and products, as in Triton 3.6's own loops; 3.7 puts one in by itself.
     """
     async_copy.wait_group(AHEAD - 1)
     zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORE)
