@@ -95,6 +95,8 @@ def _pool(context: CaseContext) -> None:
     require(tuple(pool.data.shape) == (3, 5, *layout.block_shape), f"shape {pool.data.shape}")
     require(str(pool.data.dtype) == f"torch.{context.dtype}", f"dtype {pool.data.dtype}")
     require(pool.num_blocks == 5 and pool.host == host, "num_blocks or host is wrong")
+    require(pool.data[1, 2].is_contiguous(), "a block of a layer is not in one piece")
+    require(host or pool.data.is_contiguous(), "the device's pool is not contiguous")
     where = "cpu" if host else context.device.torch_device.type
     require(pool.data.device.type == where, f"the pool lives on {pool.data.device}")
     if host and context.device.torch_device.type != "cpu":
