@@ -49,9 +49,9 @@ def weight_files(source: ModelSource) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            missing = [name for name in names if not (folder / name).is_file()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is corrupt ({error}): download it again") from error
-        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(
                 f"{source.name} lacks {len(missing)} of {len(names)} weight files "

@@ -88,6 +88,8 @@ class ModelSpec:
                 generation = json.loads(path.read_text())
             except ValueError as error:
                 raise ModelError(f"{path} is not valid JSON: {error}") from error
+            if not isinstance(generation, dict):
+                raise ModelError(f"{path} is no JSON object: download it again")
         spec = cls.from_hf(config, name=source.name, generation_config=generation)
         if cache is not None and key is not None:
             cache.keep(key, {name: getattr(spec, name) for name in _KEPT})
@@ -220,8 +222,10 @@ def _read_config(source: ModelSource) -> PretrainedConfig:
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).split("\n")[0]
+    except (
+        Exception
+    ) as error:  # a field of a wrong type or size: each model's checks have their own
+        reason = " ".join(str(error).split("\n\n")[0].split())
         raise ModelError(f"can't read the config of {source.name}: {reason}") from error
     return config
 
@@ -238,6 +242,10 @@ def _need(config: PretrainedConfig, field: str) -> int:
     value = getattr(config, field, None)
     if not isinstance(value, int):
         raise ModelError(f"the config of {config.model_type} has no {field}: not a decoder?")
+    if value < 1:
+        raise ModelError(
+            f"the config of {config.model_type} has {field} {value}: it must be positive"
+        )
     return value
 
 
@@ -245,7 +253,10 @@ def _ids(value: Any) -> tuple[int, ...]:
     """Configs give one id, several or none."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(type(one) is int for one in ids):
+        raise ModelError(f"eos_token_id must be a token id or a list of them, got {value!r}")
+    return ids
 
 
 def _head_dim(config: PretrainedConfig, num_heads: int) -> int:

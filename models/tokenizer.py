@@ -212,6 +212,8 @@ def _load(source: ModelSource) -> PreTrainedTokenizerBase:
     config = folder / "tokenizer_config.json"
     if config.is_file():
         settings = json.loads(config.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError(f"{config.name} is no JSON object")
     plain = settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
     if (folder / "tokenizer.json").is_file() and plain:
         # Skips AutoTokenizer's look at every model's module: a second of start-up.

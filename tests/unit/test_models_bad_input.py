@@ -78,6 +78,59 @@ def test_a_config_that_is_not_json(tmp_path: Path) -> None:
     one_line(error)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", None),
+        ("hidden_size", -4),
+        ("num_hidden_layers", 0),
+        ("num_attention_heads", 0),
+        ("max_position_embeddings", "many"),
+        ("eos_token_id", "x"),
+        ("dtype", "float9"),
+    ],
+)
+def test_a_config_with_a_field_that_makes_no_sense(
+    checkpoint: ModelSource, field: str, value: Any
+) -> None:
+    path = checkpoint.path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ModelError, match="the config of") as error:
+        ModelSpec.load(checkpoint)
+    one_line(error)
+
+
+@pytest.mark.parametrize("value", ["x", [1, "x"], 1.5, True, {"a": 1}])
+def test_a_generation_config_whose_end_is_no_token(checkpoint: ModelSource, value: Any) -> None:
+    (checkpoint.path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ModelError, match="eos_token_id must be a token id or a list") as error:
+        ModelSpec.load(checkpoint)
+    one_line(error)
+
+
+@pytest.mark.parametrize("text", ["[1]", "7", "[]"])
+def test_settings_that_are_no_json_object(checkpoint: ModelSource, text: str) -> None:
+    (checkpoint.path / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"generation_config\.json is no JSON object"):
+        ModelSpec.load(checkpoint)
+    (checkpoint.path / "tokenizer.json").write_text("{}")
+    (checkpoint.path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json is no JSON object"):
+        load_tokenizer(checkpoint)
+
+
+@pytest.mark.parametrize("names", [{"a": 7}, {"a": None}, {"a": ["model.safetensors"]}, [1]])
+def test_an_index_that_names_no_files(checkpoint: ModelSource, names: Any) -> None:
+    index = checkpoint.path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelError, match=r"index\.json is corrupt .*download it again") as error:
+        check_checkpoint(checkpoint)
+    one_line(error)
+    index.write_text("[1]")
+    with pytest.raises(ModelError, match=r"index\.json is corrupt"):
+        check_checkpoint(checkpoint)
+
+
 def test_whole_weights_load_and_are_copies(checkpoint: ModelSource) -> None:
     weights = load(checkpoint, wanted(a=(4, 4)))
     assert torch.equal(weights["a"], torch.ones(4, 4))
