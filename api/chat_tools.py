@@ -99,6 +99,11 @@ def _function(tool: dict[str, Any], where: str) -> dict[str, Any]:
         raise RequestError("a function needs a name", f"{where}.function.name")
     if parameters is not None and not isinstance(parameters, dict):
         raise RequestError("parameters must be a JSON schema", f"{where}.function.parameters")
+    kind = (parameters or {}).get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise RequestError(
+            'parameters must be a schema of type "object"', f"{where}.function.parameters"
+        )
     return function
 
 
