@@ -38,7 +38,6 @@ if PROBE.available:
 import triton_checks as checks  # noqa: E402
 
 from halyard.hal.conformance.sequences import Sequences  # noqa: E402
-from halyard.hal.kernels.triton.staging import StagedSwap  # noqa: E402
 
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 
@@ -151,6 +150,8 @@ def test_moves_and_blocks(device: Any, dtype: DType, swap: str) -> None:
 @pytest.mark.parametrize("side", [False, True])
 def test_swaps_of_many_pieces_follow_each_other(device: Any, side: bool) -> None:
     """Buffers of three blocks: pieces and whole swaps take turns in them, and nobody waits."""
+    from halyard.hal.kernels.triton.staging import StagedSwap
+
     kernels = checks.context(device, "bfloat16").kernels
     layout = kernels.layout(KVSpec(3, 2, 64, "bfloat16"))
     pool = device.allocate_kv(layout, 60, host=False)
