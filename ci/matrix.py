@@ -49,7 +49,8 @@ _TESTS = {
     "tests-tvm": ("tests/conformance/test_tvm_kernels.py", "tests/conformance/test_tvm_targets.py",
                   "tests/conformance/test_tvm_gpu_source.py", "tests/golden/test_program_tvm.py"),
     "tests-triton": ("tests/conformance/test_triton_interpreter.py",
-                     "tests/conformance/test_triton_targets.py"),
+                     "tests/conformance/test_triton_targets.py",
+                     "tests/conformance/test_hopper_prefill.py"),
 }  # fmt: skip
 
 

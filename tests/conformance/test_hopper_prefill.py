@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,15 @@ ROWS: dict[str, list[tuple[int, int]]] = {  # (queries, context with them)
     "chunks": [(7, 500), (64, 256), (33, 191), (16, 193)],
     "mixed": [(1, 300), (40, 90), (1, 17), (0, 30), (20, 20)],
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def attend(
