@@ -222,9 +222,7 @@ def _read_config(source: ModelSource) -> PretrainedConfig:
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # a field of a wrong type or size: each model's checks have their own
+    except Exception as error:  # of a field's type or size: each model's checks have their own
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ModelError(f"can't read the config of {source.name}: {reason}") from error
     return config

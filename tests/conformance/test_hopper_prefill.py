@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from gluon_in_python import in_python
 
+from halyard.hal import fallbacks
 from halyard.hal.kernels.triton import hopper
-from halyard.hal.kernels.triton.launch import Shape
+from halyard.hal.kernels.triton.launch import Shape, _hopper_module
 from halyard.hal.kernels.triton.tiles import Tile, hopper_tile
 
 ROWS: dict[str, list[tuple[int, int]]] = {  # (queries, context with them)
@@ -135,3 +137,14 @@ def test_the_stand_in_sees_a_wait_that_is_missing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hopper, "_fold_tile", SimpleNamespace(fn=hasty))
     with pytest.raises((AssertionError, IndexError)):
         check()
+
+
+def test_a_triton_without_what_it_needs_is_a_fallback_that_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert _hopper_module("sm_90") is hopper
+    before = fallbacks.counts().get("prefill_kernel", 0)
+    monkeypatch.setitem(sys.modules, hopper.__name__, None)
+    assert _hopper_module("sm_90") is None
+    assert _hopper_module("sm_80") is None  # that one has no such kernel: nothing to tell
+    assert fallbacks.counts()["prefill_kernel"] == before + 1

@@ -42,9 +42,8 @@ __all__ = ["SwapWay", "TritonKernels"]
 
 SwapWay = Literal["auto", "kernel", "staged"]
 
-_FEW_BYTES = (
-    8 << 20
-)  # up to here the kernel is done sooner than a staged swap (benchmarks/gpu_swap.py)
+# Up to here the kernel is done sooner than a staged swap (benchmarks/gpu_swap.py).
+_FEW_BYTES = 8 << 20
 
 
 def _interpreting() -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halyard.hal import fallbacks
 from halyard.hal.contract import Device
-from halyard.hal.errors import BackendUnavailableError
 from halyard.hal.kernels.triton.tiles import (
     Tile,
     decode_tile,
@@ -298,11 +298,12 @@ class AttentionLauncher:
 
 def _hopper_module(arch: str) -> Any:
     """Hopper's own kernels, where the GPU is one and Triton's Gluon has what they need."""
+    if family(arch) != "sm_90":
+        return None
     try:
-        if family(arch) != "sm_90":
-            return None
         return importlib.import_module("halyard.hal.kernels.triton.hopper")
-    except (BackendUnavailableError, ImportError):
+    except ImportError as error:
+        fallbacks.note("prefill_kernel", f"prompts take the kernel for all GPUs: {error}")
         return None
 
 
