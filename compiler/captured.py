@@ -30,6 +30,10 @@ _MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 12
                  *range(1024, 2049, 256))  # fmt: skip
 _MIXED_ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
+_MOST_AHEAD = 48  # of them, those that may be recorded before they come again
+# Decode steps that are worth recording before they come: up to so many rows and keys.
+_ROWS_AHEAD = 256
+_KEYS_AHEAD = 2048
 
 
 _Key = tuple[int, int, int, bool, bool]  # tokens, rows, keys, with prompts, shares blocks
@@ -53,7 +57,7 @@ class CapturedProgram:
         self._program = program
         self._device = device
         self._block_size = block_size
-        self._max_keys = max_blocks * block_size
+        self.max_keys = max_blocks * block_size
         self._buckets = row_buckets(max_rows)
         self._mixed_rows = [*(rows for rows in _MIXED_ROWS if rows < max_rows), max_rows]
         self._replays: dict[_Key, tuple[Callable[[], None], Tensor]] = {}
@@ -92,6 +96,21 @@ class CapturedProgram:
         rows = self._mixed_rows[bisect_left(self._mixed_rows, most)]
         return max(tokens, rows), rows, self._reach(max_seq_len)
 
+    def decode_shapes(self) -> list[tuple[int, int]]:
+        """(rows, keys) of decode steps that are worth recording before they come, the likely first."""
+        reaches = sorted({self._reach(keys) for keys in (_SHORTEST_REACH, 1024, _KEYS_AHEAD)})
+        rows = [rows for rows in self._buckets if rows <= _ROWS_AHEAD]
+        return [(number, keys) for keys in reaches for number in rows]
+
+    def seen_once(self) -> tuple[int, int, int] | None:
+        """(tokens, rows, keys) of a step with prompts that came once and is not recorded yet."""
+        if not self._enabled or self.num_mixed >= _MOST_AHEAD:
+            return None
+        for (tokens, rows, keys, _, shares), times in self._seen.items():
+            if times == 1 and not shares:
+                return tokens, rows, keys
+        return None
+
     def move_weights(self, device: torch.device) -> None:
         """As Program.move_weights; recordings name the old places and are void."""
         self._forget()
@@ -106,7 +125,7 @@ class CapturedProgram:
         reach = _SHORTEST_REACH
         while reach < max_seq_len:
             reach *= 2
-        return min(reach, self._max_keys)
+        return min(reach, self.max_keys)
 
     @torch.inference_mode()
     def run(self, input_ids: Tensor, logit_indices: Tensor, batch: StepBatch) -> Tensor:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from halyard.runtime.handoff import MovingSequence
     from halyard.runtime.intake import Intake
     from halyard.runtime.metrics import Metrics
+    from halyard.runtime.rehearsal import Rehearsal
     from halyard.runtime.scheduler import Scheduler
     from halyard.runtime.stats import SchedulerStats
 
@@ -82,6 +83,7 @@ class Engine:
         self._late: list[TokenEvent] = []  # of a step that was settled between two calls of step
         self._phases = dict.fromkeys(("schedule", "run", "wait", "commit"), 0.0)
         self._started = time.monotonic()
+        self._rehearsal: Rehearsal | None = None
         self._closed = False
         self._asleep = False
 
@@ -139,6 +141,20 @@ class Engine:
             self._flying = self._shortage = None
             self.scheduler.reset()
             raise
+
+    def rehearse(self) -> bool:
+        """With no work: make one thing that steps to come will need (rehearsal.py).
+
+        It takes some tens of milliseconds, or up to a few seconds while kernels are to be compiled.
+        False: nothing is wanted now.
+        """
+        if self._asleep or self._flying is not None or self.has_work():
+            return False
+        if self._rehearsal is None:
+            from halyard.runtime.rehearsal import Rehearsal
+
+            self._rehearsal = Rehearsal(self.executor)
+        return self._rehearsal.one()
 
     def _step(self) -> list[TokenEvent]:
         started = self._clock = time.perf_counter()
@@ -229,6 +245,7 @@ class Engine:
             raise HalyardError("requests run: the engine can't sleep now")
         if not self._asleep:
             self._asleep = True
+            self._rehearsal = None  # recordings go
             self.scheduler.reset()  # cached prefixes go with the blocks
             self.executor.sleep()
 

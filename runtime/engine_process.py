@@ -51,6 +51,7 @@ __all__ = ["EngineLoop", "main"]
 logger = logging.getLogger("halyard.engine")
 
 _STATS_SECONDS = 0.05  # a busy engine tells its numbers that often
+_QUIET_SECONDS = 0.25  # without work, until the time is put to use
 _DIE_WITH_PARENT = 1  # Linux' PR_SET_PDEATHSIG
 
 
@@ -89,6 +90,7 @@ class EngineLoop:
             Exception: a step failed; nothing can go on.
         """
         engine = self.engine
+        self._rehearse(0.0)
         while True:
             messages = self.channel.receive(wait=not engine.has_work())
             for message in messages:
@@ -100,6 +102,13 @@ class EngineLoop:
                 self._tell(engine.step())
             elif messages:
                 self._tell([])
+            if not engine.has_work():
+                self._rehearse(_QUIET_SECONDS)
+
+    def _rehearse(self, quiet: float) -> None:
+        """Once nothing has come in for `quiet` seconds: what steps to come will need, until it does."""
+        while not self.channel.wait(quiet) and self.engine.rehearse():
+            quiet = 0.0
 
     def _take(self, message: Any) -> None:
         match message:

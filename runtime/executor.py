@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -188,15 +188,9 @@ class Executor:
         self.overlaps = isinstance(device, OverlappingDevice)  # a step may be issued behind another
         self._copying = device if isinstance(device, CopyingDevice) else None
         self._fetching = device if isinstance(device, OverlappingDevice) else None
-        size = pool.layout.spec.block_size
-        share = share and getattr(kernels, "reads_shared_rows", False)
-        if isinstance(program, CapturedProgram):
-            mixed = program.mixed_shape if getattr(kernels, "takes_empty_rows", False) else None
-            self.batcher = Batcher(
-                size, max_blocks, program.decode_shape, program.buffer, share, mixed
-            )
-        else:
-            self.batcher = Batcher(size, max_blocks, share=share)
+        self._max_blocks = max_blocks
+        self._share = share and getattr(kernels, "reads_shared_rows", False)
+        self.batcher = self._make_batcher()
         self.swap_out_seconds = (
             0.0  # on the caller's clock: what issuing took, where moves are issued
         )
@@ -204,6 +198,42 @@ class Executor:
         self._moved = False  # the block moves of the step that is being issued are made
         self._sizes = (pool.num_blocks, host_pool.num_blocks if host_pool is not None else 0)
         program.set_pool(pool)
+
+    def _make_batcher(self) -> Batcher:
+        program, size = self.program, self.pool.layout.spec.block_size
+        if not isinstance(program, CapturedProgram):
+            return Batcher(size, self._max_blocks, share=self._share)
+        mixed = program.mixed_shape if getattr(self.kernels, "takes_empty_rows", False) else None
+        return Batcher(
+            size, self._max_blocks, program.decode_shape, program.buffer, self._share, mixed
+        )
+
+    @torch.inference_mode()
+    def rehearse(self, plan: StepPlan) -> None:
+        """Run a step of nobody's, with no step in flight, for what that brings about on the device.
+
+        Its tokens have no slots, so that no block changes; what it draws is thrown away.
+
+        Args:
+            plan: rows that draw without penalties or grammars; their blocks are read.
+
+        Raises:
+            DeviceMemoryError: the device's memory is too small for this step.
+        """
+        packed = self._make_batcher().pack(plan)
+        positions, slot_mapping, *others = packed.arrays
+        nowhere = np.full_like(slot_mapping, -1)
+        try:
+            inputs = replace(packed, arrays=(positions, nowhere, *others)).put(
+                self.device.torch_device
+            )
+            logits = self.program.run(inputs.input_ids, inputs.logit_indices, inputs.batch)
+            self.sampler.draw(logits[: packed.num_logits], self.sampler.prepare(packed.samples))
+            self.device.synchronize()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(_one_line(error)) from None
 
     def run(self, plan: StepPlan, before: RunningStep | None = None) -> RunningStep:
         """Issue a step's work. Order: swap out, swap in, copies, rows.

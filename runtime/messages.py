@@ -8,6 +8,7 @@ of message needs a class and nothing more. Both ends are the same program of the
 from __future__ import annotations
 
 import pickle
+import select
 import socket
 import struct
 import threading
@@ -147,6 +148,8 @@ class Channel:
         self.socket = end
         self._lock = threading.Lock()
         self._buffer = bytearray()
+        self._poll = select.poll()
+        self._poll.register(end, select.POLLIN)
 
     def send(self, message: Any) -> None:
         """Send all of it, however long the other end takes to read.
@@ -157,6 +160,10 @@ class Channel:
         frame = encode(message)
         with self._lock:
             self.socket.sendall(frame)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether something has come in by then, or the other end is gone: `receive` won't wait."""
+        return bool(self._poll.poll(1e3 * seconds))
 
     def receive(self, *, wait: bool) -> list[Any]:
         """The messages that are complete, in order; with `wait` at least one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from halyard import LLM, SamplingParams
 from halyard.compiler.captured import CapturedProgram
 from halyard.hal.kernels.native.library import find_compiler
 from halyard.runtime.batcher import Batcher
+from halyard.runtime.rehearsal import Rehearsal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "null"))
 from late_executor import make_late
@@ -44,6 +46,17 @@ class _Recorder:
             step()
 
         return replay
+
+
+class _RecordingDevice(_Recorder):
+    """A recorder that can be an executor's device."""
+
+    def __init__(self, device: Any) -> None:
+        super().__init__()
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
 
 
 class _InPlace:
@@ -99,3 +112,103 @@ def test_recorded_steps_give_the_same_tokens(
         assert recorder.recorded >= 3 if able else recorder.recorded == 0
         assert (captured.num_mixed > 0) == (able and with_prompts)
         llm.engine.check_integrity()
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Any:
+    """An engine whose steps are recorded, its device and its program."""
+    save_tiny_model("llama", tmp_path)
+    with LLM(
+        tmp_path, backend=BACKEND, kv_blocks=64, max_num_sequences=40, max_model_len=128
+    ) as llm:
+        executor = llm.engine.executor
+        device = _RecordingDevice(executor.device)
+        program: Any = _InPlace(executor.program)
+        captured = CapturedProgram(program, device, 40, 8, 16)  # type: ignore[arg-type]
+        captured.set_pool(executor.pool)
+        executor.program, executor.device = captured, device  # type: ignore[assignment]
+        executor.batcher = Batcher(16, 8, captured.decode_shape, captured.buffer)
+        yield llm, device, captured
+
+
+def test_what_is_rehearsed_need_not_be_recorded_later(recorded: Any) -> None:
+    llm, device, captured = recorded
+    engine = llm.engine
+    before = engine.executor.pool.data.fill_(0.25).clone()
+    pieces = 0
+    while engine.rehearse():
+        pieces += 1
+    assert device.recorded == len(captured.decode_shapes()) == 8  # 1, 2, 4, 8, 16, 24, 32, 40
+    assert pieces > device.recorded  # prompts too
+    assert torch.equal(engine.executor.pool.data, before)
+    prompts = [[1 + i, 5, 9, 40 + i] for i in range(37)]
+    params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    found = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+    assert device.recorded == 8
+    assert device.replayed >= 8
+    assert not engine.rehearse()
+    with LLM(llm.plan.source.path, backend=BACKEND, kv_blocks=64, max_model_len=128) as other:
+        assert found == [o.outputs[0].token_ids for o in other.generate(prompts, params)]
+    engine.check_integrity()
+
+
+def test_a_step_with_prompts_that_came_once_is_recorded_when_there_is_time(recorded: Any) -> None:
+    llm, device, captured = recorded
+    executor = llm.engine.executor
+    executor.batcher = Batcher(16, 8, captured.decode_shape, captured.buffer, False, captured.mixed_shape)  # fmt: skip
+    executor.kernels.takes_empty_rows = True
+    while llm.engine.rehearse():
+        pass
+    prompts = [[3 + i] * (5 + i % 3) for i in range(12)]
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    llm.generate(prompts, params)
+    mixed, recordings = captured.num_mixed, device.recorded
+    shape = captured.seen_once()
+    assert shape is not None
+    while llm.engine.rehearse():
+        pass
+    assert captured.seen_once() is None
+    assert captured.num_mixed == mixed + 1
+    assert device.recorded == recordings + 1
+    replayed = device.replayed
+    llm.generate([[90 + i] * (5 + i % 3) for i in range(12)], params)  # no cached prefix
+    assert device.recorded == recordings + 1
+    assert device.replayed >= replayed + 2
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(32, 32), (1000, 8), (33, 32), (64, 8), (2048, 1024)])
+def test_a_rehearsed_step_has_the_shape_that_came(recorded: Any, tokens: int, rows: int) -> None:
+    from halyard.runtime.rehearsal import _shares
+
+    counts = _shares(tokens, rows)
+    assert sum(counts) == tokens
+    assert max(counts) > 1
+    assert len(counts) in (rows, rows - 1)
+
+
+def test_nothing_is_rehearsed_without_room_or_while_requests_are_here(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, device, _ = recorded
+    engine = llm.engine
+    engine.add(engine.intake.request([1, 2, 3], SamplingParams(max_tokens=2)))
+    assert not engine.rehearse()
+    while engine.has_work():
+        engine.step()
+    memory = device.memory()
+    monkeypatch.setattr(device, "memory", lambda: replace(memory, free=1 << 30), raising=False)
+    assert not engine.rehearse()
+    monkeypatch.undo()
+    assert engine.rehearse()
+
+    def capture(step: Callable[[], None]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(device, "capture", capture)
+    rehearsal, recordings = Rehearsal(engine.executor), device.recorded
+    taken = [rehearsal.one() for _ in range(12)]
+    assert not any(taken[taken.index(False) :])  # the first that doesn't fit is the last
+    assert device.recorded == recordings
+    assert [
+        o.outputs[0].finish_reason for o in llm.generate([[5, 6]], SamplingParams(max_tokens=1))
+    ]
