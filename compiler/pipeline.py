@@ -28,9 +28,9 @@ PASSES: dict[str, Callable[[ModelGraph], None]] = {
     "quantize_linears_int8": quantize_linears_int8,  # where asked for: EngineConfig.quantization
     "quantize_linears_int4": quantize_linears_int4,
     "prepack_linears": prepack_linears,  # weights in the order the CPU's linear kernel reads them
-    "gate_linears": gate_linears,  # behind it: a feed-forward part's gate, within the product
     "skinny_linears": skinny_linears,  # kernels of our own where a GPU multiplies few rows
     "add_in_linears": add_in_linears,  # behind it: residual adds happen in the products
+    "gate_linears": gate_linears,  # behind those: a feed-forward part's gate, within the product
 }
 
 

@@ -27,6 +27,7 @@ _REDUCTIONS = frozenset({_aten.mean, _aten.sum, _aten.amax})
 _LAST_AXIS = frozenset({_aten.linear, _aten.layer_norm, _aten.rms_norm, _aten.native_layer_norm})
 _OURS = frozenset({
     "halyard::packed_linear", "halyard::gated_linear", "halyard::quantized_linear", "halyard::experts",
+    "halyard::skinny_linear", "halyard::linear_add", "halyard::gated_product",
 })  # fmt: skip
 
 

@@ -32,7 +32,7 @@ GIB = 1 << 30
 # its share by default; --kv-blocks asks for more.
 CPU_KV_BYTES = 4 * GIB
 CPU_BATCHED_TOKENS = 512
-GPU_BATCHED_TOKENS = 8192
+GPU_BATCHED_TOKENS = 8192  # about: see gpu_batched_tokens
 # More rows a step are more tokens for the same reading of weights, as long as there is KV for them.
 CPU_SEQUENCES = 256
 GPU_SEQUENCES = 1024
@@ -166,7 +166,7 @@ def make_plan(config: EngineConfig) -> ExecutionPlan:
     on_cpu = selection.device.kind == "cpu"
     sequences = _max_num_sequences(config, selection.device)
     batched = config.max_batched_tokens or max(
-        CPU_BATCHED_TOKENS if on_cpu else GPU_BATCHED_TOKENS, sequences
+        CPU_BATCHED_TOKENS if on_cpu else gpu_batched_tokens(selection.device.num_cores), sequences
     )
     kv = spec.kv_spec(dtype, config.block_size)
     memory = fit_memory(
@@ -186,6 +186,20 @@ def make_plan(config: EngineConfig) -> ExecutionPlan:
         prefill_tokens_per_second=flops / (2.0 * max(parameters, 1)),
     )
     return ExecutionPlan(source, spec, selection, memory, parameters, sequences, batched, cost)
+
+
+def gpu_batched_tokens(num_cores: int) -> int:
+    """Tokens of a step that fill a GPU evenly: a few of them less or more cost a whole turn.
+
+    Products are cut into tiles of 128 rows. Half as many tiles as there are multiprocessors, times an
+    even number of tiles of columns, occupy all of them in every turn (benchmarks/results).
+    """
+    tiles = [num_cores * turns // 4 for turns in (1, 2, 4, 8) if num_cores * turns % 4 == 0]
+    best = min(
+        (128 * number for number in tiles), key=lambda n: abs(n - GPU_BATCHED_TOKENS), default=0
+    )
+    near = GPU_BATCHED_TOKENS * 3 // 4 <= best <= GPU_BATCHED_TOKENS * 5 // 4
+    return best if near else GPU_BATCHED_TOKENS
 
 
 def _max_num_sequences(config: EngineConfig, device: DeviceInfo) -> int:

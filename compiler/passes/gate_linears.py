@@ -1,6 +1,8 @@
-"""A packed product whose first half, activated, multiplies its second becomes halyard::gated_linear.
+"""A product whose first half, activated, multiplies its second takes the gate in.
 
-The product's two halves then never leave for memory, and no pass over them by one thread follows.
+halyard::packed_linear becomes halyard::gated_linear: the product's two halves never leave for memory,
+and no pass over them by one thread follows. halyard::skinny_linear becomes halyard::gated_product: the
+same on a Hopper for many rows (hal/kernels/triton/hopper_linear.py).
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from torch import fx
 
 from halyard.compiler.graph import ModelGraph
 from halyard.hal.kernels.native.linear import PANEL, gated_linear, packed_linear
+from halyard.hal.kernels.triton.gated import gated_product
+from halyard.hal.kernels.triton.skinny import skinny_linear
 
 __all__ = ["gate_linears"]
 
@@ -19,7 +23,7 @@ _aten = torch.ops.aten
 
 
 def gate_linears(graph: ModelGraph) -> None:
-    """Join each halyard::packed_linear with the activation and the product of its halves."""
+    """Join each of our linears with the activation and the product of its halves."""
     fx_graph = graph.module.graph
     for node in [node for node in fx_graph.nodes if node.target is _aten.mul.Tensor]:
         for activated, up in (node.args, node.args[::-1]):
@@ -31,14 +35,21 @@ def gate_linears(graph: ModelGraph) -> None:
             if linear is None or _part(up, 1) is not linear:
                 continue
             if _ends_here([activated, gate, up], node) and _divides(linear):
-                x, packed, _, outputs = linear.args
                 with fx_graph.inserting_before(node):
-                    new = fx_graph.call_function(gated_linear, (x, packed, outputs // 2, gelu))  # type: ignore[operator]
+                    new = _joined(fx_graph, linear, gelu)
                 new.meta.update(node.meta)
                 node.replace_all_uses_with(new)
                 fx_graph.erase_node(node)
                 break
     graph.clean()
+
+
+def _joined(fx_graph: fx.Graph, linear: fx.Node, gelu: bool) -> fx.Node:
+    if linear.target is skinny_linear:
+        x, weight, _ = linear.args
+        return fx_graph.call_function(gated_product, (x, weight, gelu))
+    x, packed, _, outputs = linear.args
+    return fx_graph.call_function(gated_linear, (x, packed, outputs // 2, gelu))  # type: ignore[operator]
 
 
 def _activation(node: object) -> bool | None:
@@ -52,11 +63,13 @@ def _activation(node: object) -> bool | None:
 
 
 def _part(node: object, number: int) -> fx.Node | None:
-    """The packed linear without bias whose first (0) or second (1) half of outputs this is."""
+    """The linear of ours without bias whose first (0) or second (1) half of outputs this is."""
     if not isinstance(node, fx.Node):
         return None
     source = _source(node)
-    if source is None or source.target is not packed_linear or source.args[2] is not None:
+    if source is None or source.target not in (packed_linear, skinny_linear):
+        return None
+    if source.args[2] is not None:
         return None
     whole, part = source.meta["val"].shape[-1], node.meta["val"].shape[-1]
     if node.target is operator.getitem:
@@ -96,11 +109,13 @@ def _ends_here(nodes: list[fx.Node], product: fx.Node) -> bool:
 
 
 def _divides(linear: fx.Node) -> bool:
-    """Each half is whole panels, and nobody reads the product as a whole."""
+    """Nobody reads the product as a whole; where it is packed, each half is whole panels."""
     readers = {
         half
         for user in linear.users
         for half in ([user] if user.target is _aten.slice.Tensor else user.users)
     }
+    if linear.target is skinny_linear:
+        return len(readers) == 2
     outputs: int = linear.args[3]  # type: ignore[assignment]
     return len(readers) == 2 and outputs % (2 * PANEL) == 0

@@ -1,14 +1,17 @@
 """Gluon kernels without a GPU: their Python, run program by program on torch tensors.
 
-Gluon has no interpreter. This stands in for what hopper.py uses of it. Layouts mean nothing here (that
-they fit is what compiling shows); order does: copies and products that run beside the program take
-effect either at once or as late as the kernel's waits allow, so that a buffer which is read before its
-copy was waited for, or written while a product still reads it, gives a wrong result in one of the two.
+Gluon has no interpreter. This stands in for what hopper.py and hopper_linear.py use of it. Layouts mean
+nothing here (that they fit is what compiling shows); order does: copies and products that run beside
+the program take effect either at once or as late as the kernel's waits allow, so that a buffer which is
+read before its copy was waited for, or written while a product still reads it, gives a wrong result in
+one of the two. Partitions of warps are threads; tensor copies land early where products are late, and
+the other way round. Who waits for what never comes fails.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -16,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+PATIENCE = 20.0  # seconds that a partition waits for another
 
 
 class Pointer:
@@ -57,21 +62,91 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
 
+    def slice(self, first: int, length: int) -> Shared:
+        return Shared(self.data[first : first + length])
+
     def store(self, value: Tensor) -> None:
         self.data.copy_(value)
+
+
+class Boxes:
+    """A matrix that is copied in boxes: what of one is outside reads as zero and is not written."""
+
+    def __init__(self, matrix: Tensor, rows: int, columns: int) -> None:
+        self.matrix, self.shape = matrix, (rows, columns)
+        self.dtype, self.layout = matrix.dtype, None
+
+    def _part(self, place: list[Any]) -> Tensor:
+        row, column = map(int, place)
+        assert row >= 0
+        assert column >= 0
+        return self.matrix[row : row + self.shape[0], column : column + self.shape[1]]
+
+    def read(self, place: list[Any], target: Shared) -> None:
+        part = self._part(place)
+        assert target.data.shape == self.shape
+        target.data.zero_()
+        target.data[: part.shape[0], : part.shape[1]] = part
+
+    def write(self, place: list[Any], source: Shared) -> None:
+        part = self._part(place)
+        part.copy_(source.data[: part.shape[0], : part.shape[1]])
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] * 2  # the kernels' elements have 16 bits
+
+
+class Barrier:
+    """A barrier in shared memory: phases follow each other as arrivals and bytes come."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self.changed = changed
+        self.count = self.left = self.bytes = self.phase = 0
+        self.coming: list[Callable[[], int]] = []  # copies on their way; each gives its bytes
+
+    def init(self, count: int) -> None:
+        self.count = self.left = count
+
+    def step(self, arrivals: int = 0, num_bytes: int = 0) -> None:
+        self.left -= arrivals
+        self.bytes += num_bytes
+        assert self.left >= 0, "more arrivals than a phase has"
+        if not self.left and not self.bytes:
+            self.phase += 1
+            self.left = self.count
+        self.changed.notify_all()
+
+    def land(self) -> None:
+        while self.coming:
+            self.step(num_bytes=-self.coming.pop(0)())
+
+    def passed(self, parity: int) -> bool:
+        return (self.phase - 1) % 2 == parity
+
+
+class Barriers:
+    def __init__(self, number: int, changed: threading.Condition) -> None:
+        self.all = [Barrier(changed) for _ in range(number)]
+
+    def index(self, number: Any) -> Barrier:
+        return self.all[int(number)]
 
 
 class Product:
     """A product that may be under way."""
 
-    def __init__(self, a: Any, b: Shared, acc: Tensor) -> None:
+    def __init__(self, a: Any, b: Shared, acc: Any) -> None:
         self.a, self.b, self.acc = a, b, acc
         self.value: Tensor | None = None
 
     def run(self) -> None:
         if self.value is None:
             a = self.a.data if isinstance(self.a, Shared) else self.a
-            self.value = self.acc + a.float() @ self.b.data.float()
+            acc = (
+                self.acc.value if isinstance(self.acc, Product) else self.acc
+            )  # those before are done
+            self.value = acc + a.float() @ self.b.data.float()
 
 
 class Machine:
@@ -85,8 +160,96 @@ class Machine:
         self.reset()
 
     def reset(self) -> None:
-        self.copies: list[list[Callable[[], None]]] = [[]]
-        self.products: list[Product] = []
+        self.own = threading.local()
+        self.changed = threading.Condition()
+        self.failed: list[BaseException] = []
+
+    def _kept(self, name: str, empty: Any) -> Any:
+        """What a partition of warps has under way."""
+        if not hasattr(self.own, name):
+            setattr(self.own, name, empty)
+        return getattr(self.own, name)
+
+    @property
+    def copies(self) -> list[list[Callable[[], None]]]:
+        found: list[list[Callable[[], None]]] = self._kept("copies", [[]])
+        return found
+
+    @property
+    def products(self) -> list[Product]:
+        found: list[Product] = self._kept("products", [])
+        return found
+
+    @property
+    def stores(self) -> list[Callable[[], None]]:
+        found: list[Callable[[], None]] = self._kept("stores", [])
+        return found
+
+    def copy_box(self, source: Boxes, place: list[Any], ready: Barrier, target: Shared) -> None:
+        def land() -> int:
+            source.read(place, target)
+            return source.num_bytes
+
+        with self.changed:
+            ready.coming.append(land)
+            if self.late:
+                ready.land()
+            self.changed.notify_all()
+
+    def store_box(self, target: Boxes, place: list[Any], source: Shared) -> None:
+        self.stores.append(lambda: target.write(place, source))
+        if not self.late:
+            self.wait_stores(0)
+
+    def wait_stores(self, outstanding: int) -> None:
+        done = max(0, len(self.stores) - outstanding)
+        for store in self.stores[:done]:
+            store()
+        del self.stores[:done]
+
+    def expect(self, barrier: Barrier, num_bytes: int) -> None:
+        with self.changed:
+            barrier.step(arrivals=1, num_bytes=int(num_bytes))
+
+    def arrive(self, barrier: Barrier, pred: Any = True) -> None:
+        if pred:
+            with self.changed:
+                barrier.step(arrivals=1)
+
+    def wait_barrier(self, barrier: Barrier, parity: Any) -> None:
+        def done() -> bool:
+            barrier.land()
+            return bool(self.failed) or barrier.passed(int(parity))
+
+        with self.changed:
+            assert self.changed.wait_for(done, PATIENCE), "a wait for what never comes"
+            assert not self.failed, "another partition failed"
+
+    def partitions(self, parts: list[Any], warps: list[int], registers: list[int]) -> None:
+        assert len(parts) - 1 == len(warps) == len(registers)
+
+        def run(function: Any, arguments: tuple[Any, ...]) -> None:
+            try:
+                torch.set_num_threads(1)
+                function(*arguments)
+                self.check_at_rest()
+            except BaseException as error:  # noqa: BLE001 - raised below
+                with self.changed:
+                    self.failed.append(error)
+                    self.changed.notify_all()
+
+        threads = [threading.Thread(target=run, args=part) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.failed:
+            raise self.failed[0]
+
+    def check_at_rest(self) -> None:
+        assert not self.products, "a product is under way at the end"
+        assert not any(self.copies), "a copy is under way at the end"
+        assert not self.stores, "a store is under way at the end"
 
     def copy(self, target: Shared, source: Pointer, mask: Any = None) -> None:
         place = source.offset
@@ -121,10 +284,8 @@ class Machine:
         for product in self.products[:done]:
             product.run()
         del self.products[:done]
-        values = []
-        for product in deps:
-            assert product.value is not None, "a product is used that nobody waited for"
-            values.append(product.value)
+        # One that is still under way stays what it is: good to add to, nothing to calculate with.
+        values = [x.value if isinstance(x, Product) and x.value is not None else x for x in deps]
         return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -139,6 +300,11 @@ def _language(machine: Machine) -> Any:
     def nothing(*_: Any) -> None:
         return None
 
+    def shared(dtype: Any, shape: list[int], layout: Any) -> Any:
+        if dtype is torch.int64:
+            return Barriers(shape[0], machine.changed)
+        return Shared(torch.full(shape, float("nan"), dtype=dtype))
+
     def pair(function: Any) -> Any:
         return lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b))
 
@@ -150,9 +316,7 @@ def _language(machine: Machine) -> Any:
         BlockedLayout=nothing, SliceLayout=nothing, NVMMADistributedLayout=nothing,
         NVMMASharedLayout=nothing, DotOperandLayout=nothing, convert_layout=same,
         max_contiguous=same, multiple_of=same,
-        allocate_shared_memory=lambda dtype, shape, layout: Shared(
-            torch.full(shape, float("nan"), dtype=dtype)
-        ),
+        allocate_shared_memory=shared, warp_specialize=machine.partitions,
         arange=lambda first, last, layout: torch.arange(first, last),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
@@ -174,7 +338,7 @@ def _language(machine: Machine) -> Any:
 def in_python(module: ModuleType, late: bool) -> Iterator[Callable[..., None]]:
     """Gives run(name, grid, *arguments, num_warps=4, **constants): a kernel of the module.
 
-    Tensor arguments are pointers to contiguous tensors, which the kernel changes.
+    Tensor arguments are pointers to contiguous tensors, which the kernel changes; Boxes, descriptors.
     """
     machine = Machine(late)
     kept = dict(vars(module))
@@ -186,22 +350,36 @@ def in_python(module: ModuleType, late: bool) -> Iterator[Callable[..., None]]:
             commit_group=machine.commit,
             wait_group=machine.wait_copies,
         ),
+        "tma": SimpleNamespace(
+            async_copy_global_to_shared=machine.copy_box,
+            async_copy_shared_to_global=machine.store_box,
+            store_wait=machine.wait_stores,
+        ),
+        "mbarrier": SimpleNamespace(
+            MBarrierLayout=lambda: None,
+            init=lambda barrier, count: barrier.init(count),
+            expect=machine.expect,
+            arrive=machine.arrive,
+            wait=machine.wait_barrier,
+        ),
         "fence_async_shared": lambda: None,
         "warpgroup_mma": machine.product,
         "warpgroup_mma_wait": machine.wait_products,
     }
 
+    def given_as(x: Any) -> Any:
+        if isinstance(x, Boxes):
+            return x
+        return Pointer(x.view(-1)) if isinstance(x, Tensor) else torch.tensor(x)
+
     def run(name: str, grid: tuple[int, int], *arguments: Any, num_warps: int = 4, **constants: Any) -> None:  # fmt: skip
         machine.programs, machine.warps = grid, num_warps
-        given = [
-            Pointer(x.view(-1)) if isinstance(x, Tensor) else torch.tensor(x) for x in arguments
-        ]
+        given = [given_as(x) for x in arguments]
         for program in itertools.product(*map(range, grid)):
             machine.program = (program[0], program[1])
             machine.reset()
             functions[name](*given, **constants)
-            assert not machine.products, "a product is under way at the end"
-            assert not any(machine.copies), "a copy is under way at the end"
+            machine.check_at_rest()
 
     try:
         vars(module).update(functions | replaced)

@@ -316,3 +316,21 @@ def skinny_linears(made: Any) -> None:
     check(few, 1, 200, norm=(200,), gated=True, bias=(50,), residual=(1, 50))
     for rows, inputs, splits in ((1, 256, 3), (5, 200, 1), (16, 200, 3)):
         check(Plan("rows", 32, 64, 4, 2, splits), rows, inputs, bias=(50,), residual=(rows, 50))
+
+
+def gates(made: Any) -> None:
+    """The gate alone against fp64: odd widths, both activations, numbers of any size."""
+    from halyard.hal.kernels.triton.gated import gate
+
+    where, dtype = made.device.torch_device, torch_dtype(made.dtype)
+    limit = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    generator = torch.Generator().manual_seed(5)
+    for rows, outputs in ((0, 8), (1, 1), (3, 1000), (2, 2050)):
+        y = (torch.randn(rows, 2 * outputs, generator=generator) * 8).to(dtype)
+        y[:, :1] = -200.0  # exp overflows
+        first, second = y.double().chunk(2, -1)
+        for gelu in (False, True):
+            act = torch.nn.functional.gelu(first, approximate="tanh") if gelu else None
+            truth = (torch.nn.functional.silu(first) if act is None else act) * second
+            found = gate(y.to(where), gelu).double().cpu()
+            torch.testing.assert_close(found, truth, atol=limit, rtol=limit)

@@ -16,6 +16,7 @@ from halyard.hal.devices.cuda import CudaDevice
 from halyard.hal.devices.rocm import RocmDevice
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.errors import CapacityError
+from halyard.hal.kernels.triton import gated
 from halyard.hal.kernels.triton.skinny import (
     Plan,
     SkinnyLinears,
@@ -91,6 +92,46 @@ def test_draws(device: Any, dtype: DType) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_skinny_linears(device: Any, dtype: DType) -> None:
     checks.skinny_linears(checks.context(device, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates(device: Any, dtype: DType) -> None:
+    checks.gates(checks.context(device, dtype))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gated_products(device: Any, dtype: DType, gelu: bool) -> None:
+    """Against fp64, by the kernel for Hopper (where the GPU is one) and by the two of all GPUs."""
+    kind, bound = torch_dtype(dtype), {"float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    cores = gated._cores(torch.device("cuda", 0))
+    for rows, inputs, outputs in ((1, 64, 128), (130, 2048, 384), (129, 200, 128), (5000, 512, 1024),
+                                  (3000, 1024, 256)):  # fmt: skip
+        x = torch.randn(rows, inputs).to(kind).cuda()
+        weight = (torch.randn(2 * outputs, inputs) / inputs**0.5).to(kind).cuda()
+        first, second = (x.double() @ weight.double().T).chunk(2, -1)
+        act = torch.nn.functional.gelu(first, approximate="tanh") if gelu else None
+        truth = (torch.nn.functional.silu(first) if act is None else act) * second
+        ways = [gated.gated_product(x, weight, gelu)]
+        if cores:
+            ways += [gated.gated_on_hopper(x, weight, gelu, number) for number in (cores, 7)]
+        for found in ways:
+            assert (found.double() - truth).abs().max() <= bound * truth.abs().max()
+        assert len(ways) < 3 or torch.equal(ways[1], ways[2])
+
+
+def test_a_captured_gated_product_replays(device: Any) -> None:
+    weight = (torch.randn(4096, 512) / 20).to(torch.bfloat16).cuda()
+    x = torch.zeros(8192, 512, dtype=torch.bfloat16, device="cuda")
+    out: list[torch.Tensor] = []
+    replay = device.capture(lambda: out.append(gated.gated_product(x, weight, False)))
+    assert replay is not None
+    for seed in range(3):
+        x.copy_(torch.randn(8192, 512, generator=torch.Generator().manual_seed(seed)))
+        replay()
+        first, second = (x.double() @ weight.double().T).chunk(2, -1)
+        truth = torch.nn.functional.silu(first) * second
+        assert (out[-1].double() - truth).abs().max() <= 1.6e-2 * truth.abs().max()
 
 
 def test_a_captured_linear_of_split_inputs_replays(device: Any) -> None:

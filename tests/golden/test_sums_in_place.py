@@ -1,4 +1,4 @@
-"""Products that add to the residual stream in place, as GPUs run them, change no model's logits."""
+"""Products that add in place and take gates in, as GPUs run them, change no model's logits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from test_program_matches_hf import check
+from test_program_matches_hf import Batch, check
 from tiny_models import tiny_model
 from torch import Tensor, fx
 
@@ -17,13 +17,14 @@ from halyard.compiler.program import HeadShape
 from halyard.hal.contract import Executable
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
+from halyard.hal.kernels.triton.gated import gated_product
 from halyard.hal.kernels.triton.skinny import linear_add, linear_add_
 from halyard.hal.types import DeviceInfo
 from halyard.models.adapter import build_meta_module
 from halyard.models.spec import ModelSpec
 
 DEVICE = CpuDevice()
-PASSES = ("skinny_linears", "add_in_linears")
+PASSES = ("skinny_linears", "add_in_linears", "gate_linears")
 
 
 class InPlace(EagerCompiler):
@@ -33,7 +34,7 @@ class InPlace(EagerCompiler):
         self.changed: list[fx.GraphModule] = []
 
     def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
-        return (*super().passes(device, dtype), *PASSES)
+        return ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input", *PASSES)
 
     def compile(
         self, segment: fx.GraphModule, inputs: Sequence[Tensor], device: DeviceInfo
@@ -46,9 +47,10 @@ class InPlace(EagerCompiler):
 
 # gemma2 norms what it adds: its products can't. mixtral's experts are no linears.
 @pytest.mark.parametrize(
-    ("family", "in_place"), [("llama", 4), ("qwen2", 4), ("phi3", 4), ("gemma2", 0), ("mixtral", 2)]
+    ("family", "in_place", "gated"),
+    [("llama", 4, 2), ("qwen2", 4, 2), ("phi3", 4, 2), ("gemma2", 0, 2), ("mixtral", 2, 0)],
 )
-def test_logits_stay(family: str, in_place: int) -> None:
+def test_logits_stay(family: str, in_place: int, gated: int) -> None:
     model, compiler = tiny_model(family), InPlace()
     spec = ModelSpec.from_hf(model.config)
     traceable = build_meta_module(spec, "float32")
@@ -61,12 +63,19 @@ def test_logits_stay(family: str, in_place: int) -> None:
     targets = [node.target for module in compiler.changed for node in module.graph.nodes]
     assert targets.count(linear_add_) == in_place
     assert targets.count(linear_add) == 0
+    assert targets.count(gated_product) == gated
     kernels = ReferenceKernels(DEVICE)
     program = unbound.bind(
         {name: model.state_dict()[name].clone() for name in unbound.weights}, kernels
     )
     program.set_pool(DEVICE.allocate_kv(kernels.layout(spec.kv_spec("float32", 4)), 64, host=False))
     check(family, program)
+    # Of a prompt the last token alone goes on behind the last attention, on GPUs too.
+    assert program._token_axes is not None
+    sequence = [5 * i % 128 for i in range(20)]
+    everything = Batch([sequence]).step(program, {0: 20})[0]
+    last = Batch([sequence]).step(program, {0: 20}, wanted=[19])[0]
+    torch.testing.assert_close(last, everything[[19]], atol=1e-5, rtol=1e-5)
 
 
 def made(donated: bool, late_reader: bool, view_before: bool = False) -> fx.GraphModule:

@@ -15,7 +15,7 @@ from halyard.hal.types import DeviceInfo
 from halyard.models.shapes import shape_config
 from halyard.models.spec import ModelSpec
 from halyard.runtime.config import EngineConfig
-from halyard.runtime.planner import CPU_KV_BYTES, fit_memory, make_plan
+from halyard.runtime.planner import CPU_KV_BYTES, fit_memory, gpu_batched_tokens, make_plan
 
 GIB = 2**30
 PKG = Path(__file__).resolve().parents[2] / "pkg"
@@ -226,3 +226,19 @@ def test_a_full_accelerator_still_gets_a_host_tier():
     plan = fit(3 * GIB, max_num_sequences=1000)
     assert plan.limited_by == "the memory budget"
     assert plan.num_host_blocks == plan.num_blocks // 4
+
+
+@pytest.mark.parametrize(
+    ("cores", "tokens"),
+    [
+        (132, 66 * 128),
+        (108, 54 * 128),
+        (304, 76 * 128),
+        (144, 72 * 128),
+        (7, 8192),
+        (24, 48 * 128),
+        (1, 8192),
+    ],
+)
+def test_a_gpus_steps_fill_whole_turns_of_its_multiprocessors(cores: int, tokens: int) -> None:
+    assert gpu_batched_tokens(cores) == tokens

@@ -19,6 +19,7 @@ from halyard.hal.kernels.native.linear import (
     unpack_linear,
 )
 from halyard.hal.kernels.native.quantized_linear import quantized_embedding, quantized_linear
+from halyard.hal.kernels.triton.gated import gated_product
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
 
@@ -193,6 +194,20 @@ def test_gates_join_their_product_where_nobody_else_reads_it(form: str, activati
     joins = form in ("two", "chunk", "swapped factors") and activation != "gelu by erf"
     assert targets.count(gated_linear) == joins
     assert (packed_linear in targets) != joins
+    ids = torch.randint(0, 100, (7,))
+    torch.testing.assert_close(run(graph, model, ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu by erf"])
+@pytest.mark.parametrize("form", ["two", "chunk", "swapped factors", "bias", "second reader"])
+def test_gates_join_a_gpus_product_too(form: str, activation: str) -> None:
+    torch.manual_seed(0)
+    model = FeedForward(form, activation, size=96)  # no whole panels: nothing is packed there
+    graph = graph_of(model)
+    run_passes(graph, ("fuse_linears_of_one_input", "skinny_linears", "gate_linears"))
+    targets = [node.target for node in graph.module.graph.nodes]
+    joins = form in ("two", "chunk", "swapped factors") and activation != "gelu by erf"
+    assert targets.count(gated_product) == joins
     ids = torch.randint(0, 100, (7,))
     torch.testing.assert_close(run(graph, model, ids), model(ids), atol=1e-5, rtol=1e-5)
 

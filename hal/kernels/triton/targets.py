@@ -32,10 +32,11 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
 
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
                      "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
-                     "shared", "few_rows", "rows", "prefill_hopper"]  # fmt: skip
+                     "shared", "few_rows", "rows", "gate", "prefill_hopper", "gated_hopper"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
-    "move", "draw", "draw_greedy", "decode_shared", "shared", "few_rows", "rows", "prefill_hopper",
+    "move", "draw", "draw_greedy", "decode_shared", "shared", "few_rows", "rows", "gate",
+    "prefill_hopper", "gated_hopper",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -55,9 +56,10 @@ _SHORT: dict[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf1
 _MATRIX = re.compile(r"\b(wgmma|tcgen05|mma|v_s?w?mma|v_s?mfma)[._]\w[\w.]*")
 _STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "source_layer",
             "source_block", "target_layer", "target_block", "row_stride", "x_row", "w_row", "num_inputs", "num_outputs",
-            "split_inputs", "piece", "vocab")  # fmt: skip
+            "split_inputs", "piece", "vocab", "inputs", "outputs")  # fmt: skip
 # Of a draw or a linear nothing depends on a head's dim.
-_ONE_DIM = ("move", "draw", "draw_greedy", "few_rows", "rows")
+_ONE_DIM = ("move", "draw", "draw_greedy", "few_rows", "rows", "gate", "gated_hopper")
+_GLUON = ("prefill_hopper", "gated_hopper")  # Hopper alone
 # 4-byte registers a thread may put into scratch memory; others: none. RDNA 3 has 256 registers a
 # thread, and a head of 256 does not fit beside its sums. fp32 (any number) runs without matrix units
 # and keeps its operands in registers: it is there for exactness, not for speed.
@@ -98,7 +100,7 @@ class CompileReport:
         allowed = _SPILLS_ALLOWED.get((self.variant.target, self.variant.head_dim), 0)
         if self.variant.dtype != "float32" and self.spills > allowed:
             found.append(f"{self.spills} registers spilled")
-        dots = self.variant.kernel.startswith(("decode", "prefill", "shared", "rows"))
+        dots = self.variant.kernel.startswith(("decode", "prefill", "shared", "rows", "gated"))
         if dots and self.variant.dtype != "float32" and not self.matrix:
             found.append("no matrix instructions")
         if self.waits >= sum(self.matrix.values()) > 1:  # ptxas gave each a wait of its own
@@ -118,14 +120,12 @@ def variants(
             if kernel == "move":
                 yield Variant(kernel, target, dtypes[0], head_dims[0])
                 continue
-            if kernel == "prefill_hopper":
+            if kernel in _GLUON:
                 if family(target) == "sm_90":
-                    for dtype in dtypes:
-                        yield from (
-                            Variant(kernel, target, dtype, dim)
-                            for dim in head_dims
-                            if ITEM_SIZE[dtype] == 2 and hopper_tile(dim) is not None
-                        )
+                    dims = [dim for dim in head_dims if hopper_tile(dim) is not None]
+                    for dtype in (dtype for dtype in dtypes if ITEM_SIZE[dtype] == 2):
+                        for dim in head_dims[:1] if kernel in _ONE_DIM else dims:
+                            yield Variant(kernel, target, dtype, dim)
                 continue
             for dtype in dtypes:
                 for dim in head_dims[:1] if kernel in _ONE_DIM else head_dims:
@@ -154,13 +154,15 @@ def compile_variant(
         name: "constexpr" if name in constants else _type(name, variant)
         for name in function.arg_names
     }
+    if variant.kernel == "gated_hopper":
+        signature |= _boxes(variant)
     aligned = [["tt.divisibility", 16]]
     attrs = {
         (index,): aligned
         for index, name in enumerate(function.arg_names)
         if signature[name].startswith("*") or name in _STRIDES
     }
-    source = GluonASTSource if variant.kernel == "prefill_hopper" else ASTSource
+    source = GluonASTSource if variant.kernel in _GLUON else ASTSource
     compiled = triton.compile(
         source(fn=function, signature=signature, constexprs=constants, attrs=attrs),
         target=GPUTarget(*TARGETS[variant.target]),
@@ -188,7 +190,17 @@ def _source(
     """The function, its constants, the compiler's options, and the tile in words."""
     from dataclasses import replace
 
-    from halyard.hal.kernels.triton import decode, draw, linear, moves, prefill, shared, write
+    from halyard.hal.kernels.triton import (
+        decode,
+        draw,
+        gate,
+        gated,
+        linear,
+        moves,
+        prefill,
+        shared,
+        write,
+    )  # fmt: skip
 
     features = variant.kernel.endswith("features")
     item_size = ITEM_SIZE[variant.dtype]
@@ -229,6 +241,18 @@ def _source(
             return linear.rows_kernel, constants, options, str(plan)
         constants |= {"STAGES": plan.stages, "NORM": True, "GATED": True}
         return linear.few_rows_kernel, constants, {"num_warps": plan.num_warps}, str(plan)
+    if variant.kernel == "gate":
+        return gate.gate_kernel, {"BLOCK": 1024, "GELU": True}, {"num_warps": 4}, "1024 columns"
+    if variant.kernel == "gated_hopper":
+        from halyard.hal.kernels.triton import hopper_linear
+
+        constants = {
+            "BLOCK_M": gated.BLOCK_M, "BLOCK_N": gated.BLOCK_N, "BLOCK_K": gated.BLOCK_K,
+            "STAGES": gated.STAGES, "GROUP_M": gated.GROUP_M, "GELU": True,
+        }  # fmt: skip
+        options = {"num_warps": gated.WARPS, "maxnreg": gated.REGISTERS}
+        words = f"{gated.BLOCK_M}x2x{gated.BLOCK_N}, {gated.WARPS} warps, {gated.STAGES} stages"
+        return hopper_linear.gated_product_kernel, constants, options, words
     if variant.kernel == "shared":
         tile = shared_tile(variant.target, shape.dim_pad, item_size, shape.group)
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -260,6 +284,21 @@ def _source(
     return function, shape.constants(tile) | extra, options, words
 
 
+def _boxes(variant: Variant) -> dict[str, str]:
+    """The types of the matrices that the gated product copies in boxes."""
+    from triton.experimental.gluon import language as gl
+
+    from halyard.hal.kernels.triton import gated
+
+    layout, kind = gl.NVMMASharedLayout(128, 16, 2), _SHORT[variant.dtype]
+    shapes = {
+        "x": [gated.BLOCK_M, gated.BLOCK_K],
+        "w": [gated.BLOCK_N, gated.BLOCK_K],
+        "out": [gated.BLOCK_M, gated.BLOCK_N],
+    }
+    return {name: f"tensordesc<{kind}{shape},{layout!r}>" for name, shape in shapes.items()}
+
+
 def _type(name: str, variant: Variant) -> str:
     """Triton's type of an argument."""
     if name in ("q", "k", "v", "pool", "out", "x", "w", "y", "bias", "residual", "norm"):
@@ -269,7 +308,7 @@ def _type(name: str, variant: Variant) -> str:
         return "*fp32" if split else f"*{_SHORT[variant.dtype]}"
     if name == "logits":
         return f"*{_SHORT[variant.dtype]}"
-    if name in ("rows", "tokens", "codes"):
+    if name in ("rows", "tokens", "codes") and variant.kernel != "gated_hopper":
         return "*i64"
     if name == "bad":
         return "*i8"
