@@ -53,7 +53,7 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
     yield Part("serve-offline", offline, 90)
     served = [
         *CLI, "bench", "serve", "--size", options.size, "--workload", "decode", "--token-ids",
-        "--concurrency", *["256"] * 6, "--", str(out / "model"), "--load-format", "dummy", *backend,
+        "--pause", "2", "--concurrency", *["256"] * 6, "--", str(out / "model"), "--load-format", "dummy", *backend,
     ]  # fmt: skip
     yield Part("serve", served, 150)
     for shape, limit in (("1b", 120.0), ("8b", 200.0)):

@@ -1,9 +1,12 @@
-"""A product of many rows, then residual add and RMS norm, on a GPU: where the add should happen.
+"""Products of many rows and what follows them, on a GPU: where adds and gates should happen.
 
-Usage: python benchmarks/gpu_wide_linears.py [--rows 8192 ...] [--only 1b] [--rounds N] [--out FILE]
+Usage: python benchmarks/gpu_wide_linears.py [--rows 8448 ...] [--only 1b] [--parts gated] [--rounds N]
+                                             [--out FILE]
 
-Apart: the library's product, then one kernel that adds and norms. In place: the library's product adds
-to the residual itself, then a kernel norms. Times are medians of rounds that take the forms in turn.
+added: apart, the library's product, then one kernel that adds and norms; in place, the library's
+product adds to the residual itself, then a kernel norms. gated (Hopper): a feed-forward layer's first
+product by the library and the gate by a kernel, or both by hal/kernels/triton/hopper_linear.py. Times
+are medians of rounds that take the forms in turn.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ Form = Callable[[], Tensor]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8192])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8448])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("added", "gated"), default=["added", "gated"]
+    )
     parser.add_argument("--only", nargs="+", default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out")
@@ -33,13 +39,29 @@ def main() -> int:
     for shape in args.only:
         hidden, width, heads = SHAPES[shape]
         for rows in args.rows:
-            for name, inputs in (("o", heads), ("down", width)):
-                added(args, f"{shape} {name}", rows, inputs, hidden)
+            if "gated" in args.parts:
+                gated(args, f"{shape} gate, up", rows, hidden, width)
+            if "added" in args.parts:
+                for name, inputs in (("o", heads), ("down", width)):
+                    added(args, f"{shape} {name}", rows, inputs, hidden)
     return 0
 
 
 def made(*shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device="cuda") * scale).to(torch.bfloat16)
+
+
+def gated(args: argparse.Namespace, cell: str, rows: int, inputs: int, outputs: int) -> None:
+    from halyard.hal.kernels.triton.gated import gate, gated_on_hopper
+
+    x, w = made(rows, inputs), made(2 * outputs, inputs, scale=inputs**-0.5)
+    cores = torch.cuda.get_device_properties(0).multi_processor_count
+    forms: dict[str, Form] = {
+        "product alone": lambda: torch.nn.functional.linear(x, w),
+        "product, gate": lambda: gate(torch.nn.functional.linear(x, w), False),
+        "product with its gate": lambda: gated_on_hopper(x, w, False, cores),
+    }
+    tell(args, f"{cell} x {rows}", forms, 4 * rows * inputs * outputs)
 
 
 def added(args: argparse.Namespace, cell: str, rows: int, inputs: int, hidden: int) -> None:

@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--token-ids", action="store_true",
         help="ask for token ids too: tokens without text (random weights) send no event otherwise")  # fmt: skip
     add("--api-key", metavar="KEY", help="sent as a bearer token")
+    add("--pause", type=float, default=0.0, metavar="S",
+        help="leave the server in peace for so many seconds before each load (default 0)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the arrivals")
     add("server", nargs="*", metavar="-- SERVER ARGUMENT",
         help="arguments of `halyard serve` for a server of its own")  # fmt: skip
@@ -64,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     with _server(args) as url:
         model = args.model or _first_model(url, args.api_key)
         for load in loads or [{}]:
+            time.sleep(max(0.0, args.pause))
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 done = runner.run(
                     run_load(

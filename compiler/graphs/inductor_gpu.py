@@ -49,7 +49,7 @@ class Artefact:
 
 def compile_artefact(segment: fx.GraphModule, inputs: Sequence[Tensor]) -> Artefact:
     """Compile for the device that the fake `inputs` live on; their sizes stay symbolic."""
-    from torch._inductor import standalone_compile
+    from torch._inductor import config, standalone_compile
 
     options = {
         "config_patches": {
@@ -58,7 +58,9 @@ def compile_artefact(segment: fx.GraphModule, inputs: Sequence[Tensor]) -> Artef
         }
     }
     segment = add_in_place(segment)
-    with torch.no_grad(), warnings.catch_warnings():
+    # A few kernels: they are done before a pool of processes has started, which would outlive us.
+    alone = config.patch(compile_threads=1)
+    with torch.no_grad(), alone, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the library's own
         warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 is asked for: it is kept
         compiled = standalone_compile(

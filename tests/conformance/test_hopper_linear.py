@@ -127,7 +127,8 @@ def test_only_what_fits_goes_to_the_kernel() -> None:
     assert not takes(8448, 4096, 14336, 4, 132)  # fp32
     assert not takes(8448, 4096, 14336 + 64, 2, 132)  # no whole tiles
     assert not takes(8448, 4100, 14336, 2, 132)  # rows that don't begin at 16 bytes
-    assert not takes(16, 4096, 14336, 2, 132)  # too few for every multiprocessor
+    assert not takes(512, 2048, 8192, 2, 132)  # too few for every multiprocessor
+    assert not takes(640, 4096, 14336, 2, 132)  # 4.2 turns: most of the fifth is idle
 
 
 def test_without_its_parts_the_library_multiplies_and_it_is_told(

@@ -26,7 +26,10 @@ _GATE_BLOCK = 1024
 # four stages of shared memory; 16 tiles of rows at once read the weights of few columns.
 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M = 128, 128, 64, 4, 16
 WARPS, REGISTERS = 8, 168  # of a thread on average: the copying warps give theirs away
-_LEAST_TURNS = 4  # tiles a multiprocessor: with fewer the library shares the work out better
+# Tiles a multiprocessor, and how many of the multiprocessors the last turn may leave idle: else the
+# library shares the work out better (1B and 8B, 128 to 8448 rows, benchmarks/gpu_wide_linears.py).
+_LEAST_TURNS = 4
+_MOST_IDLE = 0.05  # of all turns
 
 _library = torch.library.Library("halyard", "FRAGMENT")
 _library.define("gated_product(Tensor x, Tensor weight, bool gelu) -> Tensor")
@@ -34,9 +37,11 @@ _library.define("gated_product(Tensor x, Tensor weight, bool gelu) -> Tensor")
 
 def takes_hopper(rows: int, inputs: int, outputs: int, item_size: int, cores: int) -> bool:
     """Whether the kernel for Hopper takes a product of `rows` by 2 x `outputs`, and gains by it."""
+    if item_size != 2 or outputs % BLOCK_N or inputs % 8:
+        return False
     tiles = -(-rows // BLOCK_M) * (outputs // BLOCK_N)
-    fits = item_size == 2 and outputs % BLOCK_N == 0 and inputs % 8 == 0
-    return fits and tiles >= _LEAST_TURNS * cores
+    turns = -(-tiles // cores)
+    return turns >= _LEAST_TURNS and tiles >= (1 - _MOST_IDLE) * turns * cores
 
 
 def gate(y: Tensor, gelu: bool) -> Tensor:
