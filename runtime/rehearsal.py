@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from halyard.compiler.captured import CapturedProgram
+from halyard.hal import fallbacks
 from halyard.hal.errors import DeviceMemoryError
 from halyard.runtime.executor import Executor
 from halyard.runtime.plan import PlanRow, StepPlan
@@ -25,7 +26,8 @@ logger = logging.getLogger("halyard.rehearsal")
 
 _PROMPT = 40  # tokens of a short prompt
 _LONG_PROMPTS = 1100  # two of them are more than is recorded, and long enough to be attended apart
-_SPARE_BYTES = 2 << 30  # of the device's memory: recordings ahead of need take none of the last
+_SPARE = 0.03  # of the device's memory, and at least:
+_SPARE_BYTES = 512 << 20  # recordings ahead of need take none of the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class Rehearsal:
 
     def one(self) -> bool:
         """Take one step ahead. False: none is wanted, for now."""
-        if self._executor.device.memory().free < _SPARE_BYTES:
+        memory = self._executor.device.memory()
+        if memory.free < max(_SPARE_BYTES, _SPARE * memory.total):
             return False
         piece = next(self._pieces, None)
         if piece is None:
@@ -55,9 +58,12 @@ class Rehearsal:
             self._executor.rehearse(self._plan(piece))
         except DeviceMemoryError as error:
             logger.info("steps are recorded when they come: %s", error)
-            self._pieces = iter(())
-            return False
-        return True
+        except Exception as error:  # noqa: BLE001 - nobody asked for it; a step that needs it will tell
+            fallbacks.note("rehearsal", f"steps are prepared when they come: {error}")
+        else:
+            return True
+        self._pieces = iter(())
+        return False
 
     def _wanted(self) -> Iterator[_Piece | None]:
         program = self._executor.program

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from halyard import LLM, SamplingParams
 from halyard.compiler.captured import CapturedProgram
+from halyard.hal import fallbacks
 from halyard.hal.kernels.native.library import find_compiler
 from halyard.runtime.batcher import Batcher
 from halyard.runtime.rehearsal import Rehearsal
@@ -196,7 +197,8 @@ def test_nothing_is_rehearsed_without_room_or_while_requests_are_here(
     while engine.has_work():
         engine.step()
     memory = device.memory()
-    monkeypatch.setattr(device, "memory", lambda: replace(memory, free=1 << 30), raising=False)
+    few = replace(memory, total=80 << 30, free=2 << 30)  # of an H100's
+    monkeypatch.setattr(device, "memory", lambda: few, raising=False)
     assert not engine.rehearse()
     monkeypatch.undo()
     assert engine.rehearse()
@@ -212,3 +214,23 @@ def test_nothing_is_rehearsed_without_room_or_while_requests_are_here(
     assert [
         o.outputs[0].finish_reason for o in llm.generate([[5, 6]], SamplingParams(max_tokens=1))
     ]
+
+
+def test_a_step_that_fails_while_nobody_waits_ends_the_rehearsal_alone(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, _, captured = recorded
+
+    def broken(*inputs: Any) -> Any:
+        raise RuntimeError("this kernel doesn't compile")
+
+    before = fallbacks.counts().get("rehearsal", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(captured, "run", broken)
+        assert [llm.engine.rehearse() for _ in range(3)] == [False] * 3
+    assert fallbacks.counts()["rehearsal"] == before + 1
+    assert (
+        llm.generate([[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True))[0]
+        .outputs[0]
+        .token_ids
+    )
