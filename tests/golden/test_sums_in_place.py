@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 from test_program_matches_hf import Batch, check
-from tiny_models import tiny_model
+from tiny_models import SERVED, tiny_model
 from torch import Tensor, fx
 
 from halyard.compiler.build import build_program
 from halyard.compiler.graphs.eager import EagerCompiler
 from halyard.compiler.graphs.inductor_gpu import add_in_place
-from halyard.compiler.program import HeadShape
+from halyard.compiler.program import HeadShape, UnboundProgram
 from halyard.hal.contract import Executable
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
@@ -45,6 +45,23 @@ class InPlace(EagerCompiler):
         return super().compile(self.changed[-1], inputs, device)
 
 
+def built(spec: ModelSpec, compiler: InPlace) -> UnboundProgram:
+    traceable = build_meta_module(spec, "float32")
+    return build_program(
+        traceable, traceable.buffers_by_name, compiler, DEVICE.info, name=spec.architecture,
+        num_layers=spec.num_layers,
+        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+        vocab_size=spec.vocab_size, dtype="float32", torch_device=DEVICE.torch_device,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_few_wanted_tokens_go_on_alone_on_gpus_too(family: str) -> None:
+    """Their operators are known to go row by row; two families' experts regroup tokens."""
+    program = built(ModelSpec.from_hf(tiny_model(family).config), InPlace())
+    assert (program.token_axes is None) == (family in ("gpt-oss", "deepseek-v3"))
+
+
 # gemma2 norms what it adds: its products can't. mixtral's experts are no linears.
 @pytest.mark.parametrize(
     ("family", "in_place", "gated"),
@@ -53,13 +70,7 @@ class InPlace(EagerCompiler):
 def test_logits_stay(family: str, in_place: int, gated: int) -> None:
     model, compiler = tiny_model(family), InPlace()
     spec = ModelSpec.from_hf(model.config)
-    traceable = build_meta_module(spec, "float32")
-    unbound = build_program(
-        traceable, traceable.buffers_by_name, compiler, DEVICE.info, name=family,
-        num_layers=spec.num_layers,
-        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
-        vocab_size=spec.vocab_size, dtype="float32", torch_device=DEVICE.torch_device,
-    )  # fmt: skip
+    unbound = built(spec, compiler)
     targets = [node.target for module in compiler.changed for node in module.graph.nodes]
     assert targets.count(linear_add_) == in_place
     assert targets.count(linear_add) == 0
