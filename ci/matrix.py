@@ -50,6 +50,7 @@ _TESTS = {
                   "tests/conformance/test_tvm_gpu_source.py", "tests/golden/test_program_tvm.py"),
     "tests-triton": ("tests/conformance/test_triton_interpreter.py",
                      "tests/conformance/test_triton_targets.py",
+                     "tests/conformance/test_triton_ahead.py",
                      "tests/conformance/test_hopper_prefill.py",
                      "tests/conformance/test_hopper_linear.py"),
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """Steps recorded once and replayed: on a GPU a step's launches then cost one call.
 
-A decode step is recorded for a number of rows and a reach of keys, both rounded up, when such a step
-first comes. Inputs lie in one buffer, which a step's inputs are copied to in one piece; rows that
+A decode step is recorded for a number of rows and a reach of keys, both rounded up. A recording holds
+everybody up for as long as dozens of steps take, so where a wider one is there it is replayed until
+the fitting one has been wanted often enough; where none is, the step that comes is recorded. Inputs lie in one buffer, which a step's inputs are copied to in one piece; rows that
 only fill up a recording have no slot and one key, and nobody reads what they get.
 
 Steps with prompts in them are recorded up to a number of tokens, behind which the device takes longer
@@ -30,13 +31,17 @@ _MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 12
                  *range(1024, 2049, 256))  # fmt: skip
 _MIXED_ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
+_WIDER_STEPS = 32  # that many replays of a wider recording take longer than recording what fits
 _MOST_AHEAD = 48  # of them, those that may be recorded before they come again
 # Decode steps that are worth recording before they come: up to so many rows and keys.
 _ROWS_AHEAD = 256
 _KEYS_AHEAD = 2048
 
-
 _Key = tuple[int, int, int, bool, bool]  # tokens, rows, keys, with prompts, shares blocks
+
+
+def _decode_key(rows: int, keys: int, shares: bool) -> _Key:
+    return rows, rows, keys, False, shares
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -58,10 +63,14 @@ class CapturedProgram:
         self._device = device
         self._block_size = block_size
         self.max_keys = max_blocks * block_size
+        self.max_rows = max_rows
         self._buckets = row_buckets(max_rows)
         self._mixed_rows = [*(rows for rows in _MIXED_ROWS if rows < max_rows), max_rows]
         self._replays: dict[_Key, tuple[Callable[[], None], Tensor]] = {}
         self._seen: Counter[_Key] = Counter()  # steps with prompts that are not recorded
+        self._wanted: Counter[_Key] = (
+            Counter()
+        )  # decode steps that a wider recording was replayed for
         self.num_mixed = 0  # recordings of steps with prompts
         self._enabled = True
         # Of a row: int64 and int32 columns, what it shares, a table; of a token that is no row's
@@ -74,11 +83,38 @@ class CapturedProgram:
         self._program.set_pool(pool)
         self._forget()
 
-    def decode_shape(self, num_rows: int, max_seq_len: int) -> tuple[int, int] | None:
-        """(rows, keys) that inputs in `buffer` must be filled up to. None: give them as they are."""
+    def decode_shape(
+        self, num_rows: int, max_seq_len: int, shares: bool = False
+    ) -> tuple[int, int] | None:
+        """(rows, keys) that inputs in `buffer` must be filled up to. None: give them as they are.
+
+        Args:
+            shares: the step comes with StepBatch.shared.
+        """
+        fitting = self.fitting_shape(num_rows, max_seq_len)
+        if fitting is None or _decode_key(*fitting, shares) in self._replays:
+            return fitting
+        wider = self._wider(*fitting, shares)
+        if wider is None:
+            return fitting
+        key = _decode_key(*fitting, shares)
+        self._wanted[key] += 1
+        return fitting if self._wanted[key] > _WIDER_STEPS else wider
+
+    def fitting_shape(self, num_rows: int, max_seq_len: int) -> tuple[int, int] | None:
+        """As decode_shape, but the shape that fits best, recorded or not."""
         if not self._enabled or num_rows > self._buckets[-1]:
             return None
         return self._buckets[bisect_left(self._buckets, num_rows)], self._reach(max_seq_len)
+
+    def _wider(self, rows: int, keys: int, shares: bool) -> tuple[int, int] | None:
+        """The least decode step that is recorded and has room for that one."""
+        room = [
+            (others, reach)
+            for _, others, reach, mixed, shared in self._replays
+            if not mixed and shared == shares and others >= rows and reach >= keys
+        ]
+        return min(room, default=None)
 
     def mixed_shape(
         self, num_tokens: int, num_rows: int, num_logits: int, max_seq_len: int
@@ -97,10 +133,15 @@ class CapturedProgram:
         return max(tokens, rows), rows, self._reach(max_seq_len)
 
     def decode_shapes(self) -> list[tuple[int, int]]:
-        """(rows, keys) of decode steps that are worth recording before they come, the likely first."""
+        """(rows, keys) of decode steps that are worth recording before they come.
+
+        A lone row is first, whom a wider recording would cost most; then what has room for all others.
+        """
         reaches = sorted({self._reach(keys) for keys in (_SHORTEST_REACH, 1024, _KEYS_AHEAD)})
         rows = [rows for rows in self._buckets if rows <= _ROWS_AHEAD]
-        return [(number, keys) for keys in reaches for number in rows]
+        shapes = [(number, keys) for keys in reaches for number in rows]
+        first = [shapes[0], shapes[-1]]
+        return first + [shape for shape in shapes if shape not in first]
 
     def seen_once(self) -> tuple[int, int, int] | None:
         """(tokens, rows, keys) of a step with prompts that came once and is not recorded yet."""
@@ -119,6 +160,7 @@ class CapturedProgram:
     def _forget(self) -> None:
         self._replays.clear()
         self._seen.clear()
+        self._wanted.clear()
         self.num_mixed = 0
 
     def _reach(self, max_seq_len: int) -> int:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTRACT_VERSION",
+    "CompilingKernels",
     "CopyingDevice",
     "Device",
     "DrawingKernels",
@@ -237,6 +238,15 @@ class WritingKernels(Protocol):
         self, k: Tensor, v: Tensor, pool: KVPool, layer: AttentionLayer, batch: StepBatch
     ) -> None:
         """What `attend` does first: keys and values to their slots, tokens without one left out."""
+
+
+@runtime_checkable
+class CompilingKernels(Protocol):
+    """What PagedKernels may offer besides: kernels are compiled before anything waits for them."""
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """Within it calls compile the kernels they would launch, and launch none of them: what they
+        return is anything of the right shape. On leaving these kernels are compiled."""
 
 
 Executable = Callable[..., "tuple[Tensor, ...]"]  # positional tensors in, tuple of tensors out

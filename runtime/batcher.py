@@ -21,7 +21,7 @@ from halyard.runtime.plan import PlanRow, StepPlan
 from halyard.runtime.row_table import RowTable
 from halyard.runtime.samples import Samples
 from halyard.runtime.sequence import Sequence
-from halyard.runtime.shared_rows import find_shared_rows
+from halyard.runtime.shared_rows import filled_up, find_shared_rows
 
 __all__ = ["Arena", "Batcher", "PackedStep", "PooledSpan", "PromptSpan", "StepInputs", "stage"]
 
@@ -99,8 +99,9 @@ class Batcher:
 
     Args:
         max_blocks: most blocks of a sequence.
-        recorded: (rows, most keys of a row) of a decode step -> the same, rounded up to a step that
-            the device has recorded or would record; None: it records none.
+        recorded: (rows, most keys of a row, whether they share blocks) of a decode step -> rows and
+            keys, rounded up to a step that the device has recorded or would record; None: it records
+            none.
         mixed: (tokens, rows, logits, most keys of a row) of a step with prompts -> tokens, rows and
             keys that it is filled up to, likewise; None: such steps are not recorded.
         buffer: where recorded steps read their inputs, uint8 on the device.
@@ -111,14 +112,14 @@ class Batcher:
         self,
         block_size: int,
         max_blocks: int,
-        recorded: Callable[[int, int], tuple[int, int] | None] | None = None,
+        recorded: Callable[[int, int, bool], tuple[int, int] | None] | None = None,
         buffer: Tensor | None = None,
         share: bool = False,
         mixed: Callable[[int, int, int, int], tuple[int, int, int] | None] | None = None,
     ) -> None:
         self._share = share
         self._mixed = mixed
-        self._shared: tuple[NDArray[np.int32], ...] = ()
+        self._shared: dict[int, tuple[NDArray[np.int32], ...]] = {}  # by number of rows
         self._shared_version = -1  # of the table that it was found in
         self._size = block_size
         self._recorded = recorded
@@ -183,14 +184,16 @@ class Batcher:
     ) -> PackedStep:
         """A step of one token a row, each of them followed by one sample."""
         num, size, keys = len(sequences), self._size, int(starts.max()) + 1
-        shape = self._recorded(num, keys) if self._recorded is not None else None
+        shared = self._shared_rows(slots, starts, num) if self._share else ()
+        shape = self._recorded(num, keys, bool(shared)) if self._recorded is not None else None
         rows, keys = shape or (num, keys)
         ends = starts + 1
         records = self._table.records[slots]
         tables = self._table.tables[slots, : -(-keys // size)]
         index = np.arange(rows + 1)
         written = tables[index[:num], starts // size] * np.int64(size) + starts % size
-        shared = self._shared_rows(tables[:num], starts, rows) if self._share else ()
+        if shared and rows > num:
+            shared = self._shared_rows(slots, starts, rows)
         input_ids = np.array([sequence.token_ids[-1] for sequence in sequences], np.int64)
         lengths = ends.astype(np.int32)
         if rows > num:  # rows that only fill up: no slot, one key
@@ -223,13 +226,18 @@ class Batcher:
         )
 
     def _shared_rows(
-        self, tables: NDArray[np.int32], starts: NDArray[np.int64], rows: int
+        self, slots: NDArray[np.int64], starts: NDArray[np.int64], rows: int
     ) -> tuple[NDArray[np.int32], ...]:
-        """As long as the same rows decode, what they share stays the same."""
+        """For so many rows, of which the first have slots. As long as the same rows decode, what they
+        share stays the same."""
         if self._shared_version != self._table.version:
-            self._shared = find_shared_rows(tables, starts, self._size, rows) or ()
+            tables = self._table.tables[slots, : int(starts.max()) // self._size + 1]
+            self._shared = {len(slots): find_shared_rows(tables, starts, self._size) or ()}
             self._shared_version = self._table.version
-        return self._shared
+        found = self._shared.get(rows)
+        if found is None:
+            found = self._shared[rows] = filled_up(self._shared[len(slots)], rows)
+        return found
 
     def _wanted_logits(
         self, rows: tuple[PlanRow, ...], query_start: NDArray[np.int64], slots: NDArray[np.int64]

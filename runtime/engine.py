@@ -153,7 +153,7 @@ class Engine:
         if self._rehearsal is None:
             from halyard.runtime.rehearsal import Rehearsal
 
-            self._rehearsal = Rehearsal(self.executor)
+            self._rehearsal = Rehearsal(self.executor, self.scheduler.config.max_batched_tokens)
         return self._rehearsal.one()
 
     def _step(self) -> list[TokenEvent]:

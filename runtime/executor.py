@@ -199,28 +199,37 @@ class Executor:
         self._sizes = (pool.num_blocks, host_pool.num_blocks if host_pool is not None else 0)
         program.set_pool(pool)
 
-    def _make_batcher(self) -> Batcher:
+    def _make_batcher(self, fitting: bool = False) -> Batcher:
+        """fitting: decode steps aren't widened to what is recorded already."""
         program, size = self.program, self.pool.layout.spec.block_size
         if not isinstance(program, CapturedProgram):
             return Batcher(size, self._max_blocks, share=self._share)
         mixed = program.mixed_shape if getattr(self.kernels, "takes_empty_rows", False) else None
-        return Batcher(
-            size, self._max_blocks, program.decode_shape, program.buffer, self._share, mixed
-        )
+
+        def fits(rows: int, keys: int, _shares: bool) -> tuple[int, int] | None:
+            return program.fitting_shape(rows, keys)
+
+        shape = fits if fitting else program.decode_shape
+        return Batcher(size, self._max_blocks, shape, program.buffer, self._share, mixed)
 
     @torch.inference_mode()
-    def rehearse(self, plan: StepPlan) -> None:
+    def rehearse(self, plan: StepPlan, recorded: bool = True) -> None:
         """Run a step of nobody's, with no step in flight, for what that brings about on the device.
 
         Its tokens have no slots, so that no block changes; what it draws is thrown away.
 
         Args:
             plan: rows that draw without penalties or grammars; their blocks are read.
+            recorded: as a step is run that the device records or has recorded; else launch by launch.
 
         Raises:
             DeviceMemoryError: the device's memory is too small for this step.
         """
-        packed = self._make_batcher().pack(plan)
+        if recorded:
+            batcher = self._make_batcher(fitting=True)
+        else:
+            batcher = Batcher(self.pool.layout.spec.block_size, self._max_blocks, share=self._share)
+        packed = batcher.pack(plan)
         positions, slot_mapping, *others = packed.arrays
         nowhere = np.full_like(slot_mapping, -1)
         try:

@@ -1,19 +1,22 @@
 """What steps to come will need, made while nobody waits: kernels compiled, decode steps recorded.
 
 On a GPU the first step of its kind takes up to a second more where kernels are to be compiled, and
-tens of milliseconds where it is to be recorded. A server without work takes such steps ahead, one at
-a time, so that what comes in meanwhile waits for one of them at most.
+tens of milliseconds where it is to be recorded. A server without work first compiles what serving
+launches, several kernels at once, and then takes such steps ahead, one at a time, so that what comes
+in meanwhile waits for one of them at most.
 """
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from halyard.compiler.captured import CapturedProgram
 from halyard.hal import fallbacks
+from halyard.hal.contract import CompilingKernels
 from halyard.hal.errors import DeviceMemoryError
 from halyard.runtime.executor import Executor
 from halyard.runtime.plan import PlanRow, StepPlan
@@ -25,9 +28,14 @@ __all__ = ["Rehearsal"]
 logger = logging.getLogger("halyard.rehearsal")
 
 _PROMPT = 40  # tokens of a short prompt
+_MANY_PROMPTS = 128  # tokens of each, in as large a step as there are
 _LONG_PROMPTS = 1100  # two of them are more than is recorded, and long enough to be attended apart
 _SPARE = 0.03  # of the device's memory, and at least:
 _SPARE_BYTES = 512 << 20  # recordings ahead of need take none of the last
+
+
+_REACHES = (512, 1024, 2048, 4096, 8192)  # keys of a lone row: each may be split in another way
+_ROWS = (2, 4, 16, 64, 256)  # of decode steps that go to different kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,66 +44,106 @@ class _Piece:
 
     counts: tuple[int, ...]
     keys: int
-    params: SamplingParams
+    random: bool = False
+    shared: bool = False  # all rows have so many keys, and all of them in common
 
 
 class Rehearsal:
-    """The pieces that are left, most useful first."""
+    """What is left to be made, most useful first.
 
-    def __init__(self, executor: Executor) -> None:
+    Args:
+        max_tokens: of a step.
+    """
+
+    def __init__(self, executor: Executor, max_tokens: int) -> None:
         self._executor = executor
-        self._pieces = self._wanted()
+        self._max_tokens = max_tokens
+        self._prompts = getattr(executor.kernels, "takes_empty_rows", False)
+        self._tasks = self._wanted()
 
     def one(self) -> bool:
-        """Take one step ahead. False: none is wanted, for now."""
+        """Make one thing ahead. False: none is wanted, for now."""
         memory = self._executor.device.memory()
         if memory.free < max(_SPARE_BYTES, _SPARE * memory.total):
             return False
-        piece = next(self._pieces, None)
-        if piece is None:
+        task = next(self._tasks, None)
+        if task is None:
             return False
         try:
-            self._executor.rehearse(self._plan(piece))
+            task()
         except DeviceMemoryError as error:
             logger.info("steps are recorded when they come: %s", error)
         except Exception as error:  # noqa: BLE001 - nobody asked for it; a step that needs it will tell
             fallbacks.note("rehearsal", f"steps are prepared when they come: {error}")
         else:
             return True
-        self._pieces = iter(())
+        self._tasks = iter(())
         return False
 
-    def _wanted(self) -> Iterator[_Piece | None]:
+    def _wanted(self) -> Iterator[Callable[[], None] | None]:
         program = self._executor.program
         if not isinstance(program, CapturedProgram):
             return  # nothing is compiled or recorded when it first runs
-        greedy, random = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0)
+        if isinstance(self._executor.kernels, CompilingKernels):
+            yield self._compile
         most = program.max_keys
-        prompts = getattr(self._executor.kernels, "takes_empty_rows", False)
-        if prompts:
-            yield _Piece((min(_PROMPT, most),), min(_PROMPT, most), greedy)
-        yield _Piece((1,), 1, greedy)
-        if prompts:
-            yield _Piece((min(_LONG_PROMPTS, most),) * 2, min(_LONG_PROMPTS, most), greedy)
-        yield _Piece((1,), 1, random)
+        if self._prompts:
+            yield self._run(_Piece((min(_PROMPT, most),), min(_PROMPT, most)))
+        yield self._run(_Piece((1,), 1))
+        if self._prompts:
+            yield self._run(_Piece((self._long(),) * 2, self._long()))
+        yield self._run(_Piece((1,), 1, random=True))
         for rows, keys in program.decode_shapes():
-            if program.decode_shape(rows, keys) is None:
+            if program.fitting_shape(rows, keys) is None:
                 return  # the device records nothing
-            yield _Piece((1,) * rows, keys, greedy)
+            yield self._run(_Piece((1,) * rows, keys))
         while True:
             shape = program.seen_once()
-            yield None if shape is None else _Piece(_shares(*shape[:2]), shape[2], greedy)
+            yield None if shape is None else self._run(_Piece(_shares(*shape[:2]), shape[2]))
+
+    def _compile(self) -> None:
+        kernels = cast(CompilingKernels, self._executor.kernels)
+        with kernels.compiling():
+            for piece in self._varieties():
+                self._executor.rehearse(self._plan(piece), recorded=False)
+
+    def _varieties(self) -> Iterator[_Piece]:
+        """Steps that have between them what serving launches."""
+        program = self._executor.program
+        assert isinstance(program, CapturedProgram)
+        most, rows = program.max_keys, program.max_rows
+        if self._prompts:
+            long, each = self._long(), min(_MANY_PROMPTS, most)
+            yield _Piece((min(_PROMPT, most),), min(_PROMPT, most))
+            yield _Piece((long,) * 2, long)
+            yield _Piece((each,) * max(1, min(rows, self._max_tokens // each)), each)
+        for keys in sorted({min(reach, most) for reach in _REACHES}):
+            yield _Piece((1,), keys)
+        for number in sorted({min(number, rows) for number in _ROWS}):
+            yield _Piece((1,) * number, min(_REACHES[0], most))
+        yield _Piece((1,), 1, random=True)
+        yield _Piece((1,) * min(_ROWS[-1], rows), 1, random=True)
+        yield _Piece((1,) * min(_ROWS[-1], rows), min(_REACHES[1], most), shared=True)
+
+    def _long(self) -> int:
+        assert isinstance(self._executor.program, CapturedProgram)
+        return max(1, min(_LONG_PROMPTS, self._executor.program.max_keys, self._max_tokens // 2))
+
+    def _run(self, piece: _Piece) -> Callable[[], None]:
+        return lambda: self._executor.rehearse(self._plan(piece))
 
     def _plan(self, piece: _Piece) -> StepPlan:
         blocks, size = self._executor.pool.num_blocks, self._executor.pool.layout.spec.block_size
+        params = SamplingParams(temperature=1.0 if piece.random else 0.0)
         rows = []
         for number, count in enumerate(piece.counts):
-            end = piece.keys if number == 0 else count
-            request = Request(f"rehearsal-{number}", (0,) * end, piece.params, max_tokens=1)
+            end = piece.keys if number == 0 or piece.shared else count
+            request = Request(f"rehearsal-{number}", (0,) * end, params, max_tokens=1)
             sequence = Sequence.first_of(request, -1)
             sequence.status = SequenceStatus.RUNNING
             # Read, never written; different ones, so that the rows have none in common.
-            sequence.block_ids = array("i", [number % blocks] * -(-end // size))
+            block = 0 if piece.shared else number % blocks
+            sequence.block_ids = array("i", [block] * -(-end // size))
             rows.append(PlanRow(sequence, end - count, count, 1))
         tokens = sum(piece.counts)
         return StepPlan(0, tuple(rows), tokens, len(rows), tokens if max(piece.counts) > 1 else 0)

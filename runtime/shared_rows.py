@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from halyard.hal.types import SharedRows
 
-__all__ = ["find_shared_rows"]
+__all__ = ["filled_up", "find_shared_rows"]
 
 _LEAST_ROWS = 4  # of a group
 _LEAST_KEYS = 256  # that they share
@@ -22,12 +22,12 @@ Found = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 
 
 def find_shared_rows(
-    tables: NDArray[np.int32], starts: NDArray[np.int64], block_size: int, num_rows: int
+    tables: NDArray[np.int32], starts: NDArray[np.int64], block_size: int
 ) -> Found | None:
-    """SharedRows' fields for num_rows rows, of which the first len(tables) are real. None: no gain.
+    """SharedRows' fields for rows that decode. None: no gain.
 
-    Shapes follow from num_rows alone. Only blocks that are full before this step count, so every row
-    has keys of its own left.
+    Shapes follow from the number of rows alone. Only blocks that are full before this step count, so
+    every row has keys of its own left.
 
     Args:
         tables: [rows, blocks] block ids; starts: [rows] tokens before this step's.
@@ -39,10 +39,10 @@ def find_shared_rows(
     saved = sum((len(rows) - -(-len(rows) // width)) * blocks for rows, blocks in groups)
     if saved * block_size < _LEAST_SAVING * float(starts.sum()):
         return None
-    num_tiles = -(-num_rows // width) + _MOST_GROUPS
+    num_tiles = _num_tiles(len(tables))
     tile_rows = np.full((num_tiles, width), -1, np.int32)
     tile_keys = np.zeros(num_tiles, np.int32)
-    row_keys = np.zeros(num_rows, np.int32)
+    row_keys = np.zeros(len(tables), np.int32)
     tile = 0
     for rows, blocks in groups:
         row_keys[rows] = blocks * block_size
@@ -52,6 +52,21 @@ def find_shared_rows(
             tile_keys[tile] = blocks * block_size
             tile += 1
     return tile_rows, tile_keys, row_keys
+
+
+def filled_up(found: tuple[NDArray[np.int32], ...], num_rows: int) -> Found:
+    """The same for num_rows rows, of which the last are nobody's and share nothing."""
+    tile_rows, tile_keys, row_keys = found
+    tiles = _num_tiles(num_rows) - len(tile_keys)
+    return (
+        np.pad(tile_rows, ((0, tiles), (0, 0)), constant_values=-1),
+        np.pad(tile_keys, (0, tiles)),
+        np.pad(row_keys, (0, num_rows - len(row_keys))),
+    )
+
+
+def _num_tiles(num_rows: int) -> int:
+    return -(-num_rows // SharedRows.WIDTH) + _MOST_GROUPS
 
 
 def _groups(

@@ -263,7 +263,7 @@ def shared_rows(made: Any, **shape: Any) -> None:
         found = plain(*arguments)
         starts = found.seq_lens.cpu().numpy().astype(np.int64) - 1
         tables = found.block_tables.cpu().numpy()
-        arrays = find_shared_rows(tables, starts, sequences.block, found.num_rows)
+        arrays = find_shared_rows(tables, starts, sequences.block)
         assert arrays is not None
         assert arrays[2].tolist() == [prefix] * 5 + [0]
         poisoned = found.block_tables.clone()

@@ -13,7 +13,7 @@ from halyard.runtime.config import SchedulerConfig
 from halyard.runtime.plan import StepOutput
 from halyard.runtime.request import Request, SamplingParams
 from halyard.runtime.scheduler import Scheduler
-from halyard.runtime.shared_rows import find_shared_rows
+from halyard.runtime.shared_rows import filled_up, find_shared_rows
 
 
 def test_groups_tiles_and_what_is_left_alone() -> None:
@@ -26,8 +26,11 @@ def test_groups_tiles_and_what_is_left_alone() -> None:
     tables[20:24] = np.arange(2000, 2160).reshape(4, 40)  # nothing in common
     tables[24:, :32] = 500 + np.arange(32)  # a pair: too few
     starts = np.full(26, 600, np.int64)
-    found = find_shared_rows(tables, starts, 16, 32)
+    found = find_shared_rows(tables, starts, 16)
     assert found is not None
+    assert [len(array) for array in found] == [2 + 8, 2 + 8, 26]
+    assert [len(array) for array in filled_up(found, 33)] == [3 + 8, 3 + 8, 33]
+    found = filled_up(found, 32)
     tile_rows, tile_keys, row_keys = found
     assert tile_rows.shape == (2 + 8, SharedRows.WIDTH)
     assert tile_keys.tolist() == [496, 496, *[0] * 8]
@@ -36,18 +39,18 @@ def test_groups_tiles_and_what_is_left_alone() -> None:
     # Only blocks that are full before the step count.
     short = starts.copy()
     short[3] = 495
-    assert find_shared_rows(tables, short, 16, 26)[2].max() == 30 * 16  # type: ignore[index]
+    assert find_shared_rows(tables, short, 16)[2].max() == 30 * 16  # type: ignore[index]
 
 
 def test_no_gain_no_sharing() -> None:
     tables = np.tile(np.arange(64, dtype=np.int32), (6, 1))
     few = np.full(6, 200, np.int64)  # 192 keys in common
-    assert find_shared_rows(tables, few, 16, 6) is None
+    assert find_shared_rows(tables, few, 16) is None
     tables[:, 16:] += 100 * np.arange(6, dtype=np.int32)[:, None]
     long = np.full(6, 64 * 16 - 1, np.int64)
-    assert find_shared_rows(tables, long, 16, 6) is not None  # 256 of 1023 keys, five times
+    assert find_shared_rows(tables, long, 16) is not None  # 256 of 1023 keys, five times
     tables[3:, 0] += 5000
-    assert find_shared_rows(tables, long, 16, 6) is None  # two threes
+    assert find_shared_rows(tables, long, 16) is None  # two threes
 
 
 def test_batches_of_the_scheduler_say_what_their_rows_share() -> None:

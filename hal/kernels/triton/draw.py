@@ -60,7 +60,11 @@ def _store(
     tl.store(bad + number, is_bad)
 
 
-@triton.jit
+# Where rows and results begin changes with every number of rows; nothing is gained by knowing of it.
+_ANYWHERE = ["rows", "columns", "tokens", "codes", "bad"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
 def draw_greedy_kernel(
     logits: tl.tensor, rows: tl.tensor, tokens: tl.tensor, codes: tl.tensor, bad: tl.tensor,
     parts: tl.tensor, tickets: tl.tensor, vocab: tl.tensor, row_stride: tl.tensor, piece: tl.tensor,
@@ -116,7 +120,7 @@ def draw_greedy_kernel(
         _store(tokens, codes, bad, number, best, is_bad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"], do_not_specialize_on_alignment=_ANYWHERE)
 def draw_kernel(
     logits: tl.tensor, rows: tl.tensor, columns: tl.tensor, tokens: tl.tensor, codes: tl.tensor,
     bad: tl.tensor, vocab: tl.tensor, row_stride: tl.tensor, num: tl.tensor,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -134,6 +135,14 @@ class TritonKernels:
         self, logits: Tensor, rows: Tensor | None, columns: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         return self.drawing.draw(logits, rows, columns)
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """As CompilingKernels.compiling."""
+        if _interpreting():
+            return nullcontext()
+        ahead: Any = importlib.import_module("halyard.hal.kernels.triton.ahead")
+        context: AbstractContextManager[None] = ahead.compiling_only()
+        return context
 
     def copy_blocks(self, pool: KVPool, moves: Sequence[BlockMove]) -> None:
         self._moves.gather_moves(pool, pool, moves, pool.data.device)

@@ -1,0 +1,41 @@
+"""Kernels compiled before they are launched, several at once.
+
+Triton compiles a kernel when it is first launched, one after the other: on a machine that has never
+run a model these are ten seconds of first requests. Most of that is outside of Python's lock, so a
+thread for each kernel takes as long as the longest of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import triton
+from triton.runtime.jit import JITFunction
+
+__all__ = ["compiling_only"]
+
+_MOST_THREADS = 16
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Launches within it compile what they would launch, and launch nothing: results are left as they
+    are. On leaving all is compiled. One that can't be is left to fail where it is launched.
+    """
+    run = JITFunction.run
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads, "halyard-kernels") as executor:
+        JITFunction.run = only_compile
+        try:
+            with triton.AsyncCompileMode(executor, ignore_errors=True):
+                yield
+        finally:
+            JITFunction.run = run

@@ -1,0 +1,135 @@
+"""Kernels compiled ahead of their launches: for a GPU that isn't here, by Triton's own compiler."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("this process interprets", allow_module_level=True)
+
+import triton
+
+from halyard.hal.kernels.triton import draw
+from halyard.hal.kernels.triton.ahead import compiling_only
+
+
+class _Driver:
+    """Of a Hopper that launches nothing."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture(autouse=True)
+def hopper(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    kernels = (draw.draw_kernel, draw.draw_greedy_kernel)
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    yield
+    for kernel in kernels:
+        kernel.device_caches.clear()
+
+
+def _draw(num: int, random: bool = False) -> None:
+    """As DrawLauncher launches it."""
+    logits = torch.zeros(num, 1024)
+    tokens, codes = torch.zeros((2, num), dtype=torch.int64)
+    bad = torch.zeros(num, dtype=torch.int8)
+    if random:
+        draw.draw_kernel[(num,)](
+            logits, tokens, torch.zeros(5, num), tokens, codes, bad, 1024, 1024, num,
+            GATHER=False, SIZE=1024, num_warps=4,
+        )  # fmt: skip
+    else:
+        draw.draw_greedy_kernel[(num, 1)](
+            logits, tokens, tokens, codes, bad, tokens, tokens, 1024, 1024, 1024,
+            GATHER=False, SIZE=1024, PIECES=1, PIECES_PAD=1, num_warps=4,
+        )  # fmt: skip
+
+
+def _compiled(kernel: Any) -> list[Any]:
+    return list(kernel.device_caches[0][0].values())
+
+
+def test_kernels_are_compiled_at_once_and_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[str] = set()
+    compile_one = triton.compiler.compile
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return compile_one(*arguments, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", watched)
+    with compiling_only():
+        _draw(4)
+        _draw(4, random=True)
+        _draw(4)
+    assert all(name.startswith("halyard-kernels") for name in threads)
+    for kernel in (draw.draw_kernel, draw.draw_greedy_kernel):
+        (made,) = _compiled(kernel)
+        assert "ptx" in made.asm
+    threads.clear()
+    with compiling_only():
+        _draw(4)
+        _draw(4, random=True)
+    assert not threads  # they are there
+
+
+def test_any_number_of_rows_takes_the_same_kernels() -> None:
+    with compiling_only():
+        for num in (1, 2, 7, 16, 33):
+            _draw(num)
+            _draw(num, random=True)
+    assert len(_compiled(draw.draw_kernel)) == 1
+    assert len(_compiled(draw.draw_greedy_kernel)) == 1
+
+
+def test_afterwards_launches_are_launches_again() -> None:
+    run = triton.runtime.jit.JITFunction.run
+    with compiling_only():
+        assert triton.runtime.jit.JITFunction.run is not run
+    assert triton.runtime.jit.JITFunction.run is run
+
+    def breaks_off() -> None:
+        with compiling_only():
+            _draw(2)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        breaks_off()
+    assert triton.runtime.jit.JITFunction.run is run
+
+
+def test_one_that_does_not_compile_is_left_for_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_one = triton.compiler.compile
+
+    def broken(source: Any, **options: Any) -> Any:
+        if source.name == "draw_kernel":
+            raise RuntimeError("no such instruction")
+        return compile_one(source, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", broken)
+    with compiling_only():
+        _draw(3, random=True)
+        _draw(3)
+    assert _compiled(draw.draw_greedy_kernel)
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        _draw(3, random=True)
