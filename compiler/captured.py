@@ -31,7 +31,10 @@ _MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 12
                  *range(1024, 2049, 256))  # fmt: skip
 _MIXED_ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
-_WIDER_STEPS = 32  # that many replays of a wider recording take longer than recording what fits
+# So many replays of a recording for more rows, or for as many with a longer reach, take longer than
+# recording what fits.
+_WIDER_STEPS = 32
+_LONGER_STEPS = 512
 _MOST_AHEAD = 48  # of them, those that may be recorded before they come again
 # Decode steps that are worth recording before they come: up to so many rows and keys.
 _ROWS_AHEAD = 256
@@ -99,7 +102,8 @@ class CapturedProgram:
             return fitting
         key = _decode_key(*fitting, shares)
         self._wanted[key] += 1
-        return fitting if self._wanted[key] > _WIDER_STEPS else wider
+        most = _WIDER_STEPS if wider[0] > fitting[0] else _LONGER_STEPS
+        return fitting if self._wanted[key] > most else wider
 
     def fitting_shape(self, num_rows: int, max_seq_len: int) -> tuple[int, int] | None:
         """As decode_shape, but the shape that fits best, recorded or not."""

@@ -171,6 +171,9 @@ def test_a_wider_recording_serves_until_the_fitting_one_was_wanted_often(recorde
         assert device.recorded == recordings
     assert captured.decode_shape(1, 7) == (1, 128)
     assert captured.decode_shape(2, 7) == (40, 128)
+    captured._reach = lambda keys: 16  # as with longer contexts: that recording's reach is longer
+    assert [captured.decode_shape(40, 7) for _ in range(513)] == [(40, 128)] * 512 + [(40, 16)]
+    del captured._reach
     captured.set_pool(llm.engine.executor.pool)
     assert captured.decode_shape(2, 7) == (2, 128)
 
