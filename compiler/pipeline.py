@@ -16,6 +16,7 @@ from halyard.compiler.passes.quantize_linears import (
     quantize_linears_int4,
     quantize_linears_int8,
 )
+from halyard.compiler.passes.rotate_heads import rotate_heads
 from halyard.compiler.passes.skinny_linears import skinny_linears
 from halyard.hal.errors import ConfigError
 
@@ -31,6 +32,7 @@ PASSES: dict[str, Callable[[ModelGraph], None]] = {
     "skinny_linears": skinny_linears,  # kernels of our own where a GPU multiplies few rows
     "add_in_linears": add_in_linears,  # behind it: residual adds happen in the products
     "gate_linears": gate_linears,  # behind those: a feed-forward part's gate, within the product
+    "rotate_heads": rotate_heads,  # queries and keys that come from a product: one rotation for both
 }
 
 

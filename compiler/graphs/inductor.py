@@ -87,7 +87,7 @@ class InductorCompiler:
         passes = ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
         more = {
             "cpu": ("prepack_linears", "gate_linears"),
-            "cuda": ("skinny_linears", "add_in_linears", "gate_linears"),
+            "cuda": ("skinny_linears", "add_in_linears", "gate_linears", "rotate_heads"),
         }
         return (*passes, *more.get(device.kind, ()))
 

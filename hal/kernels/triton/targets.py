@@ -32,11 +32,12 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
 
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
                      "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
-                     "shared", "few_rows", "rows", "gate", "prefill_hopper", "gated_hopper"]  # fmt: skip
+                     "shared", "few_rows", "rows", "gate", "rotate", "prefill_hopper",
+                     "gated_hopper"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
     "move", "draw", "draw_greedy", "decode_shared", "shared", "few_rows", "rows", "gate",
-    "prefill_hopper", "gated_hopper",
+    "rotate", "prefill_hopper", "gated_hopper",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -54,7 +55,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 
 _SHORT: dict[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _MATRIX = re.compile(r"\b(wgmma|tcgen05|mma|v_s?w?mma|v_s?mfma)[._]\w[\w.]*")
-_STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "source_layer",
+_STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "cos_token", "sin_token", "source_layer",
             "source_block", "target_layer", "target_block", "row_stride", "x_row", "w_row", "num_inputs", "num_outputs",
             "split_inputs", "piece", "vocab", "inputs", "outputs")  # fmt: skip
 # Of a draw or a linear nothing depends on a head's dim.
@@ -198,6 +199,8 @@ def _source(
         linear,
         moves,
         prefill,
+        rotary,
+        rotary_kernel,
         shared,
         write,
     )  # fmt: skip
@@ -243,6 +246,11 @@ def _source(
         return linear.few_rows_kernel, constants, {"num_warps": plan.num_warps}, str(plan)
     if variant.kernel == "gate":
         return gate.gate_kernel, {"BLOCK": 1024, "GELU": True}, {"num_warps": 4}, "1024 columns"
+    if variant.kernel == "rotate":
+        heads = rotary.rotary_tile(32, 8, variant.head_dim)
+        options = {"num_warps": heads.num_warps}
+        constants = heads.constants(32, 8, variant.head_dim)
+        return rotary_kernel.rotate_kernel, constants, options, str(heads)
     if variant.kernel == "gated_hopper":
         from halyard.hal.kernels.triton import hopper_linear
 
@@ -301,7 +309,8 @@ def _boxes(variant: Variant) -> dict[str, str]:
 
 def _type(name: str, variant: Variant) -> str:
     """Triton's type of an argument."""
-    if name in ("q", "k", "v", "pool", "out", "x", "w", "y", "bias", "residual", "norm"):
+    if name in ("q", "k", "v", "pool", "out", "x", "w", "y", "bias", "residual", "norm", "cos", "sin",
+                "q_out", "k_out"):  # fmt: skip
         return f"*{_SHORT[variant.dtype]}"
     if name in ("partial", "partial_lse"):  # without splits the output stands in for them
         split = variant.kernel in ("decode_split", "decode_shared", "shared", "merge", "rows")
