@@ -164,6 +164,12 @@ def test_gates(dtype: str) -> None:
 
 
 @inside
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rotations(dtype: str) -> None:
+    checks.rotations(made(dtype))
+
+
+@inside
 def test_a_token_without_slot_is_not_written() -> None:
     checks.no_slot(made())
 

@@ -334,3 +334,41 @@ def gates(made: Any) -> None:
             truth = (torch.nn.functional.silu(first) if act is None else act) * second
             found = gate(y.to(where), gelu).double().cpu()
             torch.testing.assert_close(found, truth, atol=limit, rtol=limit)
+
+
+# tokens, query heads, key heads, dim, (tokens, parts of the heads) of a program or None: the shape's.
+ROTATIONS: list[tuple[int, int, int, int, tuple[int, int] | None]] = [
+    (0, 5, 1, 64, None), (1, 1, 1, 16, None), (3, 5, 1, 80, None), (17, 32, 8, 128, None),
+    (17, 32, 2, 96, None), (130, 5, 2, 64, None), (3, 1, 8, 16, None), (3, 64, 8, 256, None),
+    (17, 5, 2, 80, (4, 3)), (3, 32, 8, 64, (2, 4)), (130, 1, 2, 128, (16, 1)), (1, 5, 1, 96, (2, 8)),
+]  # fmt: skip
+
+
+def rotations(made: Any) -> None:
+    """Queries and keys out of one product, by angles whose halves differ, against fp64."""
+    from halyard.hal.kernels.triton.rotary import RotaryTile, rotate
+
+    where, dtype = made.device.torch_device, torch_dtype(made.dtype)
+    half_step = torch.finfo(dtype).eps / 2  # rounded once, of what fp32 makes of it
+    generator = torch.Generator().manual_seed(6)
+    for tokens, heads, kv_heads, dim, parts in ROTATIONS:
+        product = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=generator).to(dtype)
+        angles = torch.randn(2, tokens, 3 * dim, generator=generator).to(dtype)
+        q, k, _ = product.to(where).split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
+        q, k = q.unflatten(-1, (heads, dim)), k.unflatten(-1, (kv_heads, dim))
+        cos, sin = angles.to(where)[:, :, dim : 2 * dim]
+        tile = None if parts is None else RotaryTile(*parts, 4)
+        for x, found in zip((q, k), rotate(q, k, cos, sin, tile), strict=True):
+            wide, by_cos, by_sin = (part.double().cpu() for part in (x, cos, sin))
+            first, second = wide.chunk(2, -1)
+            terms = (
+                wide * by_cos.unsqueeze(1),
+                torch.cat((-second, first), -1) * by_sin.unsqueeze(1),
+            )
+            truth = terms[0] + terms[1]
+            bound = half_step * truth.abs() + 2e-7 * (terms[0].abs() + terms[1].abs())
+            bound += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            assert found.is_contiguous()
+            assert found.dtype == dtype
+            assert found.shape == x.shape
+            assert ((found.double().cpu() - truth).abs() <= bound).all()

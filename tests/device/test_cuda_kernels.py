@@ -16,7 +16,7 @@ from halyard.hal.devices.cuda import CudaDevice
 from halyard.hal.devices.rocm import RocmDevice
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.errors import CapacityError
-from halyard.hal.kernels.triton import gated
+from halyard.hal.kernels.triton import gated, rotary
 from halyard.hal.kernels.triton.skinny import (
     Plan,
     SkinnyLinears,
@@ -97,6 +97,24 @@ def test_skinny_linears(device: Any, dtype: DType) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates(device: Any, dtype: DType) -> None:
     checks.gates(checks.context(device, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotations(device: Any, dtype: DType) -> None:
+    checks.rotations(checks.context(device, dtype))
+
+
+def test_any_number_of_tokens_is_rotated_by_one_kernel(device: Any) -> None:
+    """None is compiled anew where a step is another's size."""
+    from halyard.hal.kernels.triton.rotary_kernel import rotate_kernel
+
+    built = []
+    for tokens in (1, 2, 16, 17, 8448):
+        product = torch.randn(tokens, 48 * 64, device="cuda").to(torch.bfloat16)
+        q, k, _ = product.unflatten(-1, (48, 64)).split([32, 8, 8], 1)
+        rotary.rotate_pair(q, k, *product[:, :128].chunk(2, -1))
+        built.append(sum(len(kept[0]) for kept in rotate_kernel.device_caches.values()))
+    assert built == built[:1] * len(built)
 
 
 @pytest.mark.parametrize("gelu", [False, True])

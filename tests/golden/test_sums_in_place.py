@@ -1,4 +1,4 @@
-"""Products that add in place and take gates in, as GPUs run them, change no model's logits."""
+"""Products that add in place and take gates in, and rotations at once, as GPUs run them, change no logits."""
 
 from __future__ import annotations
 
@@ -13,28 +13,38 @@ from torch import Tensor, fx
 from halyard.compiler.build import build_program
 from halyard.compiler.graphs.eager import EagerCompiler
 from halyard.compiler.graphs.inductor_gpu import add_in_place
-from halyard.compiler.program import HeadShape, UnboundProgram
+from halyard.compiler.program import HeadShape, Program, UnboundProgram
 from halyard.hal.contract import Executable
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
 from halyard.hal.kernels.triton.gated import gated_product
+from halyard.hal.kernels.triton.rotary import rotate_pair
 from halyard.hal.kernels.triton.skinny import linear_add, linear_add_
 from halyard.hal.types import DeviceInfo
 from halyard.models.adapter import build_meta_module
 from halyard.models.spec import ModelSpec
 
 DEVICE = CpuDevice()
-PASSES = ("skinny_linears", "add_in_linears", "gate_linears")
+PASSES = ("skinny_linears", "add_in_linears", "gate_linears", "rotate_heads")
+# Qwen 3 and Gemma 3 norm their heads first, gpt-oss and DeepSeek turn them by another form.
+ROTATED = frozenset({"llama", "llama-tied", "qwen2", "mistral", "gemma2", "phi3", "mixtral",
+                     "qwen2-mixed-windows", "rope-linear", "rope-llama3"})  # fmt: skip
 
 
 class InPlace(EagerCompiler):
     """The segments that Inductor gets on a GPU, run node by node."""
 
-    def __init__(self) -> None:
+    def __init__(self, *without: str) -> None:
         self.changed: list[fx.GraphModule] = []
+        self.without = without
+
+    @property
+    def targets(self) -> list[object]:
+        return [node.target for module in self.changed for node in module.graph.nodes]
 
     def passes(self, device: DeviceInfo, dtype: str) -> tuple[str, ...]:
-        return ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input", *PASSES)
+        own = tuple(name for name in PASSES if name not in self.without)
+        return ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input", *own)
 
     def compile(
         self, segment: fx.GraphModule, inputs: Sequence[Tensor], device: DeviceInfo
@@ -55,11 +65,27 @@ def built(spec: ModelSpec, compiler: InPlace) -> UnboundProgram:
     )  # fmt: skip
 
 
+def bound(family: str, unbound: UnboundProgram) -> Program:
+    """With the tiny model's weights and a pool."""
+    model, kernels = tiny_model(family), ReferenceKernels(DEVICE)
+    program = unbound.bind(
+        {name: model.state_dict()[name].clone() for name in unbound.weights}, kernels
+    )
+    layout = kernels.layout(ModelSpec.from_hf(model.config).kv_spec("float32", 4))
+    program.set_pool(DEVICE.allocate_kv(layout, 64, host=False))
+    return program
+
+
 @pytest.mark.parametrize("family", SERVED)
 def test_few_wanted_tokens_go_on_alone_on_gpus_too(family: str) -> None:
     """Their operators are known to go row by row; two families' experts regroup tokens."""
-    program = built(ModelSpec.from_hf(tiny_model(family).config), InPlace())
+    compiler = InPlace()
+    program = built(ModelSpec.from_hf(tiny_model(family).config), compiler)
     assert (program.token_axes is None) == (family in ("gpt-oss", "deepseek-v3"))
+    # The first segment and what all layers behind it share.
+    assert compiler.targets.count(rotate_pair) == (2 if family in ROTATED else 0)
+    if family in ROTATED:
+        assert not {torch.ops.aten.neg.default, torch.ops.aten.pad.default} & set(compiler.targets)
 
 
 # gemma2 norms what it adds: its products can't. mixtral's experts are no linears.
@@ -71,15 +97,11 @@ def test_logits_stay(family: str, in_place: int, gated: int) -> None:
     model, compiler = tiny_model(family), InPlace()
     spec = ModelSpec.from_hf(model.config)
     unbound = built(spec, compiler)
-    targets = [node.target for module in compiler.changed for node in module.graph.nodes]
+    targets = compiler.targets
     assert targets.count(linear_add_) == in_place
     assert targets.count(linear_add) == 0
     assert targets.count(gated_product) == gated
-    kernels = ReferenceKernels(DEVICE)
-    program = unbound.bind(
-        {name: model.state_dict()[name].clone() for name in unbound.weights}, kernels
-    )
-    program.set_pool(DEVICE.allocate_kv(kernels.layout(spec.kv_spec("float32", 4)), 64, host=False))
+    program = bound(family, unbound)
     check(family, program)
     # Of a prompt the last token alone goes on behind the last attention, on GPUs too.
     assert program._token_axes is not None
@@ -87,6 +109,21 @@ def test_logits_stay(family: str, in_place: int, gated: int) -> None:
     everything = Batch([sequence]).step(program, {0: 20})[0]
     last = Batch([sequence]).step(program, {0: 20}, wanted=[19])[0]
     torch.testing.assert_close(last, everything[[19]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "phi3", "mixtral"])
+def test_rotations_at_once_give_the_same_logits(family: str) -> None:
+    spec = ModelSpec.from_hf(tiny_model(family).config)
+    prompts = [[(7 * i + row) % 128 for i in range(13 + row)] for row in range(2)]
+    logits = []
+    for compiler, times in ((InPlace(), 2), (InPlace("rotate_heads"), 0)):
+        program = bound(family, built(spec, compiler))
+        assert compiler.targets.count(rotate_pair) == times
+        batch = Batch(prompts)
+        steps: list[dict[int, int]] = [{0: 12, 1: 8}, {0: 1, 1: 6}]
+        logits.append([row for counts in steps for row in batch.step(program, counts).values()])
+    for with_it, without in zip(*logits, strict=True):
+        torch.testing.assert_close(with_it, without, atol=1e-6, rtol=1e-6)
 
 
 def made(donated: bool, late_reader: bool, view_before: bool = False) -> fx.GraphModule:
