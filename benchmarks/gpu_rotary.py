@@ -3,10 +3,10 @@
 Usage: python benchmarks/gpu_rotary.py [--rows 1 8448 ...] [--only 8b] [--sweep] [--rounds N] [--out FILE]
 
 q, k and v are parts of one product, as in a model. Times are medians of rounds that take the forms in
-turn, each a CUDA graph of many calls (no launch from Python among them), on inputs that take turns so
-that no cache holds them from one call to the next. One line a form: ms a call, GB/s of what must be
-read and written, and the largest error against fp64, in units of the result's last place. --sweep:
-all tiles that a program may take, the quickest first.
+turn, each a CUDA graph of many calls, or those calls launched from Python one by one. Inputs take turns
+too: of many rows no cache holds them from one call to the next. One line a form: ms a call, GB/s of what
+must be read and written, and the largest error against fp64, in units of the result's last place.
+--sweep: all tiles that a program may take, the quickest first.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def cell(args: argparse.Namespace, shape: str, rows: int) -> None:
     heads, kv_heads, dim = SHAPES[shape]
     size = 2 * (2 * rows * (heads + kv_heads) * dim + 2 * rows * dim)  # bytes of bf16
     inputs = [made(rows, heads, kv_heads, dim) for _ in range(max(2, min(_CALLS, _COLD // size)))]
+    torch.compiler.reset()  # it stops compiling after a few shapes
     forms: dict[str, Form] = {
         "transformers' by Inductor": torch.compile(transformers_form, dynamic=False),
         "operator": rotate_pair,
@@ -65,10 +66,11 @@ def cell(args: argparse.Namespace, shape: str, rows: int) -> None:
                 forms[f"{tile}{' (chosen)' if tile == own else ''}"] = by_tile(tile)
     began = time.monotonic()
     found = timed(forms, inputs, args.rounds)
-    for name in sorted(found, key=lambda name: found[name] if args.sweep else 0.0):
+    for name in sorted(forms, key=lambda name: found[name] if args.sweep else 0.0):
         line: dict[str, Any] = {
             "cell": f"{shape} x {rows}", "form": name, "ms": round(found[name], 5),
             "gb_s": round(size / found[name] / 1e6, 1), "error": error(forms[name], inputs[0]),
+            "ms_from_python": round(found[f"{name}, from Python"], 5),
         }  # fmt: skip
         print(json.dumps(line), flush=True)
         if args.out:
@@ -115,23 +117,26 @@ def error(form: Form, given: tuple[Tensor, Tensor, Tensor, Tensor]) -> float:
 def timed(
     forms: dict[str, Form], inputs: list[tuple[Tensor, Tensor, Tensor, Tensor]], rounds: int
 ) -> dict[str, float]:
-    """ms a call of each form, within a CUDA graph."""
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    kept: list[Pair] = []
+    """ms a call of each form, within a CUDA graph and (", from Python") without."""
+    runs: dict[str, Callable[[], None]] = {}
     for name, form in forms.items():
-        for given in inputs[:2]:
-            form(*given)  # compiles
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
+
+        def calls(form: Form = form) -> None:
             for call in range(_CALLS):
-                kept[:] = [form(*inputs[call % len(inputs)])]
-    times: dict[str, list[float]] = {name: [] for name in forms}
+                form(*inputs[call % len(inputs)])
+
+        calls()  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            calls()
+        runs |= {name: graph.replay, f"{name}, from Python": calls}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
-        for name, graph in graphs.items():
+        for name, run in runs.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            graph.replay()
+            run()
             stop.record()
             stop.synchronize()
             times[name].append(start.elapsed_time(stop) / _CALLS)
