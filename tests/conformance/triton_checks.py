@@ -356,6 +356,8 @@ def rotations(made: Any) -> None:
         angles = torch.randn(2, tokens, 3 * dim, generator=generator).to(dtype)
         q, k, _ = product.to(where).split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
         q, k = q.unflatten(-1, (heads, dim)), k.unflatten(-1, (kv_heads, dim))
+        if parts is not None:  # of a product of its own
+            k = torch.cat((k, k), 1)[:, kv_heads:]
         cos, sin = angles.to(where)[:, :, dim : 2 * dim]
         tile = None if parts is None else RotaryTile(*parts, 4)
         for x, found in zip((q, k), rotate(q, k, cos, sin, tile), strict=True):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from test_program_matches_hf import Batch, check
 from tiny_models import SERVED, tiny_model
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from halyard.compiler.build import build_program
 from halyard.compiler.graphs.eager import EagerCompiler
-from halyard.compiler.graphs.inductor_gpu import add_in_place
+from halyard.compiler.graphs.inductor_gpu import add_in_place, compile_artefact
 from halyard.compiler.program import HeadShape, Program, UnboundProgram
 from halyard.hal.contract import Executable
 from halyard.hal.devices.cpu import CpuDevice
+from halyard.hal.kernels.native.library import find_compiler
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
 from halyard.hal.kernels.triton.gated import gated_product
 from halyard.hal.kernels.triton.rotary import rotate_pair
@@ -124,6 +127,36 @@ def test_rotations_at_once_give_the_same_logits(family: str) -> None:
         logits.append([row for counts in steps for row in batch.step(program, counts).values()])
     for with_it, without in zip(*logits, strict=True):
         torch.testing.assert_close(with_it, without, atol=1e-6, rtol=1e-6)
+
+
+class Strides(TorchDispatchMode):
+    """What the rotations that run are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is rotate_pair:
+            self.seen.append([arg.stride() for arg in args])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
+def test_inductor_rotates_parts_of_a_product_where_they_lie() -> None:
+    """No copy before the operator: heads are as far apart as in the product of q, k and v."""
+    compiler = InPlace()
+    built(ModelSpec.from_hf(tiny_model("llama").config), compiler)
+    values = [n.meta["val"] for n in compiler.changed[1].graph.nodes if n.op == "placeholder"]
+    compiled = compile_artefact(compiler.changed[1], values)
+    inputs = [
+        torch.zeros([5 if isinstance(size, torch.SymInt) else size for size in value.shape], dtype=value.dtype)
+        for value in values
+    ]  # fmt: skip
+    with Strides() as strides:
+        outputs = compiled(*inputs)
+    assert strides.seen == [[(128, 16, 1), (128, 16, 1), (16, 1), (16, 1)]]
+    assert {(64, 16, 1), (32, 16, 1)} <= {output.stride() for output in outputs}
 
 
 def made(donated: bool, late_reader: bool, view_before: bool = False) -> fx.GraphModule:

@@ -20,7 +20,8 @@ LEFT_ALONE = [
     "normed", "scaled", "not from a product", "k as it is", "k by other angles", "partial", "x read twice",
     "product read twice", "half read twice", "sum read twice", "result read twice", "sign of the other half",
     "halves not swapped", "neighbours", "unequal parts", "wide angles", "an angle a head", "an angle for all",
-    "subtracted", "added twice", "one half twice", "something left over",
+    "subtracted", "added twice", "one half twice",
+    "something left over", "parts from elsewhere", "parts that overlap",
 ]  # fmt: skip
 
 
@@ -89,6 +90,10 @@ class Attention(nn.Module):
             first, second = x[..., ::2], x[..., 1::2]
         if form == "one half twice":
             first, second = x[..., :half], x[..., :half]
+        if form == "parts from elsewhere":
+            second = x[..., 4 : half + 4]
+        if form == "parts that overlap":
+            first, second = x[..., : half + 2], x[..., half:-2]
         if form == "half read twice":
             more.append(first.exp())
         turned = {
@@ -113,7 +118,7 @@ class Attention(nn.Module):
         if form == "nothing left over":
             result = torch.cat((result, x[..., DIM:]), -1)
         if form == "something left over":
-            result = torch.cat((result, x[..., : DIM // 2]), -1)
+            result = torch.cat((result, x[..., 1:3]), -1)
         return torch.cat((result, rest), -1) if form == "partial" else result
 
 
