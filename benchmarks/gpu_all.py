@@ -98,11 +98,12 @@ def run(part: Part, out: Path, limit: float) -> str:
 
 
 def make_model(shape: str, folder: Path) -> None:
-    """A folder that `serve --load-format dummy` takes: a config, and the embedded model's tokenizer."""
+    """A folder that `serve --load-format dummy` takes: configs, and the embedded model's tokenizer."""
     from halyard.models.shapes import shape_config
 
     folder.mkdir(parents=True, exist_ok=True)
     shape_config(shape).save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')  # as checkpoints have it
     for name in TOKENIZER:
         shutil.copy(ROOT / "models" / "embedded" / name, folder)
 

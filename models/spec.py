@@ -50,6 +50,8 @@ class ModelSpec:
     max_model_len: int  # positions the model was made for
     hidden_size: int
     intermediate_size: int
+    num_experts: int  # 1: the feed-forward layers are whole
+    expert_size: int  # intermediate size of an expert, or of the whole
     num_layers: int
     num_heads: int  # query heads
     num_kv_heads: int
@@ -166,6 +168,7 @@ class ModelSpec:
             eos = getattr(config, "eos_token_id", None)
         dtype = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "float32")
         dtype = dtype.removeprefix("torch.")
+        width = getattr(text, "intermediate_size", None) or 0
         return cls(
             name=name or getattr(config, "name_or_path", "") or text.model_type,
             architecture=architecture,
@@ -173,7 +176,11 @@ class ModelSpec:
             vocab_size=_need(text, "vocab_size"),
             max_model_len=getattr(text, "max_position_embeddings", None) or 2048,
             hidden_size=_need(text, "hidden_size"),
-            intermediate_size=getattr(text, "intermediate_size", None) or 0,
+            intermediate_size=width,
+            num_experts=getattr(text, "num_local_experts", None)
+            or getattr(text, "num_experts", None)
+            or 1,
+            expert_size=getattr(text, "moe_intermediate_size", None) or width,
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,

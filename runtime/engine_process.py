@@ -51,7 +51,8 @@ __all__ = ["EngineLoop", "main"]
 logger = logging.getLogger("halyard.engine")
 
 _STATS_SECONDS = 0.05  # a busy engine tells its numbers that often
-_READY_SECONDS = 1.2  # a start may take so much longer for what the first steps need: rehearsal.py
+# Once kernels are compiled a start may take so much longer for what the first steps need: rehearsal.py
+_READY_SECONDS = 0.8
 _QUIET_SECONDS = 0.25  # without work, until the time is put to use for what later ones need
 _DIE_WITH_PARENT = 1  # Linux' PR_SET_PDEATHSIG
 
@@ -241,6 +242,7 @@ def _serve(channel: Channel) -> int:
     gc.collect()
     gc.freeze()
     loop = EngineLoop(channel, built)
+    built.engine.rehearse()
     deadline = time.monotonic() + _READY_SECONDS
     while time.monotonic() < deadline and built.engine.rehearse():
         pass

@@ -304,12 +304,7 @@ def _count_parameters(source: ModelSource | None, spec: ModelSpec, load_format: 
     if source is not None and load_format != "dummy":
         headers = check_checkpoint(source)
         return sum(math.prod(shape) for header in headers.values() for _, shape in header)
-    config = spec.config.get_text_config(decoder=True)
-    experts = (
-        getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    )
-    width = getattr(config, "moe_intermediate_size", None) or spec.intermediate_size
     attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
-    mlp = 3 * spec.hidden_size * width * experts
+    mlp = 3 * spec.hidden_size * spec.expert_size * spec.num_experts
     embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2)
     return spec.num_layers * (attention + mlp) + embeddings

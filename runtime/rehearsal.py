@@ -34,8 +34,9 @@ _SPARE = 0.03  # of the device's memory, and at least:
 _SPARE_BYTES = 512 << 20  # recordings ahead of need take none of the last
 
 
-_REACHES = (512, 1024, 2048, 4096, 8192)  # keys of a lone row: each may be split in another way
-_ROWS = (2, 4, 16, 64, 256)  # of decode steps that go to different kernels
+_REACHES = (512, 1024, 2048, 4096)  # keys of a lone row: each may be split in another way
+_ROWS = (2, 4, 256)  # of decode steps that go to different kernels
+_TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)  # of steps with prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,9 @@ class Rehearsal:
             if program.fitting_shape(rows, keys) is None:
                 return  # the device records nothing
             yield self._run(_Piece((1,) * rows, keys))
+        if self._prompts:  # the library's kernels are loaded when they are first launched
+            for tokens in (*(n for n in _TOKENS if n < self._max_tokens), self._max_tokens):
+                yield self._run(self._even(tokens), recorded=False)
         while True:
             shape = program.seen_once()
             yield None if shape is None else self._run(_Piece(_shares(*shape[:2]), shape[2]))
@@ -118,19 +122,26 @@ class Rehearsal:
             yield _Piece((long,) * 2, long)
             yield _Piece((each,) * max(1, min(rows, self._max_tokens // each)), each)
         for keys in sorted({min(reach, most) for reach in _REACHES}):
-            yield _Piece((1,), keys)
+            yield _Piece((1,), keys, random=keys == most or keys == _REACHES[0])
         for number in sorted({min(number, rows) for number in _ROWS}):
             yield _Piece((1,) * number, min(_REACHES[0], most))
-        yield _Piece((1,), 1, random=True)
-        yield _Piece((1,) * min(_ROWS[-1], rows), 1, random=True)
-        yield _Piece((1,) * min(_ROWS[-1], rows), min(_REACHES[1], most), shared=True)
+        many = min(_ROWS[-1], rows)
+        yield _Piece((1,) * many, min(_REACHES[1], most), random=True, shared=True)
+
+    def _even(self, tokens: int) -> _Piece:
+        """So many tokens in prompts of about equal length."""
+        program = self._executor.program
+        assert isinstance(program, CapturedProgram)
+        rows = max(2, -(-tokens // min(_MANY_PROMPTS, program.max_keys)))
+        counts = _shares(tokens, min(rows, program.max_rows))
+        return _Piece(tuple(min(count, program.max_keys) for count in counts), counts[0])
 
     def _long(self) -> int:
         assert isinstance(self._executor.program, CapturedProgram)
         return max(1, min(_LONG_PROMPTS, self._executor.program.max_keys, self._max_tokens // 2))
 
-    def _run(self, piece: _Piece) -> Callable[[], None]:
-        return lambda: self._executor.rehearse(self._plan(piece))
+    def _run(self, piece: _Piece, recorded: bool = True) -> Callable[[], None]:
+        return lambda: self._executor.rehearse(self._plan(piece), recorded)
 
     def _plan(self, piece: _Piece) -> StepPlan:
         blocks, size = self._executor.pool.num_blocks, self._executor.pool.layout.spec.block_size

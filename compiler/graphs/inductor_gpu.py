@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Artefact:
 
 def compile_artefact(segment: fx.GraphModule, inputs: Sequence[Tensor]) -> Artefact:
     """Compile for the device that the fake `inputs` live on; their sizes stay symbolic."""
-    from torch._inductor import config, standalone_compile
+    from torch._inductor import standalone_compile
 
     options = {
         "config_patches": {
@@ -59,15 +60,21 @@ def compile_artefact(segment: fx.GraphModule, inputs: Sequence[Tensor]) -> Artef
         }
     }
     segment = add_in_place(segment)
-    # A few kernels: they are done before a pool of processes has started, which would outlive us.
-    alone = config.patch(compile_threads=1)
-    with torch.no_grad(), alone, warnings.catch_warnings():
+    with torch.no_grad(), _alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the library's own
         warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 is asked for: it is kept
         compiled = standalone_compile(
             segment, list(inputs), dynamic_shapes="from_graph", options=options
         )
     return Artefact(compiled)
+
+
+def _alone() -> AbstractContextManager[None]:
+    """A few kernels: they are done before a pool of processes has started, which would outlive us."""
+    from torch._inductor import config
+
+    alone: AbstractContextManager[None] = config.patch(compile_threads=1)
+    return alone
 
 
 def add_in_place(segment: fx.GraphModule) -> fx.GraphModule:
@@ -126,5 +133,6 @@ def load_artefact(directory: Path) -> Artefact:
     """Read back what `save` wrote."""
     from torch._inductor.standalone_compile import CompiledArtifact
 
-    loaded = CompiledArtifact.load(path=str(directory / _FILE), format="binary")
+    with _alone():
+        loaded = CompiledArtifact.load(path=str(directory / _FILE), format="binary")
     return Artefact(loaded, directory)

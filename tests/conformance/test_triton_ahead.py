@@ -21,8 +21,26 @@ from halyard.hal.kernels.triton import draw
 from halyard.hal.kernels.triton.ahead import compiling_only
 
 
+class _Utils:
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+    def load_binary(self, name: str, *others: Any) -> tuple[Any, ...]:
+        self.loaded.append(name)
+        return object(), object(), 32, 0, 1024
+
+
 class _Driver:
     """Of a Hopper that launches nothing."""
+
+    def __init__(self) -> None:
+        self.utils = _Utils()
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *arguments: pytest.fail("launched")
 
     def get_current_device(self) -> int:
         return 0
@@ -37,13 +55,14 @@ class _Driver:
 
 
 @pytest.fixture(autouse=True)
-def hopper(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def hopper(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Driver]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    driver = _Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     kernels = (draw.draw_kernel, draw.draw_greedy_kernel)
     for kernel in kernels:
         kernel.device_caches.clear()
-    yield
+    yield driver
     for kernel in kernels:
         kernel.device_caches.clear()
 
@@ -69,7 +88,9 @@ def _compiled(kernel: Any) -> list[Any]:
     return list(kernel.device_caches[0][0].values())
 
 
-def test_kernels_are_compiled_at_once_and_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_compiled_at_once_and_not_launched(
+    hopper: _Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads: set[str] = set()
     compile_one = triton.compiler.compile
 
@@ -83,6 +104,7 @@ def test_kernels_are_compiled_at_once_and_not_launched(monkeypatch: pytest.Monke
         _draw(4, random=True)
         _draw(4)
     assert all(name.startswith("halyard-kernels") for name in threads)
+    assert sorted(hopper.utils.loaded) == ["draw_greedy_kernel", "draw_kernel"]
     for kernel in (draw.draw_kernel, draw.draw_greedy_kernel):
         (made,) = _compiled(kernel)
         assert "ptx" in made.asm

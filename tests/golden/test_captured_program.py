@@ -212,7 +212,7 @@ def test_kernels_are_compiled_before_anything_is_run(recorded: Any) -> None:
     assert {(1, True), (2, True), (1, False), (4, False), (40, False)} <= kinds
     most = llm.engine.scheduler.config.max_batched_tokens
     assert max(queries * rows for rows, queries, _, _ in pieces) == most
-    assert {keys for rows, _, keys, _ in pieces if rows == 1} >= {1, 40, 128}
+    assert {keys for rows, _, keys, _ in pieces if rows == 1} >= {40, 128}
     assert llm.engine.rehearse()
     assert ran[0]
     del kernels.compiling, kernels.takes_empty_rows

@@ -98,18 +98,22 @@ def test_errors_are_told_each_time(cache: SpecCache, folder: Path):
             ModelSpec.load(source, cache)
 
 
-def test_a_second_plan_imports_neither_transformers_nor_tvm(tmp_path: Path):
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_second_plan_imports_neither_transformers_nor_tvm(tmp_path: Path, load_format: str):
     code = """
 import sys
 from pathlib import Path
 from halyard.runtime.config import EngineConfig
 from halyard.runtime.planner import make_plan
-make_plan(EngineConfig(model="embedded", cache_dir=Path(sys.argv[1])))
+make_plan(EngineConfig(model="embedded", cache_dir=Path(sys.argv[1]), load_format=sys.argv[2]))
 print(*sorted({"transformers", "tvm", "onnxruntime", "onnx"} & set(sys.modules)))
 """
     found = [
         subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, str(tmp_path), load_format],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.split()
         for _ in range(2)
     ]

@@ -1,15 +1,15 @@
 """Kernels compiled before they are launched, several at once.
 
-Triton compiles a kernel when it is first launched, one after the other: on a machine that has never
-run a model these are ten seconds of first requests. Most of that is outside of Python's lock, so a
-thread for each kernel takes as long as the longest of them.
+Triton compiles a kernel when it is first launched, one after the other, and then what launches it
+(with a C compiler): on a machine that has never run a model these are ten seconds of first requests.
+Most of that is outside of Python's lock, so a thread for each kernel takes as long as the longest.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,20 @@ from triton.runtime.jit import JITFunction
 __all__ = ["compiling_only"]
 
 _MOST_THREADS = 16
+
+
+class _Loader(ThreadPoolExecutor):
+    """Whose kernels come out ready for their launch."""
+
+    def submit(  # type: ignore[override]
+        self, compile_one: Callable[[], Any]
+    ) -> Future[Any]:
+        def ready() -> Any:
+            kernel = compile_one()
+            kernel.run  # noqa: B018 - a property: asked for, it makes the launcher and loads the code
+            return kernel
+
+        return super().submit(ready)
 
 
 @contextmanager
@@ -32,7 +46,7 @@ def compiling_only() -> Iterator[None]:
         return run(self, *args, grid=grid, warmup=True, **options)
 
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads, "halyard-kernels") as executor:
+    with _Loader(threads, "halyard-kernels") as executor:
         JITFunction.run = only_compile
         try:
             with triton.AsyncCompileMode(executor, ignore_errors=True):
