@@ -2,7 +2,7 @@
 
 A decode step is recorded for a number of rows and a reach of keys, both rounded up. A recording holds
 everybody up for as long as dozens of steps take, so where a wider one is there it is replayed until
-the fitting one has been wanted often enough; where none is, the step that comes is recorded. Inputs lie in one buffer, which a step's inputs are copied to in one piece; rows that
+what it computes in vain comes near to that; where none is, the step that comes is recorded. Inputs lie in one buffer, which a step's inputs are copied to in one piece; rows that
 only fill up a recording have no slot and one key, and nobody reads what they get.
 
 Steps with prompts in them are recorded up to a number of tokens, behind which the device takes longer
@@ -31,10 +31,11 @@ _MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 12
                  *range(1024, 2049, 256))  # fmt: skip
 _MIXED_ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
-# So many replays of a recording for more rows, or for as many with a longer reach, take longer than
-# recording what fits.
-_WIDER_STEPS = 32
-_LONGER_STEPS = 512
+# Rows that a wider recording computes for nobody until recording what fits would have taken less: in
+# one piece, and together where other numbers of rows come in between. A longer reach alone counts little.
+_SPENT_AT_ONCE = 1024
+_SPENT = 16384
+_LONGER_REACH = 2
 _MOST_AHEAD = 48  # of them, those that may be recorded before they come again
 # Decode steps that are worth recording before they come: up to so many rows and keys.
 _ROWS_AHEAD = 256
@@ -71,9 +72,9 @@ class CapturedProgram:
         self._mixed_rows = [*(rows for rows in _MIXED_ROWS if rows < max_rows), max_rows]
         self._replays: dict[_Key, tuple[Callable[[], None], Tensor]] = {}
         self._seen: Counter[_Key] = Counter()  # steps with prompts that are not recorded
-        self._wanted: Counter[_Key] = (
-            Counter()
-        )  # decode steps that a wider recording was replayed for
+        # Rows in vain by the decode step that would have fitted: ever, and since other steps came.
+        self._spent: Counter[_Key] = Counter()
+        self._lately: tuple[_Key | None, int] = (None, 0)
         self.num_mixed = 0  # recordings of steps with prompts
         self._enabled = True
         # Of a row: int64 and int32 columns, what it shares, a table; of a token that is no row's
@@ -101,9 +102,12 @@ class CapturedProgram:
         if wider is None:
             return fitting
         key = _decode_key(*fitting, shares)
-        self._wanted[key] += 1
-        most = _WIDER_STEPS if wider[0] > fitting[0] else _LONGER_STEPS
-        return fitting if self._wanted[key] > most else wider
+        vain = max(wider[0] - fitting[0], _LONGER_REACH)
+        last, spent = self._lately
+        self._lately = (key, vain + (spent if key == last else 0))
+        self._spent[key] += vain
+        worth_it = self._lately[1] > _SPENT_AT_ONCE or self._spent[key] > _SPENT
+        return fitting if worth_it else wider
 
     def fitting_shape(self, num_rows: int, max_seq_len: int) -> tuple[int, int] | None:
         """As decode_shape, but the shape that fits best, recorded or not."""
@@ -139,12 +143,17 @@ class CapturedProgram:
     def decode_shapes(self) -> list[tuple[int, int]]:
         """(rows, keys) of decode steps that are worth recording before they come.
 
-        A lone row is first, whom a wider recording would cost most; then what has room for all others.
+        A lone row is first, whom a wider recording would cost most; then what has room for all others,
+        with half as many rows each time.
         """
         reaches = sorted({self._reach(keys) for keys in (_SHORTEST_REACH, 1024, _KEYS_AHEAD)})
         rows = [rows for rows in self._buckets if rows <= _ROWS_AHEAD]
         shapes = [(number, keys) for keys in reaches for number in rows]
-        first = [shapes[0], shapes[-1]]
+        first, number = [shapes[0]], rows[-1]
+        while number > 1:
+            first.append((self._buckets[bisect_left(self._buckets, number)], reaches[-1]))
+            number //= 2
+        first = list(dict.fromkeys(first))
         return first + [shape for shape in shapes if shape not in first]
 
     def seen_once(self) -> tuple[int, int, int] | None:
@@ -164,7 +173,7 @@ class CapturedProgram:
     def _forget(self) -> None:
         self._replays.clear()
         self._seen.clear()
-        self._wanted.clear()
+        self._spent.clear()
         self.num_mixed = 0
 
     def _reach(self, max_seq_len: int) -> int:

@@ -154,28 +154,37 @@ def test_what_is_rehearsed_need_not_be_recorded_later(recorded: Any) -> None:
     engine.check_integrity()
 
 
-def test_a_wider_recording_serves_until_the_fitting_one_was_wanted_often(recorded: Any) -> None:
+def test_a_wider_recording_serves_while_that_costs_less(recorded: Any) -> None:
     llm, device, captured = recorded
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     llm.generate([[1 + i, 5, 9, 40 + i] for i in range(37)], params)
     assert device.recorded == 1  # what 37 rows fit in, and 37 rows ending together
-    shape = captured.fitting_shape
-    assert captured.decode_shape(37, 7) == shape(37, 7) == (40, 128)
-    assert captured.decode_shape(3, 7, shares=True) == shape(3, 7) == (4, 128)  # none has room
-    prompts, expected = [[7, 8, 9]], []
+    assert captured.decode_shape(37, 7) == captured.fitting_shape(37, 7) == (40, 128)
+    assert captured.decode_shape(3, 7, shares=True) == (4, 128)  # none has room
+    prompts = [[7, 8, 9]]
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)  # 19 steps decode
     with LLM(llm.plan.source.path, backend=BACKEND, kv_blocks=64, max_model_len=128) as other:
-        params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
         expected = other.generate(prompts, params)[0].outputs[0].token_ids
-    for recordings in (1, 2):  # 19 steps decode
+    for recordings in (1, 2):  # 39 rows in vain a step: for 26 of them
         assert llm.generate(prompts, params)[0].outputs[0].token_ids == expected
         assert device.recorded == recordings
     assert captured.decode_shape(1, 7) == (1, 128)
     assert captured.decode_shape(2, 7) == (40, 128)
-    captured._reach = lambda keys: 16  # as with longer contexts: that recording's reach is longer
-    assert [captured.decode_shape(40, 7) for _ in range(513)] == [(40, 128)] * 512 + [(40, 16)]
-    del captured._reach
     captured.set_pool(llm.engine.executor.pool)
     assert captured.decode_shape(2, 7) == (2, 128)
+
+
+def test_when_a_fitting_step_is_recorded_after_all(recorded: Any) -> None:
+    _, _, captured = recorded
+    captured._replays[24, 24, 128, False, False] = (lambda: None, torch.empty(0))
+    assert [captured.decode_shape(16, 7) for _ in range(129)] == [(24, 128)] * 128 + [(16, 128)]
+    steps = 0  # with others in between only all of it together counts
+    while captured.decode_shape(8, 7) == (24, 128):
+        assert captured.decode_shape(16, 7) == (24, 128)
+        steps += 1
+    assert steps == 16384 // 16
+    captured._reach = lambda keys: 16  # as with longer contexts: that recording's reach is longer
+    assert [captured.decode_shape(24, 7) for _ in range(513)] == [(24, 128)] * 512 + [(24, 16)]
 
 
 def test_kernels_are_compiled_before_anything_is_run(recorded: Any) -> None:
