@@ -152,9 +152,21 @@ class GpuDevice:
                 raise short from None
             log.warning("a step could not be captured: %s", str(short or error).splitlines()[0])
             self._graph_pool = None  # torch holds this one for recording still
+            self._free_generator()
             return None
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def _free_generator(self) -> None:
+        """After a recording that broke off torch's generator of the device would go on refusing: it takes
+        the recording to be under way. Whoever draws numbers there next, us or not, would get an error."""
+        generator = _gpu.default_generators[self.torch_device.index]
+        fresh = torch.Generator(self.torch_device)
+        try:
+            fresh.manual_seed(generator.initial_seed())
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        except RuntimeError as error:
+            log.warning("torch draws no numbers on this device any more: %s", error)
 
     def fetch(self, tensor: Tensor) -> _GpuFetch:
         return _GpuFetch(tensor)
