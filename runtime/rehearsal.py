@@ -67,10 +67,10 @@ class Rehearsal:
         memory = self._executor.device.memory()
         if memory.free < max(_SPARE_BYTES, _SPARE * memory.total):
             return False
-        task = next(self._tasks, None)
-        if task is None:
-            return False
         try:
+            task = next(self._tasks, None)
+            if task is None:
+                return False
             task()
         except DeviceMemoryError as error:
             logger.info("steps are recorded when they come: %s", error)
@@ -134,7 +134,8 @@ class Rehearsal:
         assert isinstance(program, CapturedProgram)
         rows = max(2, -(-tokens // min(_MANY_PROMPTS, program.max_keys)))
         counts = _shares(tokens, min(rows, program.max_rows))
-        return _Piece(tuple(min(count, program.max_keys) for count in counts), counts[0])
+        counts = tuple(min(count, program.max_keys) for count in counts)
+        return _Piece(counts, max(counts))
 
     def _long(self) -> int:
         assert isinstance(self._executor.program, CapturedProgram)
@@ -162,7 +163,7 @@ class Rehearsal:
 
 def _shares(tokens: int, rows: int) -> tuple[int, ...]:
     """So many tokens in so many rows, or one row less: a step with prompts has more tokens than rows."""
-    if tokens == rows:
+    if tokens == rows > 1:
         rows -= 1
     each, more = divmod(tokens, rows)
     return (*(each + 1 for _ in range(more)), *(each for _ in range(rows - more)))

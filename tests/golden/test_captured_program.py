@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,36 @@ def test_a_step_with_prompts_that_came_once_is_recorded_when_there_is_time(recor
     llm.generate([[90 + i] * (5 + i % 3) for i in range(12)], params)  # no cached prefix
     assert device.recorded == recordings + 1
     assert device.replayed >= replayed + 2
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length", "tokens"),
+    [(1, 16, 1), (1, 128, None), (2, 33, 7), (5, 16, 64), (300, 40, None)],
+)
+def test_everything_is_rehearsed_within_any_limits(
+    tmp_path: Path, sequences: int, length: int, tokens: int | None
+) -> None:
+    save_tiny_model("llama", tmp_path)
+    options: dict[str, Any] = {
+        "kv_blocks": 8,
+        "max_num_sequences": sequences,
+        "max_model_len": length,
+        "max_batched_tokens": tokens,
+    }
+    with LLM(tmp_path, backend=BACKEND, **options) as llm:
+        executor = llm.engine.executor
+        device = _RecordingDevice(executor.device)
+        program: Any = _InPlace(executor.program)
+        captured = CapturedProgram(program, device, sequences, -(-length // 16), 16)  # type: ignore[arg-type]
+        captured.set_pool(executor.pool)
+        executor.program, executor.device = captured, device  # type: ignore[assignment]
+        executor.kernels.takes_empty_rows = True  # type: ignore[attr-defined]
+        executor.kernels.compiling = nullcontext  # type: ignore[attr-defined]
+        before = fallbacks.counts().get("rehearsal", 0)
+        while llm.engine.rehearse():
+            pass
+        assert fallbacks.counts().get("rehearsal", 0) == before
+        assert device.recorded >= len(captured.decode_shapes())  # and what came once meanwhile
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(32, 32), (1000, 8), (33, 32), (64, 8), (2048, 1024)])
