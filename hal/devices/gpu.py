@@ -145,6 +145,7 @@ class GpuDevice:
                 fn()
         except RuntimeError as error:  # something in it waits for the device, or can't be recorded
             short = _memory_error(error)
+            self._free_generator()
             # A smaller step may be recorded, and this one later. Only torch's allocator can grow while
             # something is recorded: another's failure says nothing about the memory that is left.
             if isinstance(short, torch.OutOfMemoryError):
@@ -152,7 +153,6 @@ class GpuDevice:
                 raise short from None
             log.warning("a step could not be captured: %s", str(short or error).splitlines()[0])
             self._graph_pool = None  # torch holds this one for recording still
-            self._free_generator()
             return None
         replay: Callable[[], None] = graph.replay
         return replay
@@ -161,8 +161,8 @@ class GpuDevice:
         """After a recording that broke off torch's generator of the device would go on refusing: it takes
         the recording to be under way. Whoever draws numbers there next, us or not, would get an error."""
         generator = _gpu.default_generators[self.torch_device.index]
-        fresh = torch.Generator(self.torch_device)
         try:
+            fresh = torch.Generator(self.torch_device)
             fresh.manual_seed(generator.initial_seed())
             generator.graphsafe_set_state(fresh.graphsafe_get_state())
         except RuntimeError as error:

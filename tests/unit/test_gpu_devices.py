@@ -200,13 +200,37 @@ class FakeCuda:
                 raise self.fails
 
 
+class FakeGenerator:
+    """torch.Generator: what it was seeded with, and whose state it has."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.seed, self.state = 0, self
+
+    def manual_seed(self, seed: int) -> None:
+        self.seed = seed
+
+    def initial_seed(self) -> int:
+        return self.state.seed
+
+    def graphsafe_get_state(self) -> FakeGenerator:
+        return self.state
+
+    def graphsafe_set_state(self, other: FakeGenerator) -> None:
+        self.state = other
+
+
 def test_a_recording_that_memory_is_too_small_for_is_no_step_that_cannot_be_recorded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake = FakeCuda()
+    generator = FakeGenerator()
+    generator.manual_seed(7)
+    fake.default_generators = [generator]
     monkeypatch.setattr(gpu, "_gpu", fake)
+    monkeypatch.setattr(torch, "Generator", FakeGenerator)
     device = CudaDevice.__new__(CudaDevice)
     device._graph_pool = None
+    device.torch_device = torch.device("cuda", 0)
 
     def step() -> None:
         steps.append(1)
@@ -220,14 +244,21 @@ def test_a_recording_that_memory_is_too_small_for_is_no_step_that_cannot_be_reco
     fake.fails = RuntimeError("operation failed due to a previous error during capture")
     with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):  # what ended the recording
         device.capture(step)
+    # What was in the middle of a recording is another's now, with the same seed.
+    assert generator.state is not generator
+    assert generator.initial_seed() == 7
+    before = generator.state
     assert device.capture(lambda: None) is None
+    assert generator.state is not before
     # An allocator that isn't torch's can't grow while a step is recorded: that is no lack of memory.
     fake.fails = RuntimeError(
         "BFCArena: Failed to allocate memory for requested buffer of size 768"
     )
     assert device.capture(lambda: None) is None
     fake.fails = None
+    before = generator.state
     assert device.capture(lambda: None) is not None
+    assert generator.state is before
 
 
 def test_an_amd_gpu_is_described(mi300x: Path) -> None:
