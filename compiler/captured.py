@@ -2,8 +2,9 @@
 
 A decode step is recorded for a number of rows and a reach of keys, both rounded up. A recording holds
 everybody up for as long as dozens of steps take, so where a wider one is there it is replayed until
-what it computes in vain comes near to that; where none is, the step that comes is recorded. Inputs lie in one buffer, which a step's inputs are copied to in one piece; rows that
-only fill up a recording have no slot and one key, and nobody reads what they get.
+what it computes in vain comes near to that; where none is, the step that comes is recorded. Inputs
+lie in one buffer, which a step's inputs are copied to in one piece; rows that only fill up a recording
+have no slot and one key, and nobody reads what they get.
 
 Steps with prompts in them are recorded up to a number of tokens, behind which the device takes longer
 than the launches; there is a recording when a shape comes again. Rows that fill these up have no
@@ -31,12 +32,12 @@ _MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 12
                  *range(1024, 2049, 256))  # fmt: skip
 _MIXED_ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
+_MOST_AHEAD = 48  # of them, those that may be recorded before they come again
 # Rows that a wider recording computes for nobody until recording what fits would have taken less: in
 # one piece, and together where other numbers of rows come in between. A longer reach alone counts little.
 _SPENT_AT_ONCE = 1024
 _SPENT = 16384
 _LONGER_REACH = 2
-_MOST_AHEAD = 48  # of them, those that may be recorded before they come again
 # Decode steps that are worth recording before they come: up to so many rows and keys.
 _ROWS_AHEAD = 256
 _KEYS_AHEAD = 2048
@@ -96,12 +97,14 @@ class CapturedProgram:
             shares: the step comes with StepBatch.shared.
         """
         fitting = self.fitting_shape(num_rows, max_seq_len)
-        if fitting is None or _decode_key(*fitting, shares) in self._replays:
+        if fitting is None:
+            return None
+        key = _decode_key(*fitting, shares)
+        if key in self._replays:
             return fitting
         wider = self._wider(*fitting, shares)
         if wider is None:
             return fitting
-        key = _decode_key(*fitting, shares)
         vain = max(wider[0] - fitting[0], _LONGER_REACH)
         last, spent = self._lately
         self._lately = (key, vain + (spent if key == last else 0))
@@ -174,6 +177,7 @@ class CapturedProgram:
         self._replays.clear()
         self._seen.clear()
         self._spent.clear()
+        self._lately = (None, 0)
         self.num_mixed = 0
 
     def _reach(self, max_seq_len: int) -> int:

@@ -32,8 +32,6 @@ _MANY_PROMPTS = 128  # tokens of each, in as large a step as there are
 _LONG_PROMPTS = 1100  # two of them are more than is recorded, and long enough to be attended apart
 _SPARE = 0.03  # of the device's memory, and at least:
 _SPARE_BYTES = 512 << 20  # recordings ahead of need take none of the last
-
-
 _REACHES = (512, 1024, 2048, 4096)  # keys of a lone row: each may be split in another way
 _ROWS = (2, 4, 256)  # of decode steps that go to different kernels
 _TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)  # of steps with prompts
