@@ -170,6 +170,8 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
             server_header=False,
             http=protocol_of(ConnectionLimits(max_connections=server.max_connections)),
             ws="none",
+            # uvloop, where it is installed, takes 15 % longer for 256 streams that begin at once.
+            loop="asyncio",
             timeout_keep_alive=30,
             timeout_graceful_shutdown=2,
             lifespan="on",

@@ -396,7 +396,7 @@ class ProcessPort:
         if busy < _BUSY_SECONDS or not self._reading:  # it rests, or nothing comes any more
             return
         self._reading = False
-        loop.remove_reader(self._channel.socket)  # uvloop doesn't tell whether there was one
+        loop.remove_reader(self._channel.socket)
         rest = min(_REST * busy, _MAX_REST_SECONDS)
         self._rest = loop.call_later(rest, self._listen, loop)
 

@@ -11,9 +11,8 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from halyard.hal.errors import ConfigError, HalyardError
@@ -67,18 +66,17 @@ def run(args: argparse.Namespace) -> int:
         model = args.model or _first_model(url, args.api_key)
         for load in loads or [{}]:
             time.sleep(max(0.0, args.pause))
-            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                done = runner.run(
-                    run_load(
-                        url,
-                        model,
-                        _unheard(requests, args),
-                        key=args.api_key,
-                        seed=args.seed,
-                        token_ids=args.token_ids,
-                        **load,
-                    )
+            done = asyncio.run(
+                run_load(
+                    url,
+                    model,
+                    _unheard(requests, args),
+                    key=args.api_key,
+                    seed=args.seed,
+                    token_ids=args.token_ids,
+                    **load,
                 )
+            )
             found.append(summary(done, goal))
             print(_line(found[-1]), file=sys.stderr)
     result = {
@@ -113,15 +111,6 @@ def _unheard(
         )
         for one in requests
     ]
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The quicker loop where it is installed: what the client costs must not look like the server's."""
-    if find_spec("uvloop") is None:
-        return None
-    import uvloop
-
-    return uvloop.new_event_loop
 
 
 @contextlib.contextmanager

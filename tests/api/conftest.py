@@ -67,6 +67,7 @@ def serve_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Serv
                 made,
                 http=protocol,
                 ws="none",
+                loop="asyncio",
                 log_config=None,
                 lifespan="on",
                 timeout_graceful_shutdown=1,

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -22,8 +22,6 @@ from halyard.runtime.plan import TokenEvent
 from halyard.runtime.port import EngineFacts
 from halyard.runtime.process_port import ProcessPort
 from halyard.runtime.request import SamplingParams
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 FACTS = EngineFacts("model", "null", Limits(2048, 1024, frozenset(), 64))
 GREEDY = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
@@ -108,7 +106,7 @@ async def rest_behind_a_token(played: Engine) -> RequestStream:
 
 
 @pytest.mark.usefixtures("long_rests")
-def test_steps_join_behind_a_dear_delivery_and_none_is_lost(run: Run) -> None:
+def test_steps_join_behind_a_dear_delivery_and_none_is_lost() -> None:
     async def scene() -> None:
         async with engine() as played:
             one, other = (played.client.submit([7], GREEDY) for _ in range(2))
@@ -126,11 +124,11 @@ def test_steps_join_behind_a_dear_delivery_and_none_is_lost(run: Run) -> None:
             assert len(played.deliveries) == 2
             assert played.client.num_requests == 0
 
-    run(scene())
+    asyncio.run(scene())
 
 
 @pytest.mark.usefixtures("long_rests")
-def test_a_cheap_delivery_is_followed_by_the_next_at_once(run: Run) -> None:
+def test_a_cheap_delivery_is_followed_by_the_next_at_once() -> None:
     async def scene() -> None:
         async with engine() as played:
             stream = played.client.submit([7], GREEDY)
@@ -141,13 +139,11 @@ def test_a_cheap_delivery_is_followed_by_the_next_at_once(run: Run) -> None:
                 assert time.monotonic() - started < 0.1
             assert len(played.deliveries) == 5
 
-    run(scene())
+    asyncio.run(scene())
 
 
 @pytest.mark.usefixtures("long_rests")
-def test_steps_join_behind_requests_that_come_together(
-    monkeypatch: pytest.MonkeyPatch, run: Run
-) -> None:
+def test_steps_join_behind_requests_that_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_port, "_ARRIVAL_SECONDS", 0.002)
 
     async def scene() -> None:
@@ -160,11 +156,11 @@ def test_steps_join_behind_requests_that_come_together(
             assert await tokens(streams[0]) == ([1, 2, 3], None)
             assert len(played.deliveries) == 2
 
-    run(scene())
+    asyncio.run(scene())
 
 
 @pytest.mark.usefixtures("long_rests")
-def test_an_engine_that_dies_meanwhile_is_found_and_what_it_said_counts(run: Run) -> None:
+def test_an_engine_that_dies_meanwhile_is_found_and_what_it_said_counts() -> None:
     async def scene() -> None:
         async with engine() as played:
             stream = await rest_behind_a_token(played)
@@ -175,12 +171,10 @@ def test_an_engine_that_dies_meanwhile_is_found_and_what_it_said_counts(run: Run
             assert "SIGKILL" in (error or "")
             assert len(played.died) == 1
 
-    run(scene())
+    asyncio.run(scene())
 
 
-def test_what_is_not_read_is_no_hang_and_a_hang_is_found(
-    monkeypatch: pytest.MonkeyPatch, run: Run
-) -> None:
+def test_what_is_not_read_is_no_hang_and_a_hang_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_port, "_REST", 100.0)
     monkeypatch.setattr(process_port, "_MAX_REST_SECONDS", 0.5)
 
@@ -203,11 +197,11 @@ def test_what_is_not_read_is_no_hang_and_a_hang_is_found(
             assert got == [0, 1]
             assert "hung" in (error or "")
 
-    run(scene())
+    asyncio.run(scene())
 
 
 @pytest.mark.usefixtures("long_rests")
-def test_closing_meanwhile_ends_the_rest(run: Run) -> None:
+def test_closing_meanwhile_ends_the_rest() -> None:
     async def scene() -> None:
         async with engine() as played:
             stream = await rest_behind_a_token(played)
@@ -216,4 +210,4 @@ def test_closing_meanwhile_ends_the_rest(run: Run) -> None:
             assert "shut" in ((await tokens(stream))[1] or "")
             await asyncio.sleep(0.15)  # the reader would have come back: of a closed socket
 
-    run(scene())
+    asyncio.run(scene())

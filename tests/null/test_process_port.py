@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,7 +24,6 @@ from halyard.runtime.process_port import ProcessPort, end_all, launch
 from halyard.runtime.request import Constraint, SamplingParams
 
 VOCAB = 2048
-Run = Callable[[Coroutine[Any, Any, None]], Any]
 
 
 def config(**options: Any) -> EngineConfig:
@@ -42,7 +41,7 @@ def no_process_stays() -> Iterator[None]:
 _bound: ContextVar[asyncio.Timeout] = ContextVar("_bound")
 
 
-def play(scene: Callable[[], Awaitable[None]], run: Run = asyncio.run) -> None:
+def play(scene: Callable[[], Awaitable[None]]) -> None:
     """A minute for what happens; starting an engine is no part of it, for that is slow under load."""
 
     async def bounded() -> None:
@@ -50,7 +49,7 @@ def play(scene: Callable[[], Awaitable[None]], run: Run = asyncio.run) -> None:
             _bound.set(bound)
             await scene()
 
-    run(bounded())
+    asyncio.run(bounded())
 
 
 async def port(hang_seconds: float | None = None, **options: Any) -> ProcessPort:
@@ -75,7 +74,7 @@ def greedy(max_tokens: int, **params: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **params)
 
 
-def test_a_whole_life(run: Run) -> None:
+def test_a_whole_life() -> None:
     async def scene() -> None:
         engine = await port(max_num_sequences=16)
         client = Client(engine, None)
@@ -105,7 +104,7 @@ def test_a_whole_life(run: Run) -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(engine.pid, 0)
 
-    play(scene, run)
+    play(scene)
 
 
 def test_a_killed_engine_answers_everybody() -> None:
