@@ -58,8 +58,16 @@ class BlockPool:
         """The block that holds this full block's content."""
         return self._by_digest.get(digest)
 
+    def find_all(self, digests: Iterable[bytes]) -> list[int | None]:
+        """As `find`, for each of them: prompts have hundreds."""
+        return list(map(self._by_digest.get, digests))
+
     def is_free(self, block: int) -> bool:
         return self._references[block] == 0
+
+    def count_free(self, blocks: Iterable[int]) -> int:
+        """How many of them are free."""
+        return list(map(self._references.__getitem__, blocks)).count(0)
 
     def allocate(self) -> tuple[int, bytes | None]:
         """Take the first block of the free queue: (block, digest of the content evicted with it)."""
@@ -75,30 +83,42 @@ class BlockPool:
 
     def acquire(self, block: int) -> None:
         """Add a reference; a cached block leaves the free queue."""
-        if self._references[block] == 0:
-            del self._free[block]
-            self._num_cached -= self._digests[block] is not None
-            self._states[block] = USED
-        else:
-            self._states[block] = SHARED
-        self._references[block] += 1
+        self.acquire_all((block,))
+
+    def acquire_all(self, blocks: Iterable[int]) -> None:
+        """As `acquire`, for each of them in turn."""
+        references, states = self._references, self._states
+        for block in blocks:
+            if references[block] == 0:
+                del self._free[block]
+                self._num_cached -= self._digests[block] is not None
+                states[block] = USED
+            else:
+                states[block] = SHARED
+            references[block] += 1
 
     def release(self, block: int) -> None:
         """Drop a reference. The last one frees the block: newest in eviction order if cached."""
-        count = self._references[block] - 1
-        if count < 0:
-            raise AssertionError(f"block {block} released more often than acquired")
-        self._references[block] = count
-        if count == 0:
-            self._free[block] = None
-            if self._digests[block] is None:
-                self._free.move_to_end(block, last=False)
-                self._states[block] = BLANK
-            else:
-                self._num_cached += 1
-                self._states[block] = CACHED
-        elif count == 1:
-            self._states[block] = USED
+        self.release_all((block,))
+
+    def release_all(self, blocks: Iterable[int]) -> None:
+        """As `release`, for each of them in turn."""
+        references, states = self._references, self._states
+        for block in blocks:
+            count = references[block] - 1
+            if count < 0:
+                raise AssertionError(f"block {block} released more often than acquired")
+            references[block] = count
+            if count == 0:
+                self._free[block] = None
+                if self._digests[block] is None:
+                    self._free.move_to_end(block, last=False)
+                    states[block] = BLANK
+                else:
+                    self._num_cached += 1
+                    states[block] = CACHED
+            elif count == 1:
+                states[block] = USED
 
     def publish(self, block: int, digest: bytes) -> bool:
         """Make a referenced full block findable. False if another block holds that content already."""

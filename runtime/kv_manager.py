@@ -13,9 +13,13 @@ the order swap_out, swap_in, copies, rows; the rules that make this safe:
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import cast
+
+import numpy as np
 
 from halyard.hal.types import BlockMove
 from halyard.runtime.block_pool import BlockPool
@@ -25,6 +29,7 @@ from halyard.runtime.sequence import Sequence
 __all__ = ["KVCounters", "KVManager", "Moves"]
 
 DIGEST_BYTES = 16
+_MOST_ALIKE = 16  # prompts that others are compared with; their tokens are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,39 @@ def _digest(content: bytes, parent: bytes = b"") -> bytes:
     return blake2b(content, digest_size=DIGEST_BYTES, key=parent).digest()
 
 
+class _Alike:
+    """Prompts digested lately, by their first block: the next one often begins as one of them did.
+
+    To compare two prompts takes a hundredth of what their digests take, and where hundreds of them
+    come at once with a long prefix in common, the device waits for that.
+    """
+
+    def __init__(self) -> None:
+        self._lately: OrderedDict[bytes, tuple[bytes, list[bytes]]] = OrderedDict()
+
+    def digests_of(self, content: bytes, known: list[bytes], width: int) -> None:
+        """Append the digests of blocks in common with a prompt whose first block is `known`'s one.
+
+        Args:
+            content: its full blocks, `width` bytes each.
+        """
+        other = self._lately.get(known[0])
+        if other is None:
+            return
+        length = min(len(content), len(other[0]))
+        mine = np.frombuffer(content, np.int64, length // 8)
+        same = mine == np.frombuffer(other[0], np.int64, length // 8)
+        tokens = len(same) if same.all() else int(same.argmin())
+        known += other[1][1 : tokens * 8 // width]
+
+    def keep(self, content: bytes, digests: list[bytes]) -> None:
+        """Of a whole prompt; the list may grow, but not change."""
+        self._lately[digests[0]] = (content, digests)
+        self._lately.move_to_end(digests[0])
+        if len(self._lately) > _MOST_ALIKE:
+            self._lately.popitem(last=False)
+
+
 class KVManager:
     """The two tiers and which sequence holds what. No tensor is touched here."""
 
@@ -72,6 +110,7 @@ class KVManager:
         self.device = BlockPool(num_blocks)
         self.host = BlockPool(num_host_blocks)
         self.counters = KVCounters()
+        self._alike = _Alike()
         self._swap_out: list[BlockMove] = []
         self._swap_in: list[BlockMove] = []
         self._copies: list[BlockMove] = []
@@ -137,17 +176,14 @@ class KVManager:
 
     def release(self, sequence: Sequence) -> None:
         """Give back all blocks, last first, so that ends are evicted before beginnings."""
-        for block in reversed(sequence.block_ids):
-            self.device.release(block)
+        self.device.release_all(reversed(sequence.block_ids))
         sequence.block_ids = array("i")
-        for block in reversed(sequence.host_block_ids):
-            self.host.release(block)
+        self.host.release_all(reversed(sequence.host_block_ids))
         sequence.host_block_ids = []
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child share all blocks of its parent."""
-        for block in parent.block_ids:
-            self.device.acquire(block)
+        self.device.acquire_all(parent.block_ids)
         child.block_ids = array("i", parent.block_ids)
         child.block_digests = list(parent.block_digests)
 
@@ -164,9 +200,15 @@ class KVManager:
         content = array("q", tokens[first:end]).tobytes()
         width = len(content) // ((end - first) // size)
         digest = known[-1] if known else _digest(sequence.request.cache_salt.encode())
-        for start in range(0, len(content), width):
+        if not known and end > size:
+            known.append(_digest(content[:width], digest))
+            self._alike.digests_of(content, known, width)
+            digest = known[-1]
+        for start in range((len(known) - first // size) * width, len(content), width):
             digest = _digest(content[start : start + width], digest)
             known.append(digest)
+        if not first and end > size:
+            self._alike.keep(content, known)
         return known
 
     def reusable_digests(self, sequence: Sequence) -> list[bytes]:
@@ -180,9 +222,11 @@ class KVManager:
 
         The second number is what taking them costs in free device blocks.
         """
+        blocks = self.device.find_all(digests)
+        if None not in blocks:
+            return len(blocks), self.device.count_free(cast("list[int]", blocks))
         found = cost = 0
-        for digest in digests:
-            block = self.device.find(digest)
+        for digest, block in zip(digests, blocks, strict=True):
             if block is not None:
                 cost += self.device.is_free(block)
             elif self.host.find(digest) is not None:
@@ -197,7 +241,12 @@ class KVManager:
 
         Counts what was looked up and found.
         """
-        self._take(sequence, [(digest, self.host.find(digest)) for digest in digests])
+        blocks = self.device.find_all(digests)
+        if None not in blocks:
+            self.device.acquire_all(cast("list[int]", blocks))
+            sequence.block_ids.extend(cast("list[int]", blocks))
+        else:
+            self._take(sequence, [(digest, self.host.find(digest)) for digest in digests])
         sequence.num_computed_tokens = len(digests) * self.block_size
         if self.prefix_cache:
             cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)

@@ -243,7 +243,19 @@ def split_draws(made: Any) -> None:
 
 
 def shared_rows(made: Any, **shape: Any) -> None:
-    """Rows that share blocks, read through the first one's table: the others' entries are poison."""
+    """Rows that share blocks, read through the first one's table: the others' entries are poison.
+
+    Own keys whole (then they go on from what is shared) and split, what is shared whole and split.
+    """
+    launcher = made.kernels.launcher
+    usual = launcher._num_splits, launcher._cores
+    for splits, cores in ((1, 1000), (3, 1000)):
+        launcher._num_splits, launcher._cores = splits, cores
+        _shared_rows(made, **shape)
+    launcher._num_splits, launcher._cores = usual
+
+
+def _shared_rows(made: Any, **shape: Any) -> None:
     lengths, prefix = [300, 283, 290, 297, 275, 40], 272
     sequences = Sequences(made, lengths, **shape)
     shared = prefix // sequences.block

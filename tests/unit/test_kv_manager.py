@@ -1,5 +1,7 @@
 """Growth, copy on write, prefix cache and host tier, one rule a test."""
 
+import random
+
 import pytest
 from scheduler_model import request
 
@@ -50,6 +52,21 @@ def test_growth_takes_blocks_as_they_are_needed() -> None:
     kv.check_integrity([item])
     kv.release(item)
     kv.check_integrity([])
+
+
+def test_digests_taken_over_from_another_prompt_are_its_own() -> None:
+    """Whatever came before: prompts that begin alike, end within a block, have another salt."""
+    rng, kv = random.Random(1), manager(device=4)
+    stem = [rng.randrange(3) for _ in range(60)]
+    for _ in range(300):
+        tokens = stem[: rng.randrange(60)] + [rng.randrange(3) for _ in range(rng.randrange(20))]
+        salt = rng.choice(["", "a"])
+        asked, alone = sequence(tokens, salt), sequence(tokens, salt)
+        expected = [manager(device=4).digests(alone)[at] for at in range(len(tokens) // SIZE)]
+        assert kv.digests(asked) == expected
+        asked.token_ids += [rng.randrange(3) for _ in range(rng.randrange(12))]  # an answer
+        alone.token_ids, alone.block_digests = list(asked.token_ids), []
+        assert kv.digests(asked) == manager(device=4).digests(alone)
 
 
 def test_digests_depend_on_everything_before_and_on_the_salt() -> None:

@@ -60,7 +60,8 @@ def paged_decode_kernel(
     q [tokens, heads, dim]; pool: one layer, [blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM]; out
     [tokens, heads, dim] if not SPLIT; else partial [rows, heads, all_splits, DIM_PAD] and
     partial_lse [rows, heads, all_splits] fp32. If SHARED, a row's first row_keys are left to
-    shared.py, whose splits follow those of the grid; a row without any marks these as empty.
+    shared.py. With SPLIT its splits follow those of the grid, and a row without any marks these as
+    empty; else partial and partial_lse hold its splits alone, and this goes on from them.
     Grid: rows, KV_HEADS * tiles of the group, splits.
     """
     GROUP_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
@@ -94,6 +95,20 @@ def paged_decode_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     position = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
+    if SHARED and not SPLIT:
+        common = (row * (KV_HEADS * GROUP) + heads).to(tl.int64) * all_splits
+        there = valid & (first > 0)
+        for part in range(all_splits):
+            lse = tl.load(partial_lse + common + part, mask=there, other=float("-inf"))
+            where = (common + part)[:, None] * DIM_PAD + dim[None, :]
+            found = tl.load(partial + where, mask=there[:, None] & inside, other=0.0)
+            new_peak = tl.maximum(peak, lse)
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            shrink = tl.exp2(peak - base)
+            weight = tl.exp2(lse - base)
+            acc = acc * shrink[:, None] + found * weight[:, None]
+            total = total * shrink + weight
+            peak = new_peak
     keys = pool + kv_head * HEAD_STRIDE
     acc, total, peak = attend_tiles(
         query, acc, total, peak, keys, keys + KV_HEADS * HEAD_STRIDE,

@@ -13,6 +13,7 @@ from halyard.hal import fallbacks
 from halyard.hal.contract import Device
 from halyard.hal.kernels.triton.tiles import (
     Tile,
+    after_tile,
     decode_tile,
     family,
     hopper_tile,
@@ -122,6 +123,8 @@ class _Variant:
     prefill: Tile
     decode_constants: dict[str, Any]
     prefill_constants: dict[str, Any]
+    after: Tile  # of decode that goes on from shared keys
+    after_constants: dict[str, Any]
     hopper: Tile | None  # prefill goes to Hopper's own kernel
 
 
@@ -144,6 +147,8 @@ class AttentionLauncher:
         self.decode_override: Tile | None = None
         self.prefill_override: Tile | None = None
         self.hopper_override: Tile | None = None
+        self.shared_override: Tile | None = None
+        self.shared_splits: int | None = None
 
     def write(self, k: Tensor, v: Tensor, data: Tensor, slot_mapping: Tensor) -> None:
         """k, v [tokens, kv_heads, dim] to their slots of one layer [blocks, 2, heads, size, dim]."""
@@ -197,12 +202,22 @@ class AttentionLauncher:
             decode = self.decode_override or decode_tile(
                 self._arch, shape.dim_pad, item_size, shape.group
             )
+            after = self.decode_override or after_tile(
+                self._arch, shape.dim_pad, item_size, shape.group
+            )
             prefill = self.prefill_override or prefill_tile(self._arch, shape.dim_pad, item_size)
             hopper = None
             if self._hopper is not None and shape.plain and self.prefill_override is None:
                 hopper = self.hopper_override or hopper_tile(shape.head_dim)
             found = _Variant(
-                shape, decode, prefill, shape.constants(decode), shape.constants(prefill), hopper
+                shape,
+                decode,
+                prefill,
+                shape.constants(decode),
+                shape.constants(prefill),
+                after,
+                shape.constants(after),
+                hopper,
             )
             self._variants[shape] = found
         return found
@@ -212,31 +227,37 @@ class AttentionLauncher:
         variant: _Variant,
     ) -> None:  # fmt: skip
         shape, tile = variant.shape, variant.decode
-        splits = self.splits(layer, batch, variant)
+        own = self.splits(layer, batch, variant)
         shared = batch.shared if _can_share(layer, shape, batch) else None
         more = 0
         if shared is not None:  # as many splits as fill the chip, if all keys were shared
-            more = self._decode.choose_splits(
-                len(shared.tile_keys), shape.num_kv_heads, batch.max_seq_len, tile.block_n,
-                self._cores,
+            more = self.shared_splits or self._decode.choose_splits(
+                -(-batch.num_rows // SharedRows.WIDTH), shape.num_kv_heads, batch.max_seq_len,
+                tile.block_n, self._cores,
             )  # fmt: skip
-        own, splits = splits, splits + more
+        # What is shared comes first: where a row's own keys are not split, they go on from that.
+        split, splits = own > 1, more + (own if own > 1 else 0)
         sinks = out if layer.sinks is None else layer.sinks
         partial, lse = out, out
-        if splits > 1:
+        if splits:
             partial, lse = self._take_workspace(batch.num_rows, splits, shape, q.device)
         if shared is not None:
-            self._run_shared(q, data, partial, lse, layer, batch, shared, variant, own, splits)
+            self._run_shared(
+                q, data, partial, lse, layer, batch, shared, variant, splits - more, splits
+            )
+        constants = variant.decode_constants
+        if shared is not None and not split:
+            tile, constants = variant.after, variant.after_constants
         grid = (batch.num_rows, shape.heads_per_row(tile), own)
         tables = batch.block_tables
         self._decode.paged_decode_kernel[grid](
             q, data, out, partial, lse, tables, batch.seq_lens, batch.query_start, sinks,
             *_scales(layer), layer.window, q.stride(0), q.stride(1), tables.stride(0),
             batch.seq_lens if shared is None else shared.row_keys, splits,
-            **variant.decode_constants, SPLIT=splits > 1, SHARED=shared is not None,
+            **constants, SPLIT=split, SHARED=shared is not None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        if splits > 1:
+        if split:
             self._decode.merge_kernel[(batch.num_rows, shape.num_heads)](
                 out, partial, lse, batch.query_start, sinks, splits,
                 HEADS=shape.num_heads, HEAD_DIM=shape.head_dim, DIM_PAD=shape.dim_pad,
@@ -249,7 +270,7 @@ class AttentionLauncher:
     ) -> None:  # fmt: skip
         """The keys that tiles of rows have in common, to the splits after `own`."""
         shape, tables = variant.shape, batch.block_tables
-        tile = self.decode_override or shared_tile(
+        tile = self.shared_override or shared_tile(
             self._arch, shape.dim_pad, shape.item_size, shape.group
         )
         self._shared.shared_decode_kernel[(len(shared.tile_keys), shape.num_kv_heads, splits - own)](

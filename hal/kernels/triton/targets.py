@@ -19,6 +19,7 @@ from halyard.hal.kernels.triton.launch import Shape
 from halyard.hal.kernels.triton.skinny import MAX_ROWS, choose_plan
 from halyard.hal.kernels.triton.tiles import (
     SHARED_LIMITS,
+    after_tile,
     decode_tile,
     family,
     hopper_tile,
@@ -32,11 +33,11 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
 
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
                      "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
-                     "shared", "few_rows", "rows", "gate", "rotate", "prefill_hopper",
+                     "decode_after", "shared", "few_rows", "rows", "gate", "rotate", "prefill_hopper",
                      "gated_hopper"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
-    "move", "draw", "draw_greedy", "decode_shared", "shared", "few_rows", "rows", "gate",
+    "move", "draw", "draw_greedy", "decode_shared", "decode_after", "shared", "few_rows", "rows", "gate",
     "rotate", "prefill_hopper", "gated_hopper",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
@@ -277,10 +278,11 @@ def _source(
         return hopper.hopper_prefill_kernel, constants, {"num_warps": tile.num_warps}, words
     if variant.kernel.startswith("decode"):
         function: Any = decode.paged_decode_kernel
-        tile = decode_tile(variant.target, shape.dim_pad, item_size, shape.group)
+        choose = after_tile if variant.kernel == "decode_after" else decode_tile
+        tile = choose(variant.target, shape.dim_pad, item_size, shape.group)
         extra = {
             "SPLIT": variant.kernel in ("decode_split", "decode_shared"),
-            "SHARED": variant.kernel == "decode_shared",
+            "SHARED": variant.kernel in ("decode_shared", "decode_after"),
         }
     else:
         function = prefill.paged_prefill_kernel
@@ -313,7 +315,9 @@ def _type(name: str, variant: Variant) -> str:
                 "q_out", "k_out"):  # fmt: skip
         return f"*{_SHORT[variant.dtype]}"
     if name in ("partial", "partial_lse"):  # without splits the output stands in for them
-        split = variant.kernel in ("decode_split", "decode_shared", "shared", "merge", "rows")
+        split = variant.kernel in (
+            "decode_split", "decode_shared", "decode_after", "shared", "merge", "rows"
+        )  # fmt: skip
         return "*fp32" if split else f"*{_SHORT[variant.dtype]}"
     if name == "logits":
         return f"*{_SHORT[variant.dtype]}"

@@ -12,6 +12,7 @@ from halyard.hal.errors import BackendUnavailableError
 __all__ = [
     "SHARED_LIMITS",
     "Tile",
+    "after_tile",
     "decode_tile",
     "family",
     "hopper_tile",
@@ -186,6 +187,18 @@ def decode_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
     tile = _row(_DECODE[family(arch)], dim_pad * item_size)
     rows = min(max(16, 1 << (group - 1).bit_length()), 64 if dim_pad <= 128 else 32)
     return Tile(rows, tile.block_n, tile.num_warps, tile.num_stages)
+
+
+def after_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
+    """For rows that go on from shared keys: of their own they have few, so that what counts is how
+    many programs are under way at once (benchmarks/gpu_shared_rows.py).
+    """
+    tile = decode_tile(arch, dim_pad, item_size, group)
+    if family(arch) == "interpreter":
+        return tile
+    return replace(
+        tile, block_n=max(16, min(tile.block_n, 8192 // (dim_pad * item_size))), num_stages=2
+    )
 
 
 def shared_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
