@@ -147,8 +147,10 @@ class PagedKernels(Protocol):
     ) -> Tensor:
         """Write the new keys and values to their slots, then attend causally over the sequences.
 
-        Prefill, chunked prefill, decode and any mix are this one call. Tokens whose slot is -1 are
-        not written. Query t of a row attends to positions 0 .. its own, narrowed by layer.window.
+        All are written before any row attends: a row may read blocks that another one fills in this
+        very call (prompts that come together and begin alike). Prefill, chunked prefill, decode and
+        any mix are this one call. Tokens whose slot is -1 are not written. Query t of a row attends
+        to positions 0 .. its own, narrowed by layer.window.
 
         Args:
             q: [tokens, num_heads, head_dim] activations dtype, last dim contiguous.

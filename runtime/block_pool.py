@@ -128,6 +128,15 @@ class BlockPool:
         self._digests[block] = digest
         return True
 
+    def retract(self, block: int) -> None:
+        """Let nobody find a referenced block any more."""
+        if self._references[block] == 0:
+            raise AssertionError(f"block {block} is retracted, but nobody holds it")
+        digest = self._digests[block]
+        if digest is not None:
+            del self._by_digest[digest]
+            self._digests[block] = None
+
     def check_integrity(self, references: Iterable[int]) -> None:
         """Raise AssertionError unless the books balance.
 

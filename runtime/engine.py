@@ -273,8 +273,10 @@ class Engine:
         """End requests whose logits were not numbers; the others go on."""
         events = []
         for row_index, error in output.errors:
-            sequence = plan.rows[row_index].sequence
-            request = sequence.request
+            row = plan.rows[row_index]
+            sequence, request = row.sequence, row.sequence.request
+            if not sequence.aborted:
+                self.scheduler.kv.retract(sequence, row.start, row.end)
             if not sequence.aborted and self.scheduler.abort(request.request_id):
                 events += [
                     TokenEvent(request.request_id, index, finish_reason="error", error=error)

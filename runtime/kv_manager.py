@@ -256,20 +256,25 @@ class KVManager:
             self.counters.prefix_hits += cached
 
     def publish(self, sequence: Sequence, first_token: int, end: int) -> Iterator[bytes]:
-        """Make blocks findable that became full by tokens first_token .. end - 1, all known.
+        """Make blocks findable that tokens first_token .. end - 1 fill, as far as these are known.
 
         Yields their digests.
         """
         if not self.prefix_cache:
             return
         first = first_token // self.block_size
-        last = end // self.block_size
-        if first == last:
+        last = min(end, len(sequence.token_ids)) // self.block_size
+        if first >= last:
             return
         digests = self.digests(sequence)
         for index in range(first, last):
             self.device.publish(sequence.block_ids[index], digests[index])
             yield digests[index]
+
+    def retract(self, sequence: Sequence, first_token: int, end: int) -> None:
+        """Its blocks of tokens first_token .. end - 1 are not what `publish` said they are."""
+        for block in sequence.block_ids[first_token // self.block_size : end // self.block_size]:
+            self.device.retract(block)
 
     # -- preemption by swap -------------------------------------------------------------------
 

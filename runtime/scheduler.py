@@ -2,8 +2,8 @@
 
 Running sequences come first, in order of priority and arrival; each gets at least one token, and
 prompts share what is left of the token budget in chunks. Then swapped sequences come back, then
-waiting ones are admitted, fairly among tenants. When blocks run out, the last in order gives way,
-where tenants compete the last one of the tenant that had the most.
+waiting ones are admitted, fairly among tenants, and share what others compute in this very step.
+When blocks run out, the last in order gives way, where tenants compete that of who had the most.
 """
 
 from __future__ import annotations
@@ -160,6 +160,8 @@ class Scheduler:
         plan = max(self._plans, key=attrgetter("num_tokens"))
         smaller = self.limits.shrink(len(plan.rows), plan.num_tokens)
         flying = dict.fromkeys(row.sequence for plan in self._plans for row in plan.rows)
+        for row in itertools.chain(*(plan.rows for plan in self._plans)):
+            self.kv.retract(row.sequence, row.start, row.end)
         self._plans.clear()
         for sequence in flying:
             sequence.in_flight = sequence.num_pending_tokens = 0
@@ -284,11 +286,13 @@ class Scheduler:
     def _plan_row(self, rows: list[PlanRow], sequence: Sequence, num_tokens: int) -> None:
         start = sequence.num_computed_tokens
         self.kv.grow(sequence, num_tokens)
-        last = start + num_tokens == sequence.num_tokens
-        samples = 1 + sequence.num_forks if last else 0
+        samples = 1 + sequence.num_forks if start + num_tokens == sequence.num_tokens else 0
         source = sequence.sample_index if sequence.num_pending_tokens else -1
         rows.append(PlanRow(sequence, start, num_tokens, samples, source))
         sequence.num_computed_tokens = start + num_tokens
+        # Who is planned from here on may read its blocks, in this very step: all rows write first.
+        for digest in self.kv.publish(sequence, start, start + num_tokens):
+            self._in_progress.pop(digest, None)
         if self._waiting.contended:
             cost = 1 if start < sequence.num_prompt_tokens else ANSWER_COST
             self._waiting.charge(sequence.request, cost * num_tokens)

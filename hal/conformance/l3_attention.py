@@ -69,6 +69,7 @@ def _of_dtype(backend: BackendUnderTest, dtype: DType) -> Iterator[Case]:
     yield cell("chunked", _chunked, quick=True)
     yield cell("chunked.equals_full", _chunked_equals_full)
     yield cell("prefix_hit", _prefix_hit, quick=True)
+    yield cell("prefix_hit.same_step", _prefix_of_this_step, quick=True)
     yield cell("permuted_equals_identity", _permuted_equals_identity, quick=True)
     yield cell("swapped_equals_resident", _swapped_equals_resident, quick=True)
     yield cell("each_layer_its_own", _layers, quick=True)
@@ -168,6 +169,18 @@ def _prefix_hit(context: CaseContext) -> None:
     sequences.done[1] = 32
     sequences.step([0, 12])
     sequences.step([0, 1])
+
+
+def _prefix_of_this_step(context: CaseContext) -> None:
+    """Rows read blocks that another row writes in this very step, wherever it stands among them."""
+    sequences = Sequences(context, [60, 300, 70, 40], **_shape(context))
+    for row in (0, 2, 3):
+        for own in (sequences.q, sequences.k, sequences.v):
+            own[row][:32] = own[1][:32]
+        sequences.tables[row][:2] = sequences.tables[1][:2]
+        sequences.done[row] = 32
+    sequences.step([1, 290, 33, 1])
+    sequences.step([1, 1, 1, 1])
 
 
 def _permuted_equals_identity(context: CaseContext) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -195,6 +196,21 @@ class _OtherLayer(MutantKernels):
         return replace(call, layer=replace(call.layer, index=0))
 
 
+class _RowsInTurn(MutantKernels):
+    """A row attends before the rows after it have written."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pool: KVPool, layer: AttentionLayer, batch: StepBatch
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        for first, last in pairwise(batch.query_start.tolist()):
+            slots = torch.full_like(batch.slot_mapping, -1)
+            slots[first:last] = batch.slot_mapping[first:last]
+            alone = replace(batch, slot_mapping=slots)
+            out[first:last] = self._inner.attend(q, k, v, pool, layer, alone)[first:last]
+        return out
+
+
 class _BlocksBehindCountNothing(MutantKernels):
     """What a table names behind a row's own blocks is read and weighted with zero, not left out."""
 
@@ -255,6 +271,7 @@ MUTATIONS: dict[str, tuple[type[MutantKernels], str]] = {
     "kv_heads_exchanged": (
         _inputs(lambda call: {"k": call.k.flip(1).contiguous(), "v": call.v}), ""),
     "heads_exchanged": (_output(lambda out, _: out.flip(1).contiguous()), ""),
+    "rows_in_turn": (_RowsInTurn, ""),
     "rows_exchanged": (_output(_rows_exchanged), ""),
     "too_few_bits": (_output(_coarse), ""),
     "keys_for_values": (_KeysForValues, ""),
@@ -289,10 +306,16 @@ def cases(backend: BackendUnderTest) -> list[Case]:
 def _kill(context: CaseContext) -> None:
     mutant = MUTATIONS[context.case.params["mutation"]][0]
     feature = context.case.params["feature"]
+    noticed_by = "prefix_hit.same_step" if mutant is _RowsInTurn else ""
     tried = 0
     found = [*l2_blocks.cases(context.backend), *l3_attention.cases(context.backend)]
-    # What has the spoiled feature comes first: it is what notices.
-    for case in sorted(found, key=lambda case: not (feature and case.params.get(feature))):
+
+    def notices(case: Case) -> bool:
+        return bool(feature and case.params.get(feature)) or case.name == noticed_by
+
+    for case in sorted(
+        found, key=notices, reverse=True
+    ):  # what has the spoiled feature comes first
         if not case.quick or case.dtype != context.dtype or case.unclaimed(context.backend):
             continue
         tried += 1

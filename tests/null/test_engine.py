@@ -226,6 +226,26 @@ def test_a_row_that_is_not_a_number_fails_alone(make: Make) -> None:
     assert all("not finite" in (e.error or "") for e in last)
 
 
+def test_what_a_failed_row_computed_is_nobodys_prefix(make: Make) -> None:
+    llm = make()
+    program = llm.engine.executor.program
+    healthy, prompt = program.run, counting(60, 40)
+
+    def poisoned(input_ids: Tensor, logit_indices: Tensor, batch: Any) -> Tensor:
+        return healthy(input_ids, logit_indices, batch).fill_(float("nan"))
+
+    def ask(name: str) -> list[TokenEvent]:
+        llm.engine.add(llm.engine.intake.request(prompt, greedy(2), request_id=name))
+        return run(llm)
+
+    program.run = poisoned  # type: ignore[method-assign]
+    assert ask("ill")[-1].finish_reason == "error"
+    program.run = healthy  # type: ignore[method-assign]
+    assert ask("first")[-1].num_cached_tokens == 0
+    assert ask("second")[-1].num_cached_tokens > 0
+    llm.engine.check_integrity()
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 def test_a_device_that_is_too_small_gets_fewer_sequences_and_no_answer_is_lost(

@@ -269,6 +269,19 @@ def test_a_shared_prefix_is_computed_once_even_when_all_come_together() -> None:
     assert prompt_tokens == 33 + 5  # the whole prompt once, then each one's last token
 
 
+@pytest.mark.parametrize("budget", [16, 64])
+def test_who_comes_together_shares_what_this_very_step_computes(budget: int) -> None:
+    prompts = [request(f"r{i}", [*range(1, 33), 40 + i], max_tokens=2) for i in range(6)]
+    answers, _, plans = run_all(config(max_batched_tokens=budget), prompts)
+    alone, _, _ = run_all(config(prefix_cache=False), prompts)
+    assert answers == alone
+    counts = [[row.num_tokens for row in plan.rows] for plan in plans]
+    if budget == 64:
+        assert counts[0] == [33, 1, 1, 1, 1, 1]
+    else:  # they wait while parts of it are computed, and begin in the step that ends it
+        assert counts[:3] == [[16], [16], [1, 1, 1, 1, 1, 1]]
+
+
 def test_salts_keep_prefixes_apart() -> None:
     prompts = [request(f"r{i}", list(range(1, 22)), salt=f"t{i}", max_tokens=2) for i in range(2)]
     _, scheduler, _ = run_all(config(), prompts)
