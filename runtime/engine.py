@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -126,17 +127,21 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work() or bool(self._late)
 
-    def step(self) -> list[TokenEvent]:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[TokenEvent]:
         """Run one step: what it sampled. Empty if there was nothing to run.
 
         Where the device works while the host does something else, the step after it is issued first,
         so that the device has work while this one's results are taken in.
 
+        Args:
+            meanwhile: is called while the device works, before the step after it is planned: it may
+                add requests. Not where a step is done when it is issued.
+
         If it breaks off (Ctrl-C, a failing device), all requests are given up before the exception
         goes on: the engine has no work then and, if its device has not died, can be used again.
         """
         try:
-            return self._step()
+            return self._step(meanwhile)
         except BaseException:
             self._flying = self._shortage = None
             self.scheduler.reset()
@@ -156,7 +161,7 @@ class Engine:
             self._rehearsal = Rehearsal(self.executor, self.scheduler.config.max_batched_tokens)
         return self._rehearsal.one()
 
-    def _step(self) -> list[TokenEvent]:
+    def _step(self, meanwhile: Callable[[], None] | None) -> list[TokenEvent]:
         started = self._clock = time.perf_counter()
         events, self._late = self._late, []
         flying = self._flying or self._issue(self.scheduler.schedule())
@@ -164,6 +169,8 @@ class Engine:
             return events + self._retreat()
         self._flying = None
         if self.overlap:
+            if meanwhile is not None:
+                meanwhile()
             self._flying = self._issue(self.scheduler.schedule_ahead(), flying.running)
         events += self._finish(flying) + self._retreat()
         self._busy_seconds += time.perf_counter() - started

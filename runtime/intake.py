@@ -128,7 +128,7 @@ class Intake:
             raise RequestError(f"the {param} is empty: give at least one token", param)
         values = np.frombuffer(tokens, np.int64)
         self._check_tokens((int(values.min()), int(values.max())), param)
-        prompt = tuple(tokens)
+        prompt = tuple(tokens.tolist())
         most = self.limits.max_model_len
         if len(prompt) + room > most:
             what = " for prompt and answer together" if room else ""
@@ -165,7 +165,7 @@ class Intake:
 def _integers(token_ids: Sequence[int], param: str) -> array[int]:
     """Token ids as 64-bit integers. Prompts are long and the device may be waiting for them: no loop."""
     try:
-        tokens = array("q", list(token_ids))
+        tokens = array("q", token_ids if isinstance(token_ids, list) else list(token_ids))
     except TypeError:
         raise RequestError(f"{param} token ids must be integers", param) from None
     except OverflowError:

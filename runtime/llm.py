@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,13 +240,14 @@ class LLM:
         )
         waiting = iter(requests)
         try:
-            # The device starts on what fills its first two steps, while the others come in.
-            self._admit(waiting, answers, 2 * self.plan.max_batched_tokens)
+            # The device starts on what fills its first step, while the others come in.
+            self._admit(waiting, answers, self.plan.max_batched_tokens)
+            others = partial(self._admit, waiting, answers)
             while self.engine.has_work():
                 # A step has hundreds of events, and the device waits for who takes them in: text
                 # is made when an answer ends, but for those that a text may end.
                 due: dict[str, None] = {}
-                for event in self.engine.step():
+                for event in self.engine.step(others):
                     request_id = event.request_id
                     held[request_id].add(event)
                     if event.finish_reason is not None or request_id in watched:
@@ -257,7 +259,7 @@ class LLM:
                     if delta is not None:
                         take(delta)
                         bar.update(int(delta.finished))
-                self._admit(waiting, answers)
+                others()
         except BaseException:
             for request in requests:  # Ctrl-C included: leave an engine that can be used again
                 self.engine.abort(request.request_id)
