@@ -1,8 +1,8 @@
 """Decode of rows that share their first keys: what reading these once for all of them costs and saves.
 
-Usage: python benchmarks/gpu_shared_rows.py [--heads 32] [--kv-heads 8] [--dim 128] [--sweep]
+Usage: python benchmarks/gpu_shared_rows.py [--heads 32] [--kv-heads 8] [--dim 128] [--own 64 128] [--sweep]
 
-Each cell: rows that have `shared` keys in common and 64 to 127 of their own, as after some steps of a
+Each cell: rows that have `shared` keys in common and some of their own, as after some steps of a
 prompt that many send. Checked against fp64 first. `alone`: every row reads all of its keys. `of copy`:
 own keys and the shared ones, read once, over the time, as a share of what a copy of a large tensor
 reaches in the same run; `arithmetic`: both products, in TFLOP/s. --sweep tries tiles and splits.
@@ -30,10 +30,12 @@ SHAPES = [(256, 2048), (64, 2048), (256, 512), (256, 8192), (16, 8192)]
 class SharedBench(Bench):
     """Batches whose rows have their first blocks in common."""
 
-    def pairs(self, rows: int, prefix: int) -> list[tuple[StepBatch, StepBatch]]:
+    def pairs(
+        self, rows: int, prefix: int, own_keys: list[int]
+    ) -> list[tuple[StepBatch, StepBatch]]:
         """(with what is shared told, and without) for a few sets of own blocks."""
         rng = np.random.default_rng(0)
-        lengths = prefix + rng.integers(64, 128, rows)
+        lengths = prefix + rng.integers(*own_keys, rows)
         cell = Cell("", tuple((1, int(length)) for length in lengths))
         found = []
         for batch in self.batches(cell)[:8]:
@@ -48,8 +50,8 @@ class SharedBench(Bench):
             found.append((replace(batch, shared=shared), batch))
         return found
 
-    def cell(self, rows: int, prefix: int, sweep: bool) -> None:
-        pairs = self.pairs(rows, prefix)
+    def cell(self, rows: int, prefix: int, own_keys: list[int], sweep: bool) -> None:
+        pairs = self.pairs(rows, prefix, own_keys)
         together, alone = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         qkv = self.inputs(Cell("", ((1, prefix + 1),) * rows))
         own = float(sum(int(batch.seq_lens.sum()) - rows * prefix for batch in alone) / len(alone))
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--own", type=int, nargs=2, default=[64, 128], help="keys of a row's own")
     parser.add_argument("--sweep", action="store_true", help="try tiles and splits")
     options = parser.parse_args()
     bench = SharedBench(options)
@@ -125,7 +128,7 @@ def main() -> None:
     )
     with torch.inference_mode():
         for rows, prefix in SHAPES:
-            bench.cell(rows, prefix, options.sweep and rows == 256 and prefix == 2048)
+            bench.cell(rows, prefix, options.own, options.sweep and rows == 256 and prefix == 2048)
 
 
 if __name__ == "__main__":
