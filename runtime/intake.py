@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import struct
 import time
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from halyard.hal.errors import ContextLengthError, RequestError
 from halyard.runtime.masks import Guidance
@@ -123,12 +124,10 @@ class Intake:
 
     def checked_prompt(self, token_ids: Sequence[int], room: int, param: str) -> tuple[int, ...]:
         """The prompt, if it leaves `room` tokens of the context."""
-        tokens = _integers(token_ids, param)
-        if not tokens:
+        prompt, values = _integers(token_ids, param)
+        if not prompt:
             raise RequestError(f"the {param} is empty: give at least one token", param)
-        values = np.frombuffer(tokens, np.int64)
         self._check_tokens((int(values.min()), int(values.max())), param)
-        prompt = tuple(tokens.tolist())
         most = self.limits.max_model_len
         if len(prompt) + room > most:
             what = " for prompt and answer together" if room else ""
@@ -162,15 +161,18 @@ class Intake:
                 )
 
 
-def _integers(token_ids: Sequence[int], param: str) -> array[int]:
-    """Token ids as 64-bit integers. Prompts are long and the device may be waiting for them: no loop."""
+def _integers(token_ids: Sequence[int], param: str) -> tuple[tuple[int, ...], NDArray[np.int64]]:
+    """Token ids twice. Prompts are long and the device may be waiting for them: no loop."""
+    ids = token_ids if isinstance(token_ids, list) else list(token_ids)
     try:
-        tokens = array("q", token_ids if isinstance(token_ids, list) else list(token_ids))
-    except TypeError:
+        values = np.frombuffer(struct.pack(f"{len(ids)}q", *ids), np.int64)
+    except struct.error:
+        if all(isinstance(token, int) for token in ids):
+            text = f"a token id in {param} is outside the vocabulary"
+            raise RequestError(text, param) from None
         raise RequestError(f"{param} token ids must be integers", param) from None
-    except OverflowError:
-        raise RequestError(f"a token id in {param} is outside the vocabulary", param) from None
     # A bool became 0 or 1; only where there are such is it worth looking.
-    if tokens and np.frombuffer(tokens, np.int64).min() <= 1 and bool in map(type, token_ids):
+    if ids and values.min() <= 1 and bool in map(type, ids):
         raise RequestError(f"{param} token ids must be integers", param)
-    return tokens
+    # Plain ints are kept, not made anew: only they have a plain int for their sum.
+    return tuple(ids if type(sum(ids)) is int else values.tolist()), values

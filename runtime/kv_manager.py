@@ -12,6 +12,7 @@ the order swap_out, swap_in, copies, rows; the rules that make this safe:
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -197,7 +198,7 @@ class KVManager:
         first, end = len(known) * size, len(tokens) // size * size
         if first == end:
             return known
-        content = array("q", tokens[first:end]).tobytes()
+        content = struct.pack(f"{end - first}q", *tokens[first:end])
         width = len(content) // ((end - first) // size)
         digest = known[-1] if known else _digest(sequence.request.cache_salt.encode())
         if not known and end > size:
@@ -223,10 +224,9 @@ class KVManager:
         The second number is what taking them costs in free device blocks.
         """
         blocks = self.device.find_all(digests)
-        if None not in blocks:
-            return len(blocks), self.device.count_free(cast("list[int]", blocks))
-        found = cost = 0
-        for digest, block in zip(digests, blocks, strict=True):
+        found = blocks.index(None) if None in blocks else len(blocks)
+        cost = self.device.count_free(cast("list[int]", blocks[:found]))
+        for digest, block in zip(digests[found:], blocks[found:], strict=True):
             if block is not None:
                 cost += self.device.is_free(block)
             elif self.host.find(digest) is not None:

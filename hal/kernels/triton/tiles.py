@@ -194,11 +194,7 @@ def after_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
     many programs are under way at once (benchmarks/gpu_shared_rows.py).
     """
     tile = decode_tile(arch, dim_pad, item_size, group)
-    if family(arch) == "interpreter":
-        return tile
-    return replace(
-        tile, block_n=max(16, min(tile.block_n, 8192 // (dim_pad * item_size))), num_stages=2
-    )
+    return replace(tile, block_n=min(tile.block_n, 64), num_stages=min(tile.num_stages, 2))
 
 
 def shared_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
