@@ -34,6 +34,7 @@ _SPARE = 0.03  # of the device's memory, and at least:
 _SPARE_BYTES = 512 << 20  # recordings ahead of need take none of the last
 _REACHES = (512, 1024, 2048, 4096)  # keys of a lone row: each may be split in another way
 _ROWS = (2, 4, 256)  # of decode steps that go to different kernels
+_FEW = 16  # rows of one that has its keys split
 _TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)  # of steps with prompts
 
 
@@ -123,8 +124,10 @@ class Rehearsal:
             yield _Piece((1,), keys, random=keys == most or keys == _REACHES[0])
         for number in sorted({min(number, rows) for number in _ROWS}):
             yield _Piece((1,) * number, min(_REACHES[0], most))
-        many = min(_ROWS[-1], rows)
+        # What rows share: many go on from that, the keys of a few are split beside it.
+        many, few = min(_ROWS[-1], rows), min(_FEW, rows)
         yield _Piece((1,) * many, min(_REACHES[1], most), random=True, shared=True)
+        yield _Piece((1,) * few, min(_REACHES[2], most), shared=True)
 
     def _even(self, tokens: int) -> _Piece:
         """So many tokens in prompts of about equal length."""
