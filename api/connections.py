@@ -199,6 +199,8 @@ class LimitedProtocol(HttpToolsProtocol):
             "a connection from %s sent no valid HTTP request: %s", self._peer(), why[:200]
         )
         self._broken = True
+        self._end_head()
+        self._end_body()
         waiting = list(self._under_way())
         if waiting and self._part is _Part.BODY:
             last = waiting.pop()
@@ -229,9 +231,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if not self._under_way():
                 self._await_head()
             return
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        self._end_head()
         if self._part is not _Part.BODY:
             self._head_length = 0
             self._end_body()
@@ -272,6 +272,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self._cut(f"its request body came at {self._body_bytes / elapsed:.0f} bytes a second")
             return
         self._body_timer = self.loop.call_later(self.limits.body_seconds, self._check_body)
+
+    def _end_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def _end_body(self) -> None:
         if self._body_timer is not None:

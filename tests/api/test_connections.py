@@ -267,7 +267,8 @@ def test_hostile_framing_hides_no_request(served: Served, what: str, request_byt
 
 
 def completion(prompt: str, head: bytes = b"", **more: Any) -> bytes:
-    body = json.dumps({"model": "letters", "prompt": prompt, "max_tokens": 2, **more}).encode()
+    asked = {"model": "letters", "prompt": prompt, "max_tokens": 2, **more}
+    body = json.dumps(asked).encode()
     return (
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + head +
         b"content-length: %d\r\n\r\n" % len(body) + body
@@ -324,6 +325,14 @@ def test_nonsense_behind_a_request_leaves_its_answer_whole(served: Served) -> No
                 if b"event-stream" in told:
                     assert b"[DONE]\n\n\r\n0\r\n\r\n" in told, told
     assert served.until(lambda: served.host.num_requests == 0)
+
+
+def test_nonsense_behind_a_request_does_not_cut_its_answer_later(
+    serve_engine: Callable[..., Served],
+) -> None:
+    served = serve_engine(ScriptedEngine(pause=0.2), protocol=protocol_of(QUICK))
+    told = told_for(served, completion("a", stream=True, max_tokens=9) + b"nonsense\r\n\r\n")
+    assert b"[DONE]\n\n\r\n0\r\n\r\n" in told, told
 
 
 def test_what_no_request_is_gets_a_reason(served: Served) -> None:
