@@ -23,7 +23,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._references = [0] * num_blocks
+        self.references = [0] * num_blocks  # by block; to be read
         self._digests: list[bytes | None] = [None] * num_blocks
         self._by_digest: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -48,9 +48,6 @@ class BlockPool:
         """One byte a block: BLANK, CACHED, USED or SHARED."""
         return bytes(self._states)
 
-    def references(self, block: int) -> int:
-        return self._references[block]
-
     def digest(self, block: int) -> bytes | None:
         return self._digests[block]
 
@@ -63,11 +60,11 @@ class BlockPool:
         return list(map(self._by_digest.get, digests))
 
     def is_free(self, block: int) -> bool:
-        return self._references[block] == 0
+        return self.references[block] == 0
 
     def count_free(self, blocks: Iterable[int]) -> int:
         """How many of them are free."""
-        return list(map(self._references.__getitem__, blocks)).count(0)
+        return list(map(self.references.__getitem__, blocks)).count(0)
 
     def allocate(self) -> tuple[int, bytes | None]:
         """Take the first block of the free queue: (block, digest of the content evicted with it)."""
@@ -77,7 +74,7 @@ class BlockPool:
             del self._by_digest[evicted]
             self._digests[block] = None
             self._num_cached -= 1
-        self._references[block] = 1
+        self.references[block] = 1
         self._states[block] = USED
         return block, evicted
 
@@ -87,7 +84,7 @@ class BlockPool:
 
     def acquire_all(self, blocks: Iterable[int]) -> None:
         """As `acquire`, for each of them in turn."""
-        references, states = self._references, self._states
+        references, states = self.references, self._states
         for block in blocks:
             if references[block] == 0:
                 del self._free[block]
@@ -103,7 +100,7 @@ class BlockPool:
 
     def release_all(self, blocks: Iterable[int]) -> None:
         """As `release`, for each of them in turn."""
-        references, states = self._references, self._states
+        references, states = self.references, self._states
         for block in blocks:
             count = references[block] - 1
             if count < 0:
@@ -130,7 +127,7 @@ class BlockPool:
 
     def retract(self, block: int) -> None:
         """Let nobody find a referenced block any more."""
-        if self._references[block] == 0:
+        if self.references[block] == 0:
             raise AssertionError(f"block {block} is retracted, but nobody holds it")
         digest = self._digests[block]
         if digest is not None:
@@ -147,7 +144,7 @@ class BlockPool:
         for block in references:
             expected[block] += 1
         for block in range(self.num_blocks):
-            count = self._references[block]
+            count = self.references[block]
             if count != expected[block]:
                 raise AssertionError(
                     f"block {block} has {count} references, its holders {expected[block]}"

@@ -120,15 +120,6 @@ class KVManager:
 
     # -- growth -------------------------------------------------------------------------------
 
-    def has_slot(self, sequence: Sequence) -> bool:
-        """True if the next token has a slot in a block of its own: growing by it is free.
-
-        The quick answer for the many sequences that decode; False says only: ask `blocks_to_grow`.
-        """
-        blocks = sequence.block_ids
-        position = sequence.num_computed_tokens // self.block_size
-        return position < len(blocks) and self.device.references(blocks[position]) == 1
-
     def blocks_to_grow(self, sequence: Sequence, num_tokens: int) -> int:
         """Device blocks that must be free so that `num_tokens` more tokens can be written."""
         end = sequence.num_computed_tokens + num_tokens
@@ -353,7 +344,7 @@ class KVManager:
         position = sequence.num_computed_tokens // self.block_size
         if position < len(sequence.block_ids):
             block = sequence.block_ids[position]
-            if self.device.references(block) - self._held_device.count(block) > 1:
+            if self.device.references[block] - self._held_device.count(block) > 1:
                 return position, block
         return None
 

@@ -248,22 +248,21 @@ class Scheduler:
         """Rows for running sequences. True if one had to give way or, ahead, to wait."""
         preempted = False
         budget = self.limits.num_tokens
-        position = 0
-        has_slot = self.kv.has_slot
-        while position < len(self._running):
-            sequence = self._running[position]
+        size, contended = self.config.block_size, self._waiting.contended
+        references = self.kv.device.references
+        for position, sequence in enumerate(self._running, 1):  # its end may go meanwhile
             start = sequence.num_computed_tokens
             pending = sequence.num_pending_tokens
             num_tokens = len(sequence.token_ids) + pending
-            remaining = num_tokens - start
-            position += 1
             if pending and num_tokens >= sequence.max_len:
                 continue  # it ends with what is being sampled
-            if remaining == 1 and has_slot(sequence):  # most rows of most steps: keep it short
+            remaining, blocks, at = num_tokens - start, sequence.block_ids, start // size
+            if remaining == 1 and at < len(blocks) and references[blocks[at]] == 1:
+                # Most rows of most steps: the token has a slot in a block of its own.
                 source = sequence.sample_index if pending else -1
                 rows.append(make_row((sequence, start, 1, 1 + sequence.num_forks, source)))
                 sequence.num_computed_tokens = start + 1
-                if self._waiting.contended:
+                if contended:
                     self._waiting.charge(sequence.request, ANSWER_COST)
                 budget -= 1
                 continue
@@ -394,7 +393,7 @@ class Scheduler:
         self.limits.grow()
         events: list[TokenEvent] = []
         ended: list[Sequence] = []
-        size = self.config.block_size
+        size, pooled = self.config.block_size, output.pooled
         for number, (row, tokens, logprobs, prompt_logprobs) in enumerate(
             zip(plan.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True)
         ):
@@ -407,25 +406,25 @@ class Scheduler:
                     self.kv.release(sequence)
                 continue
             end = start + num_tokens
-            if start // size != end // size:
+            if end % size < num_tokens:
                 for digest in self.kv.publish(sequence, start, end):
                     self._in_progress.pop(digest, None)
             if prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
                 sequence.prompt_logprobs.extend(prompt_logprobs)
-            if number in output.pooled:
-                sequence.pool(output.pooled[number])
+            if pooled and number in pooled:
+                sequence.pool(pooled[number])
             if not num_samples:
                 continue
             if sequence.pools:
                 events.append(sequence.embedded())
                 ended.append(sequence)
                 continue
-            answers = [sequence, *self._fork(sequence)] if sequence.num_forks else (sequence,)
-            for position, answer in enumerate(answers):
-                logprob = logprobs[position] if logprobs else None
-                event = answer.append(tokens[position], logprob)
+            for position, answer in (
+                enumerate(self._fork(sequence)) if sequence.num_forks else ((0, sequence),)
+            ):
+                event = answer.append(tokens[position], logprobs[position] if logprobs else None)
                 events.append(event)
-                if event.finish_reason is not None:
+                if event[5] is not None:  # its finish_reason
                     ended.append(answer)
         if plan.step % 8 == 0:  # a sample is enough for an average
             self.kv.count_waste(self._running)
@@ -434,8 +433,8 @@ class Scheduler:
         return events
 
     def _fork(self, parent: Sequence) -> list[Sequence]:
-        """Split off the answers 1 .. n - 1 at the first sampled token."""
-        children = []
+        """The answers 0 .. n - 1: at the first sampled token the others split off."""
+        children = [parent]
         for number in range(parent.num_forks):
             child = parent.fork(next(self._sequence_ids), number + 1)
             self.kv.fork(parent, child)

@@ -24,7 +24,7 @@ def test_a_shared_block_is_free_when_its_last_holder_lets_go() -> None:
     block, _ = pool.allocate()
     pool.acquire(block)
     pool.release(block)
-    assert pool.references(block) == 1
+    assert pool.references[block] == 1
     assert not pool.is_free(block)
     pool.release(block)
     assert pool.is_free(block)
@@ -73,7 +73,7 @@ def test_equal_content_is_published_once() -> None:
 
 
 def _lose_a_reference(pool: BlockPool) -> None:
-    pool._references[0] = 0
+    pool.references[0] = 0
 
 
 def _free_twice(pool: BlockPool) -> None:

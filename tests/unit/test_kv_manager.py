@@ -44,10 +44,8 @@ def test_growth_takes_blocks_as_they_are_needed() -> None:
     assert kv.blocks_to_grow(item, 5) == 2
     compute(kv, item, 5)
     assert len(item.block_ids) == 2
-    assert kv.has_slot(item)
     assert kv.blocks_to_grow(item, 3) == 0
     compute(kv, item, 3)
-    assert not kv.has_slot(item)
     assert kv.blocks_to_grow(item, 1) == 1
     kv.check_integrity([item])
     kv.release(item)
@@ -133,7 +131,6 @@ def test_forks_copy_the_shared_last_block_and_the_last_one_writes_in_place() -> 
     assert kv.device.num_used == 2
     copied = []
     for member in family:
-        assert not kv.has_slot(member)
         copied.append(kv.blocks_to_grow(member, 1))
         kv.grow(member, 1)
         kv.check_integrity(family)
