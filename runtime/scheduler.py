@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 
@@ -23,6 +24,7 @@ from halyard.runtime.request import Request
 from halyard.runtime.scheduler_checks import Books, check_books
 from halyard.runtime.sequence import Sequence, SequenceStatus
 from halyard.runtime.stats import SchedulerStats
+from halyard.runtime.step_counts import StepCounts
 from halyard.runtime.step_limits import StepLimits
 
 __all__ = ["Scheduler"]
@@ -50,6 +52,7 @@ class Scheduler:
         self._in_progress: dict[bytes, Sequence] = {}  # prefix blocks being computed, by whom
         self._sequence_ids = itertools.count()
         self._steps = itertools.count()
+        self._counts = StepCounts()  # of the step that is being planned
         self._plans: deque[StepPlan] = deque()  # scheduled, not committed: at most two
         self._short = False  # the last plan ahead found too few blocks: one must be made behind
         self._num_reserved = 0  # answers of running sequences that will be forked off
@@ -84,9 +87,8 @@ class Scheduler:
         return bool(chosen)
 
     def detach(self, request_id: str) -> Sequence:
-        """Let go of a request's only sequence, between steps, for another engine to go on with.
-
-        It keeps its blocks until the caller releases them (`kv.release`) or adopts it again.
+        """Let go of a request's only sequence, between steps, for another engine to go on with. It keeps
+        its blocks until the caller releases them (`kv.release`) or adopts it again.
 
         Raises:
             RequestError: no such request, or it has several answers.
@@ -105,10 +107,9 @@ class Scheduler:
         return sequence
 
     def adopt(self, sequence: Sequence) -> bool:
-        """Go on with a sequence that another engine detached: tokens, no blocks.
-
-        True: it runs, and has blocks for the tokens it had computed, which the caller fills before
-        the next step. False: there is no room for that now; it waits and computes them again.
+        """Go on with a sequence that another engine detached: tokens, no blocks. True: it runs, and has
+        blocks for the tokens it had computed, which the caller fills before the next step. False:
+        there is no room for that now; it waits and computes them again.
         """
         request = sequence.request
         if request.request_id in self._by_request:
@@ -148,6 +149,7 @@ class Scheduler:
         self._by_request.clear()
         self._in_progress.clear()
         self._plans.clear()
+        self._counts = StepCounts()
         self._num_reserved = 0
 
     def retreat(self, moved: bool) -> list[Sequence]:
@@ -186,9 +188,7 @@ class Scheduler:
         if self._plans:
             raise AssertionError("the last plan has not been committed")
         self._short = False
-        rows: list[PlanRow] = []
-        if not self._plan_running(rows):
-            self._plan_others(rows)
+        rows = self._plan_rows()
         if not rows:
             if self._running or self._waiting or self._swapped:
                 raise AssertionError("there is work but nothing could be scheduled")
@@ -206,50 +206,33 @@ class Scheduler:
             raise AssertionError("a step is planned ahead of exactly one other")
         if self._short or self._num_reserved or any(map(_NEEDS_TOKENS, self._running)):
             return None
-        rows: list[PlanRow] = []
-        if not self._plan_running(rows, ahead=True):
-            self._plan_others(rows)
+        rows = self._plan_rows(ahead=True)
         return self._issue(rows) if rows else None
 
-    def _plan_others(self, rows: list[PlanRow]) -> None:
-        if self._swapped:
-            self._resume_swapped(rows)
-        if self._waiting and not self._swapped:
-            self._admit_waiting(rows)
+    def _plan_rows(self, ahead: bool = False) -> list[PlanRow]:
+        rows: list[PlanRow] = []
+        if not self._plan_running(rows, ahead):
+            if self._swapped:
+                self._resume_swapped(rows)
+            if self._waiting and not self._swapped:
+                self._admit_waiting(rows)
+        return rows
 
     def _issue(self, rows: list[PlanRow]) -> StepPlan:
         """Rows become a plan in flight."""
-        num_tokens = num_samples = num_prompt_tokens = 0
-        for sequence, start, tokens, samples, _ in rows:
-            sequence.in_flight += 1
-            num_tokens += tokens
-            if start < sequence.num_prompt_tokens:
-                num_prompt_tokens += min(tokens, sequence.num_prompt_tokens - start)
-            if samples:
-                sequence.num_pending_tokens += 1
-                sequence.sample_index = num_samples
-                num_samples += 0 if sequence.pools else samples
+        counts, self._counts = self._counts, StepCounts()
         moves = self.kv.take_moves()
         self.kv.release_holds()
-        plan = StepPlan(
-            step=next(self._steps),
-            rows=tuple(rows),
-            num_tokens=num_tokens,
-            num_samples=num_samples,
-            num_prompt_tokens=num_prompt_tokens,
-            swap_out=moves.swap_out,
-            swap_in=moves.swap_in,
-            copies=moves.copies,
-        )
+        plan = counts.plan(next(self._steps), rows, moves)
         self._plans.append(plan)
         return plan
 
-    def _plan_running(self, rows: list[PlanRow], ahead: bool = False) -> bool:
+    def _plan_running(self, rows: list[PlanRow], ahead: bool) -> bool:
         """Rows for running sequences. True if one had to give way or, ahead, to wait."""
         preempted = False
         budget = self.limits.num_tokens
         size, contended = self.config.block_size, self._waiting.contended
-        references = self.kv.device.references
+        references, counts = self.kv.device.references, self._counts
         for position, sequence in enumerate(self._running, 1):  # its end may go meanwhile
             start = sequence.num_computed_tokens
             pending = sequence.num_pending_tokens
@@ -257,11 +240,16 @@ class Scheduler:
             if pending and num_tokens >= sequence.max_len:
                 continue  # it ends with what is being sampled
             remaining, blocks, at = num_tokens - start, sequence.block_ids, start // size
-            if remaining == 1 and at < len(blocks) and references[blocks[at]] == 1:
+            if sequence.decodes and at < len(blocks) and references[blocks[at]] == 1:
                 # Most rows of most steps: the token has a slot in a block of its own.
                 source = sequence.sample_index if pending else -1
-                rows.append(make_row((sequence, start, 1, 1 + sequence.num_forks, source)))
+                rows.append(make_row((sequence, start, 1, 1, source)))
                 sequence.num_computed_tokens = start + 1
+                sequence.in_flight += 1
+                sequence.num_pending_tokens = pending + 1
+                sequence.sample_index = counts.num_samples
+                counts.num_samples += 1
+                counts.num_tokens += 1
                 if contended:
                     self._waiting.charge(sequence.request, ANSWER_COST)
                 budget -= 1
@@ -289,6 +277,7 @@ class Scheduler:
         source = sequence.sample_index if sequence.num_pending_tokens else -1
         rows.append(PlanRow(sequence, start, num_tokens, samples, source))
         sequence.num_computed_tokens = start + num_tokens
+        self._counts.add(sequence, start, num_tokens, samples)
         # Who is planned from here on may read its blocks, in this very step: all rows write first.
         for digest in self.kv.publish(sequence, start, start + num_tokens):
             self._in_progress.pop(digest, None)
@@ -393,10 +382,8 @@ class Scheduler:
         self.limits.grow()
         events: list[TokenEvent] = []
         ended: list[Sequence] = []
-        size, pooled = self.config.block_size, output.pooled
-        for number, (row, tokens, logprobs, prompt_logprobs) in enumerate(
-            zip(plan.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True)
-        ):
+        size, plain = self.config.block_size, output.plain
+        for number, (row, tokens) in enumerate(zip(plan.rows, output.token_ids, strict=True)):
             sequence, start, num_tokens, num_samples, _ = row
             sequence.in_flight -= 1
             if num_samples:
@@ -409,28 +396,40 @@ class Scheduler:
             if end % size < num_tokens:
                 for digest in self.kv.publish(sequence, start, end):
                     self._in_progress.pop(digest, None)
-            if prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
-                sequence.prompt_logprobs.extend(prompt_logprobs)
-            if pooled and number in pooled:
-                sequence.pool(pooled[number])
-            if not num_samples:
-                continue
-            if sequence.pools:
-                events.append(sequence.embedded())
-                ended.append(sequence)
-                continue
-            for position, answer in (
-                enumerate(self._fork(sequence)) if sequence.num_forks else ((0, sequence),)
-            ):
-                event = answer.append(tokens[position], logprobs[position] if logprobs else None)
+            if plain and sequence.decodes:
+                event = sequence.take(tokens)
                 events.append(event)
                 if event[5] is not None:  # its finish_reason
+                    ended.append(sequence)
+                continue
+            for answer, event in self._take_in(number, row, output):
+                events.append(event)
+                if event.finish_reason is not None:
                     ended.append(answer)
         if plan.step % 8 == 0:  # a sample is enough for an average
             self.kv.count_waste(self._running)
         for sequence in ended:
             self._remove(sequence)
         return events
+
+    def _take_in(
+        self, number: int, row: PlanRow, output: StepOutput
+    ) -> Iterator[tuple[Sequence, TokenEvent]]:
+        """What row `number` of a step brought, whatever it is: answers and their news."""
+        sequence, logprobs = row.sequence, output.logprobs[number]
+        prompt_logprobs = output.prompt_logprobs[number]
+        if prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
+            sequence.prompt_logprobs.extend(prompt_logprobs)
+        if number in output.pooled:
+            sequence.pool(output.pooled[number])
+        if not row.num_samples:
+            return
+        if sequence.pools:
+            yield sequence, sequence.embedded()
+            return
+        for position, answer in enumerate(self._fork(sequence)):
+            token = output.token_ids[number][position]
+            yield answer, answer.append(token, logprobs[position] if logprobs else None)
 
     def _fork(self, parent: Sequence) -> list[Sequence]:
         """The answers 0 .. n - 1: at the first sampled token the others split off."""

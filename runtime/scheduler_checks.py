@@ -78,6 +78,9 @@ def _check_sequence(sequence: Sequence, flying: list[Sequence], block_size: int)
         raise AssertionError(f"{name} waits for {sequence.num_pending_tokens} tokens")
     if sequence.num_computed_tokens >= sequence.num_tokens:
         raise AssertionError(f"{name} has nothing left to compute")
+    left = sequence.num_tokens - sequence.num_computed_tokens
+    if sequence.decodes and (left != 1 or sequence.num_forks):
+        raise AssertionError(f"{name} is said to decode")
     held = len(sequence.block_ids) + len(sequence.host_block_ids)
     if held * block_size < sequence.num_computed_tokens:
         raise AssertionError(f"{name} lacks blocks")

@@ -58,15 +58,18 @@ class Sequence:
     pooled: NDArray[np.float64] | None = None  # [hidden], gathered over chunks
     in_flight: int = 0  # plans it is part of that are not committed yet
     aborted: bool = False  # given up while in flight: freed at commit
+    decodes: bool = False  # its prompt is computed and its answer begun: one token a step
     waits_for: bytes | None = None  # digest of a block that another sequence is computing
     slot: int = -1  # where the batcher keeps its row (row_table.py); of no meaning to the scheduler
     max_len: int = field(init=False)  # tokens at which the answer is as long as it may be
     ends: frozenset[int] = field(init=False)  # tokens that may end it; empty if none does
     needs_tokens: bool = field(init=False)  # the host must know a token before the next is drawn
     pools: bool = field(init=False)  # it gives an embedding: no token is drawn
+    request_id: str = field(init=False)
 
     def __post_init__(self) -> None:
         request = self.request
+        self.request_id = request.request_id
         params = request.params
         self.max_len = self.num_prompt_tokens + request.max_tokens
         self.pools = request.pooling is not None
@@ -123,6 +126,7 @@ class Sequence:
 
     def append(self, token: int, logprob: TokenLogprob | None) -> TokenEvent:
         """Take in a sampled token. The event says whether the answer ends with it."""
+        self.decodes = True
         self.token_ids.append(token)
         reason, stop = None, None
         if token in self.ends or len(self.token_ids) >= self.max_len:
@@ -134,7 +138,7 @@ class Sequence:
             self.prompt_logprobs = []
         return make_event(
             (
-                self.request.request_id,
+                self.request_id,
                 self.index,
                 (token,),
                 (logprob,) if logprob is not None else None,
@@ -148,9 +152,21 @@ class Sequence:
             ),
         )
 
+    def take(self, tokens: tuple[int, ...]) -> TokenEvent:
+        """`append` for most tokens: the only one of a sequence that decodes, without its probability."""
+        token = tokens[0]
+        self.token_ids.append(token)
+        reason, stop = None, None
+        if token in self.ends or len(self.token_ids) >= self.max_len:
+            reason, stop = self.finish_reason(token)
+        cached, started = self.num_cached_tokens, self.started
+        return make_event((self.request_id, self.index, tokens, None, None, reason, stop, cached,
+                           None, started, None))  # fmt: skip
+
     def restart(self) -> None:
         """Everything is computed again: blocks and what was gathered over chunks are gone."""
         self.num_computed_tokens = 0
+        self.decodes = False
         self.status = SequenceStatus.WAITING
         self.pooled = None
         if not self.prompt_logprobs_sent:
