@@ -121,7 +121,6 @@ class RunningStep:
             prompt_logprobs=tuple(map(prompts.get, range(len(rows)))) if prompts else nothing,
             errors=tuple(errors.items()),
             pooled=pooled,
-            plain=not (self.scored or prompts or pooled),
         )
 
     def _logprobs(self, num_samples: int) -> tuple[tuple[TokenLogprob, ...] | None, ...]:

@@ -89,7 +89,6 @@ class StepOutput:
     errors: tuple[tuple[int, str], ...] = ()  # (row, text): rows whose tokens are void, and why
     pooled: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
     # ^ by row, of requests that pool: [hidden], the sum over its tokens, or the prompt's last one
-    plain: bool = False  # tokens are all there is
 
 
 class TokenEvent(NamedTuple):

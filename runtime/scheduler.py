@@ -382,7 +382,7 @@ class Scheduler:
         self.limits.grow()
         events: list[TokenEvent] = []
         ended: list[Sequence] = []
-        size, plain = self.config.block_size, output.plain
+        size, logprobs = self.config.block_size, output.logprobs
         for number, (row, tokens) in enumerate(zip(plan.rows, output.token_ids, strict=True)):
             sequence, start, num_tokens, num_samples, _ = row
             sequence.in_flight -= 1
@@ -396,7 +396,7 @@ class Scheduler:
             if end % size < num_tokens:
                 for digest in self.kv.publish(sequence, start, end):
                     self._in_progress.pop(digest, None)
-            if plain and sequence.decodes:
+            if sequence.decodes and logprobs[number] is None:
                 event = sequence.take(tokens)
                 events.append(event)
                 if event[5] is not None:  # its finish_reason
