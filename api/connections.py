@@ -16,8 +16,9 @@ from enum import Enum
 from typing import ClassVar
 
 import httptools
-import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from halyard.api.errors import ApiError
 
 __all__ = ["ConnectionLimits", "LimitedProtocol", "protocol_of"]
 
@@ -214,9 +215,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if waiting:
             waiting[-1].keep_alive = False
             return
-        error = {"message": f"this is no valid HTTP request: {why[:200]}", "type": "invalid_request_error",
-                 "param": None, "code": "invalid_http"}  # fmt: skip
-        body = msgspec.json.encode({"error": error})
+        text = f"this is no valid HTTP request: {why[:200]}"
+        body = ApiError(400, text, "invalid_request_error", None, "invalid_http").body()
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"

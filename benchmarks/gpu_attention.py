@@ -100,6 +100,13 @@ class Bench:
         target = torch.empty_like(source)
         return 2 * source.nbytes / self.seconds([lambda: target.copy_(source)], 0.3)
 
+    def headline(self, dtype: str) -> str:
+        return (
+            f"{self.device.info.name}, torch {torch.__version__}, {dtype}, heads "
+            f"{self.heads}/{self.kv_heads} dim {self.dim}, block {BLOCK}, copy "
+            f"{self.copy_rate / 1e9:.0f} GB/s"
+        )
+
     def seconds(self, calls: list[Call], budget: float) -> float:
         """Device time of one call: the best of the repeats, all calls in one captured graph."""
 
@@ -350,12 +357,18 @@ class Bench:
         return [lambda b=b: self.kernels.attend(*qkv, self.pool, self.layer, b) for b in batches]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Options that say what is attended to."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0] if doc else "")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=0.3, help="a cell")
     parser.add_argument("--cells", default="", help="only cells whose name contains this")
     parser.add_argument("--sweep", action="store_true", help="try tiles and splits, print the best")
@@ -364,11 +377,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     bench = Bench(options)
-    print(
-        f"{bench.device.info.name}, torch {torch.__version__}, {options.dtype}, heads "
-        f"{options.heads}/{options.kv_heads} dim {options.dim}, block {BLOCK}, copy "
-        f"{bench.copy_rate / 1e9:.0f} GB/s"
-    )
+    print(bench.headline(options.dtype))
     results = []
     with torch.inference_mode():
         for cell in (cell for cell in CELLS if options.cells in cell.name):

@@ -10,7 +10,6 @@ reaches in the same run; `arithmetic`: both products, in TFLOP/s. --sweep tries 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_attention import BLOCK, LIMITS, Bench, Cell
+from gpu_attention import BLOCK, LIMITS, Bench, Cell, parser_of
 
 from halyard.hal.kernels.triton.tiles import Tile
 from halyard.hal.types import SharedRows, StepBatch
@@ -112,20 +111,12 @@ class SharedBench(Bench):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--dim", type=int, default=128)
+    parser = parser_of(__doc__)
     parser.add_argument("--own", type=int, nargs=2, default=[64, 128], help="keys of a row's own")
     parser.add_argument("--sweep", action="store_true", help="try tiles and splits")
     options = parser.parse_args()
     bench = SharedBench(options)
-    print(
-        f"{bench.device.info.name}, torch {torch.__version__}, {options.dtype}, heads "
-        f"{options.heads}/{options.kv_heads} dim {options.dim}, block {BLOCK}, copy "
-        f"{bench.copy_rate / 1e9:.0f} GB/s"
-    )
+    print(bench.headline(options.dtype))
     with torch.inference_mode():
         for rows, prefix in SHAPES:
             bench.cell(rows, prefix, options.own, options.sweep and rows == 256 and prefix == 2048)

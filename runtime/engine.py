@@ -133,12 +133,12 @@ class Engine:
         Where the device works while the host does something else, the step after it is issued first,
         so that the device has work while this one's results are taken in.
 
+        If it breaks off (Ctrl-C, a failing device), all requests are given up before the exception
+        goes on: the engine has no work then and, if its device has not died, can be used again.
+
         Args:
             meanwhile: is called while the device works, before the step after it is planned: it may
                 add requests. Not where a step is done when it is issued.
-
-        If it breaks off (Ctrl-C, a failing device), all requests are given up before the exception
-        goes on: the engine has no work then and, if its device has not died, can be used again.
         """
         try:
             return self._step(meanwhile)
@@ -282,9 +282,10 @@ class Engine:
         for row_index, error in output.errors:
             row = plan.rows[row_index]
             sequence, request = row.sequence, row.sequence.request
-            if not sequence.aborted:
-                self.scheduler.kv.retract(sequence, row.start, row.end)
-            if not sequence.aborted and self.scheduler.abort(request.request_id):
+            if sequence.aborted:
+                continue
+            self.scheduler.kv.retract(sequence, row.start, row.end)
+            if self.scheduler.abort(request.request_id):
                 events += [
                     TokenEvent(request.request_id, index, finish_reason="error", error=error)
                     for index in range(request.params.n)

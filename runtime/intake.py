@@ -174,5 +174,7 @@ def _integers(token_ids: Sequence[int], param: str) -> tuple[tuple[int, ...], ND
     # A bool became 0 or 1; only where there are such is it worth looking.
     if ids and values.min() <= 1 and bool in map(type, ids):
         raise RequestError(f"{param} token ids must be integers", param)
-    # Plain ints are kept, not made anew: only they have a plain int for their sum.
-    return tuple(ids if type(sum(ids)) is int else values.tolist()), values
+    # Plain ints are kept, not made anew: only they have a plain int for their sum. Numbers of numpy are
+    # not added up, for a sum of small ones overflows.
+    plain = bool(ids) and type(ids[0]) is int and type(sum(ids)) is int
+    return tuple(ids if plain else values.tolist()), values

@@ -241,7 +241,7 @@ class Scheduler:
                 continue  # it ends with what is being sampled
             remaining, blocks, at = num_tokens - start, sequence.block_ids, start // size
             if sequence.decodes and at < len(blocks) and references[blocks[at]] == 1:
-                # Most rows of most steps: the token has a slot in a block of its own.
+                # Most rows of most steps: a slot in a block of its own. As _plan_row, without the calls.
                 source = sequence.sample_index if pending else -1
                 rows.append(make_row((sequence, start, 1, 1, source)))
                 sequence.num_computed_tokens = start + 1
@@ -393,7 +393,7 @@ class Scheduler:
                     self.kv.release(sequence)
                 continue
             end = start + num_tokens
-            if end % size < num_tokens:
+            if num_tokens == 1 and not end % size:  # of longer rows all was known when planned
                 for digest in self.kv.publish(sequence, start, end):
                     self._in_progress.pop(digest, None)
             if sequence.decodes and logprobs[number] is None:

@@ -19,7 +19,17 @@ def intake() -> Intake:
     return Intake(limits)
 
 
-@pytest.mark.parametrize("given", [[2, 3, 99], (0, 1), np.array([5, 6]), bytes([7, 8]), range(3)])
+@pytest.mark.parametrize(
+    "given",
+    [
+        [2, 3, 99],
+        (0, 1),
+        np.array([5, 6]),
+        np.array([90, 90, 90], np.uint8),
+        bytes([7, 8]),
+        range(3),
+    ],
+)
 def test_integers_of_any_kind_become_ints(intake: Intake, given: Any) -> None:
     prompt = intake.checked_prompt(given, 0, "prompt")
     assert prompt == tuple(int(token) for token in given)
