@@ -75,6 +75,8 @@ class SharedBench(Bench):
     def sweep_cell(self, seconds: Callable[[], float]) -> None:
         launcher: Any = self.kernels.launcher
         rows = max(16, 1 << (self.heads // self.kv_heads - 1).bit_length())
+        rows_of_group = 1 << (self.heads // self.kv_heads - 1).bit_length()
+        had_early = launcher.early
         tried: list[tuple[float, str]] = []
 
         def one(words: str) -> None:
@@ -88,7 +90,6 @@ class SharedBench(Bench):
             (64, 4, 2),
             (64, 4, 3),
             (32, 4, 2),
-            (32, 4, 3),
             (32, 2, 2),
             (64, 2, 2),
             (128, 4, 2),
@@ -96,14 +97,20 @@ class SharedBench(Bench):
             launcher.decode_override = Tile(rows, n, warps, stages)
             one(f"own {n} w{warps} s{stages}")
         launcher.decode_override = None
-        for splits in (1, 2, 3, 4, 6):
-            launcher.shared_splits = splits
-            one(f"shared splits {splits}")
-        for (n, warps, stages), splits in itertools.product(
-            ((64, 4, 2), (128, 4, 2), (128, 8, 2), (32, 4, 3)), (1, 2, 3)
-        ):
-            launcher.shared_override, launcher.shared_splits = Tile(rows, n, warps, stages), splits
-            one(f"shared {n} w{warps} s{stages} splits {splits}")
+        for early, splits in itertools.product((False, True), (1, 2, 3, 4)):
+            launcher.early, launcher.shared_splits = early and had_early, splits
+            for stages, own in itertools.product((2, 3, 4), ((64, 4, 2), (32, 4, 2), (64, 2, 2))):
+                launcher.hopper_shared_override = Tile(
+                    16 * rows_of_group, 64, rows_of_group, stages
+                )
+                launcher.decode_override = Tile(rows, *own)
+                one(f"hopper s{stages} splits {splits} own {own} early {early}")
+            launcher.hopper_shared_override = launcher.decode_override = None
+            for stages in (2, 3):
+                launcher.shared_override = Tile(rows, 64, 4, stages)
+                one(f"portable 64 w4 s{stages} splits {splits} early {early}")
+            launcher.shared_override = None
+        launcher.early = had_early
         launcher.shared_override = launcher.shared_splits = None
         launcher._variants.clear()
         for took, words in sorted(tried):

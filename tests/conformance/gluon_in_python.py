@@ -154,8 +154,8 @@ class Machine:
 
     def __init__(self, late: bool) -> None:
         self.late = late
-        self.program: tuple[int, int] = (0, 0)
-        self.programs: tuple[int, int] = (1, 1)
+        self.program: tuple[int, ...] = (0, 0)
+        self.programs: tuple[int, ...] = (1, 1)
         self.warps = 4
         self.reset()
 
@@ -325,7 +325,7 @@ def _language(machine: Machine) -> Any:
         where=lambda condition, a, b: torch.where(
             torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b)
         ),
-        maximum=pair(torch.maximum), minimum=pair(torch.minimum), exp2=torch.exp2,
+        maximum=pair(torch.maximum), minimum=pair(torch.minimum), exp2=torch.exp2, log2=torch.log2,
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
         reshape=lambda x, shape: (
             Pointer(x.flat, x.offset.reshape(shape)) if isinstance(x, Pointer) else x.reshape(shape)
@@ -335,14 +335,16 @@ def _language(machine: Machine) -> Any:
 
 
 @contextmanager
-def in_python(module: ModuleType, late: bool) -> Iterator[Callable[..., None]]:
-    """Gives run(name, grid, *arguments, num_warps=4, **constants): a kernel of the module.
+def in_python(late: bool, *modules: ModuleType) -> Iterator[Callable[..., None]]:
+    """Gives run(name, grid, *arguments, num_warps=4, **constants): a kernel of the modules.
 
     Tensor arguments are pointers to contiguous tensors, which the kernel changes; Boxes, descriptors.
     """
     machine = Machine(late)
-    kept = dict(vars(module))
-    functions = {name: value.fn for name, value in kept.items() if hasattr(value, "fn")}
+    kept = [dict(vars(module)) for module in modules]
+    functions = {
+        name: value.fn for names in kept for name, value in names.items() if hasattr(value, "fn")
+    }
     replaced: dict[str, Any] = {
         "gl": _language(machine),
         "async_copy": SimpleNamespace(
@@ -363,6 +365,7 @@ def in_python(module: ModuleType, late: bool) -> Iterator[Callable[..., None]]:
             wait=machine.wait_barrier,
         ),
         "fence_async_shared": lambda: None,
+        "gdc_launch_dependents": lambda: None,
         "warpgroup_mma": machine.product,
         "warpgroup_mma_wait": machine.wait_products,
     }
@@ -372,17 +375,21 @@ def in_python(module: ModuleType, late: bool) -> Iterator[Callable[..., None]]:
             return x
         return Pointer(x.view(-1)) if isinstance(x, Tensor) else torch.tensor(x)
 
-    def run(name: str, grid: tuple[int, int], *arguments: Any, num_warps: int = 4, **constants: Any) -> None:  # fmt: skip
+    def run(name: str, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **constants: Any) -> None:  # fmt: skip
         machine.programs, machine.warps = grid, num_warps
         given = [given_as(x) for x in arguments]
         for program in itertools.product(*map(range, grid)):
-            machine.program = (program[0], program[1])
+            machine.program = program
             machine.reset()
             functions[name](*given, **constants)
             machine.check_at_rest()
 
     try:
-        vars(module).update(functions | replaced)
+        for module in modules:
+            vars(module).update(functions | replaced)
         yield run
     finally:
-        vars(module).update(kept)
+        for module, names in zip(modules, kept, strict=True):
+            for name in functions.keys() | replaced.keys():
+                vars(module).pop(name, None)
+            vars(module).update(names)

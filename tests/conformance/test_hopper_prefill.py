@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from gluon_in_python import in_python
 
 from halyard.hal import fallbacks
-from halyard.hal.kernels.triton import hopper
+from halyard.hal.kernels.triton import hopper, hopper_online
 from halyard.hal.kernels.triton.launch import Shape, _hopper_module
 from halyard.hal.kernels.triton.tiles import Tile, hopper_tile
 
@@ -80,7 +80,7 @@ def attend(
     lengths = torch.tensor([context for _, context in rows], dtype=torch.int32)
     per_tile = tile.block_m // shape.group_tile(tile)
     grid = (len(q) // per_tile + len(rows), shape.heads_per_row(tile))
-    with in_python(hopper, late) as run:
+    with in_python(late, hopper, hopper_online) as run:
         run(
             "hopper_prefill_kernel", grid, q, pool, out, tables, lengths,
             torch.tensor(starts, dtype=torch.int32), scale * 1.4426950408889634, len(rows),
@@ -123,7 +123,7 @@ def test_groups(heads: int, kv_heads: int) -> None:
 
 def test_the_stand_in_sees_a_wait_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a turn that takes more to be under way than there is, tiles are read before they landed."""
-    fold, ahead = hopper._fold_tile, 24  # the argument AHEAD
+    fold, ahead = hopper_online._fold_tile, 24  # the argument AHEAD
     assert fold.arg_names[ahead] == "AHEAD"
 
     def hasty(*arguments: Any) -> Any:
@@ -134,7 +134,7 @@ def test_the_stand_in_sees_a_wait_that_is_missing(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(out, truth, atol=1e-5, rtol=1e-5, equal_nan=True)
 
     check()
-    monkeypatch.setattr(hopper, "_fold_tile", SimpleNamespace(fn=hasty))
+    monkeypatch.setattr(hopper_online, "_fold_tile", SimpleNamespace(fn=hasty))
     with pytest.raises((AssertionError, IndexError)):
         check()
 
@@ -142,9 +142,9 @@ def test_the_stand_in_sees_a_wait_that_is_missing(monkeypatch: pytest.MonkeyPatc
 def test_a_triton_without_what_it_needs_is_a_fallback_that_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert _hopper_module("sm_90") is hopper
-    before = fallbacks.counts().get("prefill_kernel", 0)
+    assert _hopper_module("hopper", "sm_90") is hopper
+    before = fallbacks.counts().get("hopper_kernel", 0)
     monkeypatch.setitem(sys.modules, hopper.__name__, None)
-    assert _hopper_module("sm_90") is None
-    assert _hopper_module("sm_80") is None  # that one has no such kernel: nothing to tell
-    assert fallbacks.counts()["prefill_kernel"] == before + 1
+    assert _hopper_module("hopper", "sm_90") is None
+    assert _hopper_module("hopper", "sm_80") is None  # that one has no such kernel: nothing to tell
+    assert fallbacks.counts()["hopper_kernel"] == before + 1

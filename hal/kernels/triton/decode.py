@@ -44,6 +44,28 @@ def choose_splits(
     return best
 
 
+@triton.jit
+def _fold_parts(
+    acc: tl.tensor, total: tl.tensor, peak: tl.tensor, partial: tl.tensor, partial_lse: tl.tensor,
+    place: tl.tensor, there: tl.tensor, dim: tl.tensor, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    parts: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """Take what was found of shared keys, in `parts` parts from place [M] on, into (acc, total, peak)."""
+    for part in range(parts):
+        lse = tl.load(partial_lse + place + part, mask=there, other=float("-inf"))
+        where = (place + part)[:, None] * DIM_PAD + dim[None, :]
+        inside = there[:, None] & (dim < HEAD_DIM)[None, :]
+        found = tl.load(partial + where, mask=inside, other=0.0)
+        new_peak = tl.maximum(peak, lse)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink = tl.exp2(peak - base)
+        weight = tl.exp2(lse - base)
+        acc = acc * shrink[:, None] + found * weight[:, None]
+        total = total * shrink + weight
+        peak = new_peak
+    return acc, total, peak
+
+
 @triton.jit(do_not_specialize=["window", "table_row", "all_splits"])
 def paged_decode_kernel(
     q: tl.tensor, pool: tl.tensor, out: tl.tensor, partial: tl.tensor, partial_lse: tl.tensor,
@@ -53,7 +75,7 @@ def paged_decode_kernel(
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
-    SHARED: tl.constexpr,
+    SHARED: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Rows with exactly one query; the others are left alone.
 
@@ -61,9 +83,12 @@ def paged_decode_kernel(
     [tokens, heads, dim] if not SPLIT; else partial [rows, heads, all_splits, DIM_PAD] and
     partial_lse [rows, heads, all_splits] fp32. If SHARED, a row's first row_keys are left to
     shared.py. With SPLIT its splits follow those of the grid, and a row without any marks these as
-    empty; else partial and partial_lse hold its splits alone, and this goes on from them.
+    empty; else partial and partial_lse hold its splits alone, and this goes on from them. EARLY: kernels may
+    begin before those in front of them are done: this one beside shared.py's, the merge beside this one.
     Grid: rows, KV_HEADS * tiles of the group, splits.
     """
+    if EARLY and SPLIT:
+        tl.extra.cuda.gdc_launch_dependents()
     GROUP_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
     row = tl.program_id(0)
     kv_head = tl.program_id(1) // GROUP_TILES
@@ -71,6 +96,8 @@ def paged_decode_kernel(
     num_splits = tl.num_programs(2)
     token = tl.load(query_start + row)
     if tl.load(query_start + row + 1) - token != 1:
+        if EARLY and SHARED:  # so that what comes after this kernel comes after both
+            tl.extra.cuda.gdc_wait()
         return
     length = tl.load(seq_lens + row)
     member = (tl.program_id(1) % GROUP_TILES) * GROUP_TILE + tl.arange(0, BLOCK_M)
@@ -95,20 +122,22 @@ def paged_decode_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     position = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
-    if SHARED and not SPLIT:
-        common = (row * (KV_HEADS * GROUP) + heads).to(tl.int64) * all_splits
-        there = valid & (first > 0)
-        for part in range(all_splits):
-            lse = tl.load(partial_lse + common + part, mask=there, other=float("-inf"))
-            where = (common + part)[:, None] * DIM_PAD + dim[None, :]
-            found = tl.load(partial + where, mask=there[:, None] & inside, other=0.0)
-            new_peak = tl.maximum(peak, lse)
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            shrink = tl.exp2(peak - base)
-            weight = tl.exp2(lse - base)
-            acc = acc * shrink[:, None] + found * weight[:, None]
-            total = total * shrink + weight
-            peak = new_peak
+    common = (row * (KV_HEADS * GROUP) + heads).to(tl.int64) * all_splits
+    there = valid & (first > 0)
+    if SHARED and not SPLIT and not EARLY:
+        acc, total, peak = _fold_parts(
+            acc,
+            total,
+            peak,
+            partial,
+            partial_lse,
+            common,
+            there,
+            dim,
+            HEAD_DIM,
+            DIM_PAD,
+            all_splits,
+        )
     keys = pool + kv_head * HEAD_STRIDE
     acc, total, peak = attend_tiles(
         query, acc, total, peak, keys, keys + KV_HEADS * HEAD_STRIDE,
@@ -116,8 +145,24 @@ def paged_decode_kernel(
         qk_scale, cap_scale, HEAD_DIM, DIM_PAD, BLOCK_SIZE, 2 * KV_HEADS * HEAD_STRIDE, BLOCK_N,
         True, HAS_WINDOW, SOFTCAP,
     )  # fmt: skip
+    if SHARED and EARLY:
+        tl.extra.cuda.gdc_wait()
+        if not SPLIT:
+            acc, total, peak = _fold_parts(
+                acc,
+                total,
+                peak,
+                partial,
+                partial_lse,
+                common,
+                there,
+                dim,
+                HEAD_DIM,
+                DIM_PAD,
+                all_splits,
+            )
     if SPLIT:
-        where = (row * (KV_HEADS * GROUP) + heads).to(tl.int64) * all_splits + split
+        where = common + split
         if SHARED:
             if (split == 0) & (first == 0):
                 for other in range(num_splits, all_splits):
@@ -137,9 +182,14 @@ def paged_decode_kernel(
 def merge_kernel(
     out: tl.tensor, partial: tl.tensor, partial_lse: tl.tensor, query_start: tl.tensor, sinks: tl.tensor, num_splits: tl.tensor,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
-    SINKS: tl.constexpr,
+    SINKS: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Weigh the splits of one (row, head) by their log-sum-exp. Grid: rows, HEADS."""
+    """Weigh the splits of one (row, head) by their log-sum-exp. Grid: rows, HEADS.
+
+    EARLY: the kernel whose splits these are may be under way still.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     head = tl.program_id(1)
     token = tl.load(query_start + row)

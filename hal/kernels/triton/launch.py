@@ -16,6 +16,7 @@ from halyard.hal.kernels.triton.tiles import (
     after_tile,
     decode_tile,
     family,
+    hopper_shared_tile,
     hopper_tile,
     prefill_tile,
     shared_tile,
@@ -28,6 +29,8 @@ LOG2E = 1.4426950408889634
 
 # Mixed batches: up to this length a decode row is done sooner than a second launch pays.
 _SEPARATE_DECODE_KEYS = 256
+# A kernel may begin before the one in front of it ends.
+_EARLY_LAUNCHES = ("sm_90", "sm_100", "sm_120")
 _SHARED_SUMS = 16384  # fp32 sums that a program for shared keys may hold: 128 x 128
 
 
@@ -113,6 +116,19 @@ class Shape:
             "SOFTCAP": self.softcap,
         }
 
+    def hopper_shared_constants(self, tile: Tile) -> dict[str, Any]:
+        """The constants of Hopper's kernel for shared keys."""
+        return {
+            "GROUP": self.group,
+            "GROUP_PAD": pad(self.group, 1),
+            "ROWS": SharedRows.WIDTH,
+            "KV_HEADS": self.num_kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_SIZE": self.block_size,
+            "BLOCK_N": tile.block_n,
+            "AHEAD": tile.num_stages - 1,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
@@ -142,12 +158,15 @@ class AttentionLauncher:
         self._prefill = importlib.import_module("halyard.hal.kernels.triton.prefill")
         self._shared = importlib.import_module("halyard.hal.kernels.triton.shared")
         self._write = importlib.import_module("halyard.hal.kernels.triton.write")
-        self._hopper = _hopper_module(self._arch)
+        self._hopper = _hopper_module("hopper", self._arch)
+        self._hopper_shared = _hopper_module("hopper_shared", self._arch)
+        self.early = family(self._arch) in _EARLY_LAUNCHES
         # Tiles to try instead of the tables' (benchmarks).
         self.decode_override: Tile | None = None
         self.prefill_override: Tile | None = None
         self.hopper_override: Tile | None = None
         self.shared_override: Tile | None = None
+        self.hopper_shared_override: Tile | None = None
         self.shared_splits: int | None = None
 
     def write(self, k: Tensor, v: Tensor, data: Tensor, slot_mapping: Tensor) -> None:
@@ -248,20 +267,22 @@ class AttentionLauncher:
         constants = variant.decode_constants
         if shared is not None and not split:
             tile, constants = variant.after, variant.after_constants
+        beside = {"launch_pdl": True} if self.early else {}
         grid = (batch.num_rows, shape.heads_per_row(tile), own)
         tables = batch.block_tables
         self._decode.paged_decode_kernel[grid](
             q, data, out, partial, lse, tables, batch.seq_lens, batch.query_start, sinks,
             *_scales(layer), layer.window, q.stride(0), q.stride(1), tables.stride(0),
             batch.seq_lens if shared is None else shared.row_keys, splits,
-            **constants, SPLIT=split, SHARED=shared is not None,
+            **constants, SPLIT=split, SHARED=shared is not None, EARLY=self.early,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **(beside if shared is not None else {}),
         )  # fmt: skip
         if split:
             self._decode.merge_kernel[(batch.num_rows, shape.num_heads)](
                 out, partial, lse, batch.query_start, sinks, splits,
                 HEADS=shape.num_heads, HEAD_DIM=shape.head_dim, DIM_PAD=shape.dim_pad,
-                SPLITS_PAD=pad(splits, 2), SINKS=shape.sinks, num_warps=4,
+                SPLITS_PAD=pad(splits, 2), SINKS=shape.sinks, EARLY=self.early, num_warps=4, **beside,
             )  # fmt: skip
 
     def _run_shared(
@@ -270,14 +291,33 @@ class AttentionLauncher:
     ) -> None:  # fmt: skip
         """The keys that tiles of rows have in common, to the splits after `own`."""
         shape, tables = variant.shape, batch.block_tables
+        grid = (len(shared.tile_keys), shape.num_kv_heads, splits - own)
+        hopper = self._hopper_shared_tile(shape)
+        if hopper is not None:
+            self._hopper_shared.hopper_shared_kernel[grid](
+                q, data, partial, lse, tables, batch.query_start, shared.tile_rows, shared.tile_keys,
+                _scales(layer)[0], q.stride(0), q.stride(1), tables.stride(0), splits, own,
+                **shape.hopper_shared_constants(hopper), num_warps=hopper.num_warps,
+            )  # fmt: skip
+            return
         tile = self.shared_override or shared_tile(
             self._arch, shape.dim_pad, shape.item_size, shape.group
         )
-        self._shared.shared_decode_kernel[(len(shared.tile_keys), shape.num_kv_heads, splits - own)](
+        self._shared.shared_decode_kernel[grid](
             q, data, partial, lse, tables, batch.query_start, shared.tile_rows, shared.tile_keys,
             *_scales(layer), q.stride(0), q.stride(1), tables.stride(0), splits, own,
-            **shape.shared_constants(tile), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **shape.shared_constants(tile), EARLY=self.early,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+
+    def _hopper_shared_tile(self, shape: Shape) -> Tile | None:
+        """The tile of Hopper's own kernel for shared keys, or None: not for this shape."""
+        if self._hopper_shared is None or shape.item_size != 2 or shape.softcap:
+            return None
+        if self.shared_override is not None:
+            return None
+        rows = SharedRows.WIDTH * pad(shape.group, 1)
+        return self.hopper_shared_override or hopper_shared_tile(shape.head_dim, rows)
 
     def _run_prefill(
         self, q: Tensor, data: Tensor, out: Tensor, layer: AttentionLayer, batch: StepBatch,
@@ -317,14 +357,14 @@ class AttentionLauncher:
         return self._workspace[:parts], self._workspace[parts:need]
 
 
-def _hopper_module(arch: str) -> Any:
-    """Hopper's own kernels, where the GPU is one and Triton's Gluon has what they need."""
+def _hopper_module(name: str, arch: str) -> Any:
+    """A module of Hopper's own kernels, where the GPU is one and Triton's Gluon has what they need."""
     if family(arch) != "sm_90":
         return None
     try:
-        return importlib.import_module("halyard.hal.kernels.triton.hopper")
+        return importlib.import_module(f"halyard.hal.kernels.triton.{name}")
     except ImportError as error:
-        fallbacks.note("prefill_kernel", f"prompts take the kernel for all GPUs: {error}")
+        fallbacks.note(f"{name}_kernel", f"the kernel for all GPUs is taken: {error}")
         return None
 
 

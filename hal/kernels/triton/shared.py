@@ -23,13 +23,15 @@ def shared_decode_kernel(
     table_row: tl.tensor, num_splits: tl.tensor, first_split: tl.tensor,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """q [tokens, heads, dim]; partial [rows, heads, num_splits, DIM_PAD] and partial_lse [rows,
     heads, num_splits] fp32, written from first_split on; tile_rows [tiles, ROWS] int32, -1 padded;
     tile_keys [tiles] int32, the shared keys, 0 for a tile that is not used. Grid: tiles, KV_HEADS,
-    num_splits - first_split.
+    num_splits - first_split. EARLY: the next kernel may begin beside this one.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)

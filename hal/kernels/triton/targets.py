@@ -22,11 +22,12 @@ from halyard.hal.kernels.triton.tiles import (
     after_tile,
     decode_tile,
     family,
+    hopper_shared_tile,
     hopper_tile,
     prefill_tile,
     shared_tile,
 )
-from halyard.hal.types import ITEM_SIZE, DType
+from halyard.hal.types import ITEM_SIZE, DType, SharedRows
 
 __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compile_variant",
            "variants"]  # fmt: skip
@@ -34,11 +35,11 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
                      "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
                      "decode_after", "shared", "few_rows", "rows", "gate", "rotate", "prefill_hopper",
-                     "gated_hopper"]  # fmt: skip
+                     "shared_hopper", "gated_hopper"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
     "move", "draw", "draw_greedy", "decode_shared", "decode_after", "shared", "few_rows", "rows", "gate",
-    "rotate", "prefill_hopper", "gated_hopper",
+    "rotate", "prefill_hopper", "shared_hopper", "gated_hopper",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -61,7 +62,7 @@ _STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "cos_
             "split_inputs", "piece", "vocab", "inputs", "outputs")  # fmt: skip
 # Of a draw or a linear nothing depends on a head's dim.
 _ONE_DIM = ("move", "draw", "draw_greedy", "few_rows", "rows", "gate", "gated_hopper")
-_GLUON = ("prefill_hopper", "gated_hopper")  # Hopper alone
+_GLUON = ("prefill_hopper", "shared_hopper", "gated_hopper")  # Hopper alone
 # 4-byte registers a thread may put into scratch memory; others: none. RDNA 3 has 256 registers a
 # thread, and a head of 256 does not fit beside its sums. fp32 (any number) runs without matrix units
 # and keeps its operands in registers: it is there for exactness, not for speed.
@@ -209,10 +210,11 @@ def _source(
     features = variant.kernel.endswith("features")
     item_size = ITEM_SIZE[variant.dtype]
     shape = Shape(32, 8, variant.head_dim, block_size, item_size, features, features, features)
+    early = TARGETS[variant.target][0] == "cuda" and variant.target != "sm_80"
     if variant.kernel == "merge":
         constants: dict[str, Any] = {
             "HEADS": 32, "HEAD_DIM": variant.head_dim, "DIM_PAD": shape.dim_pad, "SPLITS_PAD": 64,
-            "SINKS": True,
+            "SINKS": True, "EARLY": early,
         }  # fmt: skip
         return decode.merge_kernel, constants, {"num_warps": 4}, "64 splits"
     if variant.kernel == "write":
@@ -264,8 +266,9 @@ def _source(
         return hopper_linear.gated_product_kernel, constants, options, words
     if variant.kernel == "shared":
         tile = shared_tile(variant.target, shape.dim_pad, item_size, shape.group)
+        constants = shape.shared_constants(tile) | {"EARLY": early}
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        return shared.shared_decode_kernel, shape.shared_constants(tile), options, "shared keys"
+        return shared.shared_decode_kernel, constants, options, "shared keys"
     if variant.kernel == "prefill_hopper":
         from halyard.hal.kernels.triton import hopper
 
@@ -276,6 +279,16 @@ def _source(
         words = f"{tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
         constants = shape.hopper_constants(tile) | {"SKIP_SINGLE": True}
         return hopper.hopper_prefill_kernel, constants, {"num_warps": tile.num_warps}, words
+    if variant.kernel == "shared_hopper":
+        from halyard.hal.kernels.triton import hopper_shared
+
+        own = hopper_shared_tile(variant.head_dim, SharedRows.WIDTH * shape.group)
+        if own is None:
+            raise AssertionError(f"no tile for {variant}")
+        tile = replace(own, **changes)
+        words = f"{tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
+        constants = shape.hopper_shared_constants(tile)
+        return hopper_shared.hopper_shared_kernel, constants, {"num_warps": tile.num_warps}, words
     if variant.kernel.startswith("decode"):
         function: Any = decode.paged_decode_kernel
         choose = after_tile if variant.kernel == "decode_after" else decode_tile
@@ -283,6 +296,7 @@ def _source(
         extra = {
             "SPLIT": variant.kernel in ("decode_split", "decode_shared"),
             "SHARED": variant.kernel in ("decode_shared", "decode_after"),
+            "EARLY": early,
         }
     else:
         function = prefill.paged_prefill_kernel
@@ -316,7 +330,7 @@ def _type(name: str, variant: Variant) -> str:
         return f"*{_SHORT[variant.dtype]}"
     if name in ("partial", "partial_lse"):  # without splits the output stands in for them
         split = variant.kernel in (
-            "decode_split", "decode_shared", "decode_after", "shared", "merge", "rows"
+            "decode_split", "decode_shared", "decode_after", "shared", "shared_hopper", "merge", "rows"
         )  # fmt: skip
         return "*fp32" if split else f"*{_SHORT[variant.dtype]}"
     if name == "logits":

@@ -15,6 +15,7 @@ __all__ = [
     "after_tile",
     "decode_tile",
     "family",
+    "hopper_shared_tile",
     "hopper_tile",
     "prefill_tile",
     "shared_tile",
@@ -141,6 +142,8 @@ _PREFILL: dict[str, _Table] = {
 # Hopper's own prefill kernel, by head dim; stages: tiles of keys in shared memory. One warpgroup a
 # program: two of one wait for each other at every tile, two programs take turns by themselves.
 _PREFILL_OWN: _Table = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 3)}
+# And of its kernel for shared keys: what is left of a multiprocessor begins with rows' own keys.
+_SHARED_OWN: _Table = {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 2)}
 # fp32 has no matrix units at full precision: small tiles, sums in registers.
 _PREFILL_FLOAT32: _Table = {
     128: Tile(32, 32, 4, 2),
@@ -194,7 +197,8 @@ def after_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
     many programs are under way at once (benchmarks/gpu_shared_rows.py).
     """
     tile = decode_tile(arch, dim_pad, item_size, group)
-    return replace(tile, block_n=min(tile.block_n, 64), num_stages=min(tile.num_stages, 2))
+    tile = replace(tile, block_n=min(tile.block_n, 64), num_stages=min(tile.num_stages, 2))
+    return replace(tile, num_warps=2) if family(arch) == "sm_90" and item_size == 2 else tile
 
 
 def shared_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
@@ -203,6 +207,14 @@ def shared_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
     if family(arch).startswith("gfx1"):  # 256 registers a thread
         return replace(tile, block_n=16, num_warps=8)
     return tile
+
+
+def hopper_shared_tile(head_dim: int, rows: int) -> Tile | None:
+    """The tile of Hopper's own kernel for shared keys, `rows` query rows at once; None: not for these."""
+    tile = _SHARED_OWN.get(head_dim)
+    if tile is None or rows not in (64, 128):  # whole warpgroups
+        return None
+    return replace(tile, block_m=rows, num_warps=rows // 16)
 
 
 def prefill_tile(arch: str, dim_pad: int, item_size: int) -> Tile:

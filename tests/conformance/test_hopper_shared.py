@@ -1,0 +1,143 @@
+"""Hopper's kernel for shared keys, its Python run on torch tensors: places, masks, splits without keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("this process interprets", allow_module_level=True)
+
+from gluon_in_python import in_python
+
+from halyard.hal.kernels.triton import hopper_online, hopper_shared
+from halyard.hal.kernels.triton.launch import Shape
+from halyard.hal.kernels.triton.tiles import Tile, hopper_shared_tile
+from halyard.hal.types import SharedRows
+
+LOG2E = 1.4426950408889634
+FIRST = 1  # splits of rows' own keys, which lie in front
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(
+    shape: Shape, tile: Tile, tiles: list[tuple[list[int], int]], splits: int, late: bool
+) -> None:
+    """Parts and their log-sum-exp, merged, against fp64; what isn't of a shared split stays.
+
+    tiles: (rows, keys that they share); a tile without keys isn't used.
+    """
+    torch.manual_seed(0)
+    heads, kv_heads, dim, block = (
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.block_size,
+    )
+    rows = 1 + max(row for members, _ in tiles for row in members)
+    needs = [-(-keys // block) for _, keys in tiles]
+    order = torch.randperm(sum(needs) + 3).tolist()
+    pool = torch.full((len(order), 2, kv_heads, block, dim), float("nan"))
+    tables = torch.full((rows, max(needs) + 2), -1, dtype=torch.int32)
+    starts = torch.arange(3, 3 + rows + 1, dtype=torch.int32)  # tokens of others are in front
+    q = torch.randn(int(starts[-1]), heads, dim)
+    tile_rows = torch.full((len(tiles), SharedRows.WIDTH), -1, dtype=torch.int32)
+    truth = torch.full((rows, heads, dim), float("nan"), dtype=torch.float64)
+    lse_truth = torch.full((rows, heads), float("nan"), dtype=torch.float64)
+    for number, ((members, keys), need) in enumerate(zip(tiles, needs, strict=True)):
+        if not keys:
+            continue
+        own = [order.pop() for _ in range(need)]
+        k, v = torch.randn(2, keys, kv_heads, dim).unbind()
+        for position in range(keys):
+            pool[own[position // block], 0, :, position % block] = k[position]
+            pool[own[position // block], 1, :, position % block] = v[position]
+        tile_rows[number, : len(members)] = torch.tensor(members, dtype=torch.int32)
+        for row in members:
+            tables[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
+        wide = [x.double().repeat_interleave(shape.group, 1) for x in (k, v)]
+        query = q[starts[members].long()].double()
+        scores = torch.einsum("rhd,khd->rhk", query, wide[0]) * dim**-0.5
+        lse_truth[members] = scores.logsumexp(-1)
+        truth[members] = torch.einsum("rhk,khd->rhd", scores.softmax(-1), wide[1])
+    partial = torch.full((rows, heads, FIRST + splits, dim), float("nan"))
+    lse = torch.full((rows, heads, FIRST + splits), float("nan"))
+    with in_python(late, hopper_shared, hopper_online) as run:
+        run(
+            "hopper_shared_kernel", (len(tiles), kv_heads, splits), q, pool, partial, lse, tables,
+            starts, tile_rows, torch.tensor([keys for _, keys in tiles], dtype=torch.int32),
+            dim**-0.5 * LOG2E, heads * dim, dim, tables.shape[1], FIRST + splits, FIRST,
+            **shape.hopper_shared_constants(tile), num_warps=tile.num_warps,
+        )  # fmt: skip
+    assert partial[:, :, :FIRST].isnan().all()
+    assert lse[:, :, :FIRST].isnan().all()
+    got, weights = merged(partial[:, :, FIRST:], lse[:, :, FIRST:])
+    torch.testing.assert_close(got, truth, atol=1e-5, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(weights, lse_truth, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def merged(parts: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(sums, natural log-sum-exp) of splits whose log-sum-exp is in base 2."""
+    total = (lse.double() / LOG2E).logsumexp(-1)
+    weights = torch.exp(lse.double() / LOG2E - total[..., None])
+    return (parts.double() * weights[..., None]).sum(2), total
+
+
+def shaped(heads: int = 8, kv_heads: int = 2, dim: int = 64, block: int = 16) -> Shape:
+    return Shape(heads, kv_heads, dim, block, 2, False, False, False)
+
+
+TILES: dict[str, list[tuple[list[int], int]]] = {
+    "one": [(list(range(16)), 512)],
+    "few rows, few keys": [([2, 0], 16)],
+    "two prefixes": [([5, 1, 3], 208), (list(range(6, 20)), 80)],
+    "unused between": [([0, 1], 96), ([], 0), ([4, 2, 3], 336), ([], 0)],
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at_once", "late"])
+@pytest.mark.parametrize("tiles", list(TILES))
+@pytest.mark.parametrize("dim", [64, 128])
+def test_tiles(dim: int, tiles: str, late: bool) -> None:
+    shape = shaped(dim=dim)
+    tile = hopper_shared_tile(dim, SharedRows.WIDTH * shape.group)
+    assert tile is not None
+    for splits in (1, 2, 5):  # of five some have no keys
+        check(shape, tile, TILES[tiles], splits, late)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_blocks_and_stages(block: int, stages: int) -> None:
+    tiles = [([0, 2], 5 * 128), ([1, 3, 4], 128)]
+    for width in (32, 64):
+        check(shaped(block=block), Tile(64, width, 4, stages), tiles, 3, late=True)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2), (8, 1), (10, 2), (14, 2)])
+def test_groups(heads: int, kv_heads: int) -> None:
+    shape = shaped(heads, kv_heads)
+    tile = hopper_shared_tile(64, int(shape.hopper_shared_constants(Tile(0, 64, 4, 2))["GROUP_PAD"]) * 16)  # fmt: skip
+    assert tile is not None
+    check(shape, tile, [([3, 1], 160), ([0, 2], 48)], 2, late=True)
+
+
+def test_which_shapes_it_takes() -> None:
+    assert hopper_shared_tile(128, 64) == Tile(64, 64, 4, 2)
+    assert hopper_shared_tile(64, 128) == Tile(128, 64, 8, 4)
+    for dim, rows in ((64, 16), (64, 32), (80, 64), (256, 64), (64, 256)):
+        assert hopper_shared_tile(dim, rows) is None
