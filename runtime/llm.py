@@ -6,7 +6,7 @@ import gc
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -107,30 +107,30 @@ class LLM:
         """Generate for all prompts at once; results come in the order of the prompts.
 
         Raises:
-            RequestError: a prompt or parameter is invalid; nothing has run then.
+            RequestError: a prompt or parameter is invalid. Prompts are looked at while the device works:
+                those before it may have begun, and are given up.
             HalyardError: the engine failed.
         """
         singles = _as_list(prompts)
         params = _params_for(len(singles), sampling_params)
         texts = [_text_of(prompt) for prompt in singles]
+        asked: dict[str, tuple[Request, str | None]] = {}
+        outputs: dict[str, RequestOutput] = {}
+
+        def requests() -> Iterator[Request]:
+            for prompt, own, text in zip(singles, params, texts, strict=True):
+                request = self.engine.intake.request(self._token_ids(prompt), own)
+                asked[request.request_id] = request, text
+                yield request
+
+        def extend(delta: RequestDelta) -> None:
+            if delta.request_id not in outputs:
+                outputs[delta.request_id] = _blank_output(*asked[delta.request_id])
+            self._extend(outputs[delta.request_id], delta)
+
         with _collector_at_rest():
-            requests = [
-                self.engine.intake.request(self._token_ids(prompt), own)
-                for prompt, own in zip(singles, params, strict=True)
-            ]
-            asked = {
-                request.request_id: (request, text)
-                for request, text in zip(requests, texts, strict=True)
-            }
-            outputs: dict[str, RequestOutput] = {}
-
-            def extend(delta: RequestDelta) -> None:
-                if delta.request_id not in outputs:
-                    outputs[delta.request_id] = _blank_output(*asked[delta.request_id])
-                self._extend(outputs[delta.request_id], delta)
-
-            self._run(requests, extend, "Generating" if use_tqdm else None)
-        return [outputs[request.request_id] for request in requests]
+            self._run(requests(), len(singles), extend, "Generating" if use_tqdm else None)
+        return [outputs[request_id] for request_id in asked]
 
     def chat(
         self,
@@ -191,7 +191,7 @@ class LLM:
                 intake.pooled_request(self._token_ids(prompt), pooling)
                 for prompt in _as_list(prompts)
             ]
-            self._run(requests, take, "Embedding" if use_tqdm else None)
+            self._run(requests, len(requests), take, "Embedding" if use_tqdm else None)
         return [
             replace(outputs[r.request_id], prompt_token_ids=list(r.prompt_token_ids))
             for r in requests
@@ -225,14 +225,18 @@ class LLM:
         return prompt
 
     def _run(
-        self, requests: list[Request], take: Callable[[RequestDelta], None], label: str | None
+        self,
+        requests: Iterable[Request],
+        count: int,
+        take: Callable[[RequestDelta], None],
+        label: str | None,
     ) -> None:
-        """Run requests to their ends; `label` is the progress bar's, None: no bar."""
+        """Run so many requests to their ends; `label` is the progress bar's, None: no bar."""
         answers: dict[str, Answers] = {}
-        watched = {request.request_id for request in requests if request.params.stop_strings}
+        watched: set[str] = set()  # whose text may end them
         held: defaultdict[str, HeldEvents] = defaultdict(HeldEvents)
         bar = tqdm(
-            total=len(requests),
+            total=count,
             desc=label,
             unit="prompt",
             dynamic_ncols=True,
@@ -241,8 +245,8 @@ class LLM:
         waiting = iter(requests)
         try:
             # The device starts on what fills its first step, while the others come in.
-            self._admit(waiting, answers, self.plan.max_batched_tokens)
-            others = partial(self._admit, waiting, answers)
+            self._admit(waiting, answers, watched, self.plan.max_batched_tokens)
+            others = partial(self._admit, waiting, answers, watched)
             while self.engine.has_work():
                 # A step has hundreds of events, and the device waits for who takes them in: text
                 # is made when an answer ends, but for those that a text may end.
@@ -261,22 +265,33 @@ class LLM:
                         bar.update(int(delta.finished))
                 others()
         except BaseException:
-            for request in requests:  # Ctrl-C included: leave an engine that can be used again
-                self.engine.abort(request.request_id)
+            for request_id in answers:  # Ctrl-C included: leave an engine that can be used again
+                self.engine.abort(request_id)
             raise
         finally:
             bar.close()
 
     def _admit(
-        self, waiting: Iterator[Request], answers: dict[str, Answers], tokens: float = math.inf
+        self,
+        waiting: Iterator[Request],
+        answers: dict[str, Answers],
+        watched: set[str],
+        tokens: float = math.inf,
     ) -> None:
-        """Hand requests to the engine, until their prompts hold `tokens` together."""
-        for request in waiting:
+        """Hand requests to the engine: until their prompts hold `tokens` together, or as many wait as
+        may run at once. Making one takes a while, with text most of all, and the device has work for that
+        long and no longer.
+        """
+        most = self.engine.scheduler.config.max_num_sequences
+        while tokens > 0 and self.engine.num_waiting < most:
+            request = next(waiting, None)
+            if request is None:
+                return
             answers[request.request_id] = Answers.of(request, self.tokenizer)
+            if request.params.stop_strings:
+                watched.add(request.request_id)
             self.engine.add(request)
             tokens -= len(request.prompt_token_ids)
-            if tokens <= 0:
-                return
 
     def _extend(self, output: RequestOutput, delta: RequestDelta) -> None:
         _raise_errors(delta)

@@ -229,8 +229,39 @@ def test_many_prompts_come_in_while_the_first_steps_run() -> None:
         assert [answer.prompt_token_ids for answer in answers] == prompts
         assert all(len(answer.outputs[0].token_ids) == 2 for answer in answers)
         assert known[0] == 2  # of 40 tokens: what one step takes
-        assert known[1] > 16  # before the second was planned
-        ran = len(known)
-        with pytest.raises(RequestError, match="outside the vocabulary"):
-            llm.generate([*prompts, [10**9]], use_tqdm=False)
-        assert len(known) == ran
+        assert known[1] == 2 + 8  # before the second was planned: as many wait as may run
+        assert max(known) <= 8 + 8
+        assert known.count(max(known)) > 2  # and so it stays while there are more
+
+
+def test_a_bad_prompt_behind_good_ones_gives_them_up() -> None:
+    options = {"max_batched_tokens": 64, "max_num_sequences": 8, "kv_blocks": 64}
+    with make(**options) as llm:
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        prompts = [[300 + number] * 40 for number in range(20)]
+        for bad in ([10**9], [1] * 96, [True], []):
+            for place in (0, 1, 5, 20):
+                with pytest.raises(RequestError):
+                    llm.generate([*prompts[:place], bad, *prompts[place:]], params, use_tqdm=False)
+                llm.engine.check_integrity()
+                assert not llm.engine.has_work()
+                assert llm.engine.stats().scheduler.blocks_used == 0
+        answers = llm.generate(prompts, params, use_tqdm=False)
+        assert [len(answer.outputs[0].token_ids) for answer in answers] == [2] * 20
+
+
+def test_a_prompt_is_made_when_it_may_soon_run() -> None:
+    """Text takes time to encode: the device does not wait for that of thousands of prompts."""
+    with make(max_num_sequences=4, kv_blocks=64) as llm:
+        made: list[int] = []
+        request = llm.engine.intake.request
+
+        def counted(*arguments: Any) -> Request:
+            made.append(llm.engine.stats().steps)
+            return request(*arguments)
+
+        llm.engine.intake.request = counted  # type: ignore[method-assign, assignment]
+        params = SamplingParams(max_tokens=3, ignore_eos=True)
+        answers = llm.generate([[5, 6]] * 40, params, use_tqdm=False)
+        assert len(answers) == 40
+        assert len(set(made)) > 5
