@@ -31,6 +31,9 @@ LOG2E = 1.4426950408889634
 _SEPARATE_DECODE_KEYS = 256
 # A kernel may begin before the one in front of it ends.
 _EARLY_LAUNCHES = ("sm_90", "sm_100", "sm_120")
+_SHARED_GROUP = (
+    8  # 16 query heads of one kv head took up to 2.6 times as long as alone (gpu_shared_rows.py)
+)
 _SHARED_SUMS = 16384  # fp32 sums that a program for shared keys may hold: 128 x 128
 
 
@@ -369,9 +372,12 @@ def _hopper_module(name: str, arch: str) -> Any:
 
 
 def _can_share(layer: AttentionLayer, shape: Shape, batch: StepBatch) -> bool:
-    """Whether tiles of rows may read shared keys together: no window, and the tile has room."""
+    """Whether tiles of rows read shared keys together: no window, the tile has room, and it pays. A large
+    group fills a matrix tile by itself, and one kv head's keys stay in the cache for all rows.
+    """
     room = SharedRows.WIDTH * pad(shape.group, 1) * shape.dim_pad
-    return batch.max_query_len == 1 and not layer.window and room <= _SHARED_SUMS
+    alone = batch.max_query_len > 1 or layer.window > 0 or shape.group > _SHARED_GROUP
+    return not alone and room <= _SHARED_SUMS
 
 
 def _scales(layer: AttentionLayer) -> tuple[float, float]:
