@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from halyard.hal.errors import ContextLengthError, RequestError
 from halyard.runtime.masks import Guidance
@@ -69,7 +68,7 @@ class Intake:
             RequestError: anything else, with the field to blame.
         """
         limits = self.limits
-        prompt = self.checked_prompt(prompt_token_ids, 1, "prompt")
+        prompt, packed = self.checked_prompt(prompt_token_ids, 1, "prompt")
         self._check_tokens(params.logit_bias or (), "logit_bias")
         self._check_tokens(params.stop_token_ids or (), "stop_token_ids")
         if params.n > limits.max_num_sequences:
@@ -87,6 +86,7 @@ class Intake:
             seed=(params.seed if params.seed is not None else self._seeds.getrandbits(64)) % 2**64,
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             guidance=self.guidance(params),
+            packed=packed,
         )
 
     def pooled_request(
@@ -107,7 +107,7 @@ class Intake:
             raise RequestError(
                 f"pooling must be {' or '.join(POOLINGS)}, got {pooling!r}", "pooling"
             )
-        prompt = self.checked_prompt(prompt_token_ids, 0, "input")
+        prompt, packed = self.checked_prompt(prompt_token_ids, 0, "input")
         return Request(
             **self._numbered(options),
             prompt_token_ids=prompt,
@@ -115,6 +115,7 @@ class Intake:
             max_tokens=0,
             arrival_time=time.monotonic(),
             pooling=pooling,
+            packed=packed,
         )
 
     def _numbered(self, options: RequestOptions) -> RequestOptions:
@@ -122,11 +123,14 @@ class Intake:
         number = next(self._numbers)
         return {"request_id": f"request-{number}", **options}
 
-    def checked_prompt(self, token_ids: Sequence[int], room: int, param: str) -> tuple[int, ...]:
-        """The prompt, if it leaves `room` tokens of the context."""
-        prompt, values = _integers(token_ids, param)
+    def checked_prompt(
+        self, token_ids: Sequence[int], room: int, param: str
+    ) -> tuple[tuple[int, ...], bytes]:
+        """The prompt, and it packed as for Request, if it leaves `room` tokens of the context."""
+        prompt, packed = _integers(token_ids, param)
         if not prompt:
             raise RequestError(f"the {param} is empty: give at least one token", param)
+        values = np.frombuffer(packed, np.int64)
         self._check_tokens((int(values.min()), int(values.max())), param)
         most = self.limits.max_model_len
         if len(prompt) + room > most:
@@ -136,7 +140,7 @@ class Intake:
                 f"{len(prompt)} tokens: shorten the {param}",
                 param,
             )
-        return prompt
+        return prompt, packed
 
     def guidance(self, params: SamplingParams) -> Guidance | None:
         """The compiled constraint. Slow the first time (up to a second), so call it in a thread.
@@ -161,20 +165,21 @@ class Intake:
                 )
 
 
-def _integers(token_ids: Sequence[int], param: str) -> tuple[tuple[int, ...], NDArray[np.int64]]:
-    """Token ids twice. Prompts are long and the device may be waiting for them: no loop."""
+def _integers(token_ids: Sequence[int], param: str) -> tuple[tuple[int, ...], bytes]:
+    """Token ids twice, packed too. Prompts are long and the device may be waiting for them: no loop."""
     ids = token_ids if isinstance(token_ids, list) else list(token_ids)
     try:
-        values = np.frombuffer(struct.pack(f"{len(ids)}q", *ids), np.int64)
+        packed = struct.pack(f"{len(ids)}q", *ids)
     except struct.error:
         if all(isinstance(token, int) for token in ids):
             text = f"a token id in {param} is outside the vocabulary"
             raise RequestError(text, param) from None
         raise RequestError(f"{param} token ids must be integers", param) from None
+    values = np.frombuffer(packed, np.int64)
     # A bool became 0 or 1; only where there are such is it worth looking.
     if ids and values.min() <= 1 and bool in map(type, ids):
         raise RequestError(f"{param} token ids must be integers", param)
     # Plain ints are kept, not made anew: only they have a plain int for their sum. Numbers of numpy are
     # not added up, for a sum of small ones overflows.
     plain = bool(ids) and type(ids[0]) is int and type(sum(ids)) is int
-    return tuple(ids if plain else values.tolist()), values
+    return tuple(ids if plain else values.tolist()), packed

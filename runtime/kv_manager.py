@@ -100,6 +100,14 @@ class _Alike:
             self._lately.popitem(last=False)
 
 
+def _packed(sequence: Sequence, first: int, end: int) -> bytes:
+    """Tokens first .. end - 1 as int64. A prompt's are at hand: numbers one by one take longest here."""
+    prompt = sequence.request.packed
+    if not first and end * 8 <= len(prompt):
+        return prompt[: end * 8]
+    return struct.pack(f"{end - first}q", *sequence.token_ids[first:end])
+
+
 class KVManager:
     """The two tiers and which sequence holds what. No tensor is touched here."""
 
@@ -189,7 +197,7 @@ class KVManager:
         first, end = len(known) * size, len(tokens) // size * size
         if first == end:
             return known
-        content = struct.pack(f"{end - first}q", *tokens[first:end])
+        content = _packed(sequence, first, end)
         width = len(content) // ((end - first) // size)
         digest = known[-1] if known else _digest(sequence.request.cache_salt.encode())
         if not known and end > size:

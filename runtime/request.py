@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
@@ -206,6 +207,8 @@ class Request:
     guidance: Guidance | None = field(default=None, compare=False, repr=False)
     # ^ params.guided, compiled; holds how far each answer is
     pooling: Pooling | None = None  # an embedding is wanted, no answer: max_tokens is 0 then
+    packed: bytes = field(default=b"", compare=False, repr=False)
+    # ^ the prompt as int64, in the machine's order of bytes; b"": not at hand
 
     @property
     def reuses_prefix(self) -> bool:
@@ -213,10 +216,20 @@ class Request:
         return self.params.prompt_logprobs is None and self.pooling != "mean"
 
     def __getstate__(self) -> list[Any]:
-        """As that of SamplingParams."""
-        return list(_request_values(self))
+        """As that of SamplingParams. A prompt goes once, packed: a number at a time takes longest."""
+        values = list(_request_values(self))
+        if self.packed:
+            values[_PROMPT] = None
+        return values
+
+    def __setstate__(self, state: list[Any]) -> None:
+        for name, value in zip(_REQUEST_FIELDS, state, strict=True):
+            object.__setattr__(self, name, value)
+        if state[_PROMPT] is None:
+            prompt = struct.unpack(f"{len(self.packed) // 8}q", self.packed)
+            object.__setattr__(self, "prompt_token_ids", prompt)
 
 
-_request_values: Callable[[Request], tuple[Any, ...]] = attrgetter(
-    *(one.name for one in fields(Request))
-)
+_REQUEST_FIELDS = tuple(one.name for one in fields(Request))
+_PROMPT = _REQUEST_FIELDS.index("prompt_token_ids")
+_request_values: Callable[[Request], tuple[Any, ...]] = attrgetter(*_REQUEST_FIELDS)

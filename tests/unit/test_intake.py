@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ def intake() -> Intake:
     ],
 )
 def test_integers_of_any_kind_become_ints(intake: Intake, given: Any) -> None:
-    prompt = intake.checked_prompt(given, 0, "prompt")
+    prompt, packed = intake.checked_prompt(given, 0, "prompt")
     assert prompt == tuple(int(token) for token in given)
     assert {type(token) for token in prompt} == {int}
+    assert np.frombuffer(packed, np.int64).tolist() == list(prompt)
 
 
 @pytest.mark.parametrize(
@@ -64,4 +66,11 @@ def test_a_request_crosses_processes_whole(intake: Intake) -> None:
     there = pickle.loads(pickle.dumps(made))
     assert there == made
     assert there.params == params
+    assert there.prompt_token_ids == (1, 2)
+    assert there.packed == made.packed == np.array([1, 2]).tobytes()
+    bare = replace(made, packed=b"")
+    assert pickle.loads(pickle.dumps(bare)) == made
+    wide = Intake(Limits(1 << 17, 4096, frozenset(), 4))
+    long = wide.request([60000 + n for n in range(2000)], params)
+    assert len(pickle.dumps(long)) < 2000 * 8 + 1000  # the prompt once
     assert (there.seed, there.stop_token_ids) == (9, frozenset({4}))

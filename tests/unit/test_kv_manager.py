@@ -1,6 +1,8 @@
 """Growth, copy on write, prefix cache and host tier, one rule a test."""
 
 import random
+import struct
+from dataclasses import replace
 
 import pytest
 from scheduler_model import request
@@ -62,6 +64,11 @@ def test_digests_taken_over_from_another_prompt_are_its_own() -> None:
         asked, alone = sequence(tokens, salt), sequence(tokens, salt)
         expected = [manager(device=4).digests(alone)[at] for at in range(len(tokens) // SIZE)]
         assert kv.digests(asked) == expected
+        packed = replace(asked.request, packed=struct.pack(f"{len(tokens)}q", *tokens))
+        at_hand = Sequence(0, packed, 0, list(tokens), num_prompt_tokens=len(tokens))
+        at_hand.token_ids += [rng.randrange(3) for _ in range(rng.randrange(12))]
+        alone.token_ids, alone.block_digests = list(at_hand.token_ids), []
+        assert manager(device=4).digests(at_hand) == manager(device=4).digests(alone)
         asked.token_ids += [rng.randrange(3) for _ in range(rng.randrange(12))]  # an answer
         alone.token_ids, alone.block_digests = list(asked.token_ids), []
         assert kv.digests(asked) == manager(device=4).digests(alone)
