@@ -29,14 +29,16 @@ class BytePieces(dict[int, bytes]):
         super().__init__()
         self._name = name
         self._left_out = left_out
-        self._alphabet = byte_level_alphabet()
+        alphabet = byte_level_alphabet()
+        self._letters = frozenset(alphabet)
+        self._codes = {ord(char): byte for char, byte in alphabet.items()}
 
     def __missing__(self, token_id: int) -> bytes:
         word = self._name(token_id)
         if word is None or word in self._left_out:
             piece = b""
-        elif all(char in self._alphabet for char in word):
-            piece = bytes(self._alphabet[char] for char in word)
+        elif self._letters.issuperset(word):
+            piece = word.translate(self._codes).encode("latin-1")
         else:  # an added token that is written as it is
             piece = word.encode()
         self[token_id] = piece

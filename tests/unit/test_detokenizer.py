@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from halyard.hal.errors import RequestError
+from halyard.models.byte_level import BytePieces, byte_level_alphabet
 from halyard.models.detokenizer import Detokenizer
 from halyard.models.source import resolve_source
 from halyard.models.tokenizer import load_tokenizer
@@ -91,3 +92,23 @@ def test_chat_template() -> None:
         TOKENIZER.apply_chat_template([{"role": "wizard", "content": "Hello"}])
     with pytest.raises(RequestError, match="empty"):
         TOKENIZER.apply_chat_template([])
+
+
+def test_a_word_is_its_bytes_or_what_is_written() -> None:
+    """Whatever its characters: those that stand for bytes, and words with any other."""
+    alphabet = byte_level_alphabet()
+    assert sorted(alphabet.values()) == list(range(256))
+    rng = random.Random(3)
+    others = [" ", "\n", "\xa0", "\x85", "\u0144", "\u4e2d", "\U0001f600"]
+    words: list[str | None] = [None, "<pad>", ""]
+    for _ in range(500):
+        word = rng.choices(list(alphabet), k=rng.randrange(9))
+        words += ["".join(word), "".join([*word, rng.choice(others)])]
+    found = BytePieces(words.__getitem__, frozenset({"<pad>"}))
+    for number, one in enumerate(words):
+        if one is None or one == "<pad>":
+            assert found[number] == b""
+        elif all(char in alphabet for char in one):
+            assert found[number] == bytes(alphabet[char] for char in one)
+        else:
+            assert found[number] == one.encode()
