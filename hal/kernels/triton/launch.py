@@ -19,6 +19,7 @@ from halyard.hal.kernels.triton.tiles import (
     hopper_shared_tile,
     hopper_tile,
     prefill_tile,
+    shared_room,
     shared_tile,
 )
 from halyard.hal.types import AttentionLayer, SharedRows, StepBatch
@@ -34,7 +35,6 @@ _EARLY_LAUNCHES = ("sm_90", "sm_100", "sm_120")
 _SHARED_GROUP = (
     8  # 16 query heads of one kv head took up to 2.6 times as long as alone (gpu_shared_rows.py)
 )
-_SHARED_SUMS = 16384  # fp32 sums that a program for shared keys may hold: 128 x 128
 
 
 def pad(number: int, least: int = 16) -> int:
@@ -250,7 +250,7 @@ class AttentionLauncher:
     ) -> None:  # fmt: skip
         shape, tile = variant.shape, variant.decode
         own = self.splits(layer, batch, variant)
-        shared = batch.shared if _can_share(layer, shape, batch) else None
+        shared = batch.shared if self._can_share(layer, shape, batch) else None
         more = 0
         if shared is not None:  # as many splits as fill the chip, if all keys were shared
             more = self.shared_splits or self._decode.choose_splits(
@@ -322,6 +322,14 @@ class AttentionLauncher:
         rows = SharedRows.WIDTH * pad(shape.group, 1)
         return self.hopper_shared_override or hopper_shared_tile(shape.head_dim, rows)
 
+    def _can_share(self, layer: AttentionLayer, shape: Shape, batch: StepBatch) -> bool:
+        """Whether tiles of rows read shared keys together: no window, the tile has room, and it pays. A
+        large group fills a matrix tile by itself, and one kv head's keys stay in the cache for all rows.
+        """
+        sums = SharedRows.WIDTH * pad(shape.group, 1) * shape.dim_pad
+        alone = batch.max_query_len > 1 or layer.window > 0 or shape.group > _SHARED_GROUP
+        return not alone and sums <= shared_room(self._arch)
+
     def _run_prefill(
         self, q: Tensor, data: Tensor, out: Tensor, layer: AttentionLayer, batch: StepBatch,
         variant: _Variant, skip_single: bool,
@@ -369,15 +377,6 @@ def _hopper_module(name: str, arch: str) -> Any:
     except ImportError as error:
         fallbacks.note(f"{name}_kernel", f"the kernel for all GPUs is taken: {error}")
         return None
-
-
-def _can_share(layer: AttentionLayer, shape: Shape, batch: StepBatch) -> bool:
-    """Whether tiles of rows read shared keys together: no window, the tile has room, and it pays. A large
-    group fills a matrix tile by itself, and one kv head's keys stay in the cache for all rows.
-    """
-    room = SharedRows.WIDTH * pad(shape.group, 1) * shape.dim_pad
-    alone = batch.max_query_len > 1 or layer.window > 0 or shape.group > _SHARED_GROUP
-    return not alone and room <= _SHARED_SUMS
 
 
 def _scales(layer: AttentionLayer) -> tuple[float, float]:

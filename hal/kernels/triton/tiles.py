@@ -18,6 +18,7 @@ __all__ = [
     "hopper_shared_tile",
     "hopper_tile",
     "prefill_tile",
+    "shared_room",
     "shared_tile",
 ]
 
@@ -207,6 +208,11 @@ def shared_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
     if family(arch).startswith("gfx1"):  # 256 registers a thread
         return replace(tile, block_n=16, num_warps=8)
     return tile
+
+
+def shared_room(arch: str) -> int:
+    """How many fp32 sums a program for shared keys may hold: 128 x 128, half of that on RDNA."""
+    return 8192 if family(arch).startswith("gfx1") else 16384
 
 
 def hopper_shared_tile(head_dim: int, rows: int) -> Tile | None:
