@@ -215,21 +215,23 @@ class Request:
         """May blocks of the prefix cache stand in for computing its tokens?"""
         return self.params.prompt_logprobs is None and self.pooling != "mean"
 
-    def __getstate__(self) -> list[Any]:
-        """As that of SamplingParams. A prompt goes once, packed: a number at a time takes longest."""
+    def __reduce__(self) -> tuple[Callable[[list[Any]], Request], tuple[list[Any]]]:
+        """A prompt goes once, packed: a number at a time takes longest. Not `__getstate__`, which
+        dataclasses of Python before 3.11.4 write over.
+        """
         values = list(_request_values(self))
         if self.packed:
             values[_PROMPT] = None
-        return values
+        return _request_of, (values,)
 
-    def __setstate__(self, state: list[Any]) -> None:
-        for name, value in zip(_REQUEST_FIELDS, state, strict=True):
-            object.__setattr__(self, name, value)
-        if state[_PROMPT] is None:
-            prompt = struct.unpack(f"{len(self.packed) // 8}q", self.packed)
-            object.__setattr__(self, "prompt_token_ids", prompt)
+
+def _request_of(values: list[Any]) -> Request:
+    if values[_PROMPT] is None:
+        packed: bytes = values[_PACKED]
+        values[_PROMPT] = struct.unpack(f"{len(packed) // 8}q", packed)
+    return Request(*values)
 
 
 _REQUEST_FIELDS = tuple(one.name for one in fields(Request))
-_PROMPT = _REQUEST_FIELDS.index("prompt_token_ids")
+_PROMPT, _PACKED = map(_REQUEST_FIELDS.index, ("prompt_token_ids", "packed"))
 _request_values: Callable[[Request], tuple[Any, ...]] = attrgetter(*_REQUEST_FIELDS)
