@@ -126,18 +126,8 @@ def paged_decode_kernel(
     there = valid & (first > 0)
     if SHARED and not SPLIT and not EARLY:
         acc, total, peak = _fold_parts(
-            acc,
-            total,
-            peak,
-            partial,
-            partial_lse,
-            common,
-            there,
-            dim,
-            HEAD_DIM,
-            DIM_PAD,
-            all_splits,
-        )
+            acc, total, peak, partial, partial_lse, common, there, dim, HEAD_DIM, DIM_PAD, all_splits,
+        )  # fmt: skip
     keys = pool + kv_head * HEAD_STRIDE
     acc, total, peak = attend_tiles(
         query, acc, total, peak, keys, keys + KV_HEADS * HEAD_STRIDE,
@@ -149,18 +139,8 @@ def paged_decode_kernel(
         tl.extra.cuda.gdc_wait()
         if not SPLIT:
             acc, total, peak = _fold_parts(
-                acc,
-                total,
-                peak,
-                partial,
-                partial_lse,
-                common,
-                there,
-                dim,
-                HEAD_DIM,
-                DIM_PAD,
-                all_splits,
-            )
+                acc, total, peak, partial, partial_lse, common, there, dim, HEAD_DIM, DIM_PAD, all_splits,
+            )  # fmt: skip
     if SPLIT:
         where = common + split
         if SHARED:

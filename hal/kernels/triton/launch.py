@@ -32,9 +32,8 @@ LOG2E = 1.4426950408889634
 _SEPARATE_DECODE_KEYS = 256
 # A kernel may begin before the one in front of it ends.
 _EARLY_LAUNCHES = ("sm_90", "sm_100", "sm_120")
-_SHARED_GROUP = (
-    8  # 16 query heads of one kv head took up to 2.6 times as long as alone (gpu_shared_rows.py)
-)
+# 16 query heads of one kv head took up to 2.6 times as long as each row alone (gpu_shared_rows.py).
+_SHARED_GROUP = 8
 
 
 def pad(number: int, least: int = 16) -> int:
