@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "lanes"
 
 # Longest first, so that the last ones to run are short.
-_LONG = ("cpu", "tvm", "tests-tvm", "triton-interpreter", "reference", "triton-targets")
+_LONG = ("tests-tvm", "cpu", "arm64", "tests-triton", "triton-interpreter", "tvm", "tvm-targets",
+         "triton-targets")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
