@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 from scripted_engine import ScriptedEngine, scripted_client
+from served import Served
 
 from halyard.api.app import create_app
 from halyard.api.connections import LimitedProtocol
 from halyard.api.host import EngineHost, Loaded
 from halyard.api.server import bind
 from halyard.runtime import client as clients
-
-
-@dataclass
-class Served:
-    """A server under test."""
-
-    engine: ScriptedEngine
-    port: int
-    host: EngineHost
-    http: httpx.Client
-    stop: Callable[[], None] = lambda: None
-    app: Any = None  # as uvicorn runs it
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.http.post(path, json=body)
-
-    def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if condition():
-                return True
-            time.sleep(0.01)
-        return condition()
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from conftest import Served
 from scripted_engine import ScriptedEngine
+from served import Served
 
 from halyard.api.keys import KeyRing, create_key, edit_keys
 from halyard.api.tenancy import Tenancy

@@ -8,7 +8,7 @@ import time
 from contextlib import closing
 from typing import Any
 
-from conftest import Served
+from served import Served
 
 from halyard.api.connections import ConnectionLimits
 

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("anthropic", reason="needs the anthropic client")
 
 import anthropic
-from conftest import Served
 from live_server import LiveServer, live_server
 from scripted_engine import LetterTokenizer, ScriptedEngine
+from served import Served
 
 HI: Any = [{"role": "user", "content": "hi"}]
 TOOLS: Any = [

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Served
 from scripted_engine import ScriptedEngine
+from served import Served
 
 TEXT = "Hello, wörld!"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Served
 from scripted_engine import BlockedLoader, ScriptedEngine
+from served import Served
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 HI = [{"role": "user", "content": "hi"}]

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from conftest import Served
+from served import Served
 
 from halyard.api.schemas.batches import BatchRequest
 from halyard.api.schemas.chat import ChatCompletionRequest

@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("openai", reason="needs the openai client")
 
 import openai
-from conftest import Served
 from scripted_engine import ScriptedEngine
+from served import Served
 
 
 def client(served: Served) -> openai.OpenAI:

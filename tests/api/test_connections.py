@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Served
 from keyed_server import keyed_server
 from raw_sockets import QUICK, ask, connect, drip, read_all, read_until
 from scripted_engine import EOS, ScriptedEngine
+from served import Served
 
 from halyard.api.connections import ConnectionLimits, protocol_of
 from halyard.runtime import client as clients

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import Served
+from served import Served
 
 HI = [{"role": "user", "content": "hi"}]
 ENDPOINTS = [("/v1/completions", {"prompt": "hi"}), ("/v1/chat/completions", {"messages": HI})]

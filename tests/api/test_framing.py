@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pytest
-from conftest import Served
 from raw_sockets import (
     LAST,
     QUICK,
@@ -20,6 +19,7 @@ from raw_sockets import (
     told_for,
 )
 from scripted_engine import ScriptedEngine
+from served import Served
 
 from halyard.api.connections import protocol_of
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Served
 from scripted_engine import LetterTokenizer, ScriptedEngine
+from served import Served
 
 from halyard.runtime.request import Request
 

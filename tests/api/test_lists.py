@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("openai", reason="needs the openai client")
 
 import openai
-from conftest import Served
+from served import Served
 
 
 @pytest.fixture

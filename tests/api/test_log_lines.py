@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from conftest import Served
 from scripted_engine import ScriptedEngine
+from served import Served
 
 from halyard.api.logs import JsonFormatter, TextFormatter
 

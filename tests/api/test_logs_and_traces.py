@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Served
 from scripted_engine import ScriptedEngine
+from served import Served
 
 from halyard.api import logs, traces
 from halyard.api.logs import configure

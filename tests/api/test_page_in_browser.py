@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Served
 from keyed_server import keyed_server
 from scripted_engine import BlockedLoader, ScriptedEngine
+from served import Served
 
 from halyard.api.restarts import RestartConfig
 from halyard.api.sleep import ASLEEP

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from conftest import Served
 from scripted_engine import LetterTokenizer
+from served import Served
 
 from halyard.api.parameters import IGNORED, REFUSED, refused_names
 from halyard.api.schemas.chat import ChatCompletionRequest

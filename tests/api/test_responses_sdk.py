@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("openai", reason="needs the openai client")
 
 import openai
-from conftest import Served
 from scripted_engine import LetterTokenizer, ScriptedEngine
+from served import Served
 
 from halyard.api.response_store import ResponseStore
 

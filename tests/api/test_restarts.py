@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Served
 from scripted_engine import BlockedLoader, ScriptedEngine
+from served import Served
 
 from halyard.api.loading import start_engine
 from halyard.api.restarts import RestartConfig

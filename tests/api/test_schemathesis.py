@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from conftest import Served
+from served import Served
 
 schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Served
 from keyed_server import Keyed, keyed_server
 from live_server import LiveServer, live_server
+from served import Served
 
 from halyard.api.keys import KeyRing, create_key, edit_keys
 from halyard.api.tenancy import Tenancy

@@ -16,10 +16,10 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from conftest import Served
 from keyed_server import Keyed, keyed_server
 from litestar import Litestar
 from scripted_engine import ScriptedEngine
+from served import Served
 
 from halyard.api.cli.main import main
 from halyard.api.guard import PUBLIC
