@@ -74,8 +74,8 @@ class SharedBench(Bench):
 
     def sweep_cell(self, seconds: Callable[[], float]) -> None:
         launcher: Any = self.kernels.launcher
-        rows = max(16, 1 << (self.heads // self.kv_heads - 1).bit_length())
-        rows_of_group = 1 << (self.heads // self.kv_heads - 1).bit_length()
+        group = 1 << (self.heads // self.kv_heads - 1).bit_length()
+        rows = max(16, group)
         had_early = launcher.early
         tried: list[tuple[float, str]] = []
 
@@ -99,10 +99,9 @@ class SharedBench(Bench):
         launcher.decode_override = None
         for early, splits in itertools.product((False, True), (1, 2, 3, 4)):
             launcher.early, launcher.shared_splits = early and had_early, splits
-            for stages, own in itertools.product((2, 3, 4), ((64, 4, 2), (32, 4, 2), (64, 2, 2))):
-                launcher.hopper_shared_override = Tile(
-                    16 * rows_of_group, 64, rows_of_group, stages
-                )
+            tiles = ((64, 4, 2), (32, 4, 2), (64, 2, 2)) if group in (4, 8) else ()
+            for stages, own in itertools.product((2, 3, 4), tiles):
+                launcher.hopper_shared_override = Tile(16 * group, 64, group, stages)
                 launcher.decode_override = Tile(rows, *own)
                 one(f"hopper s{stages} splits {splits} own {own} early {early}")
             launcher.hopper_shared_override = launcher.decode_override = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.native import library, linear
@@ -24,3 +25,12 @@ def each_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     linear.functions.cache_clear()
     yield
     linear.functions.cache_clear()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

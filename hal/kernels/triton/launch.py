@@ -106,20 +106,15 @@ class Shape:
 
     def shared_constants(self, tile: Tile) -> dict[str, Any]:
         """The constants of the kernel for shared keys."""
-        return {
-            "GROUP": self.group,
-            "GROUP_PAD": pad(self.group, 1),
-            "ROWS": SharedRows.WIDTH,
-            "KV_HEADS": self.num_kv_heads,
-            "HEAD_DIM": self.head_dim,
-            "DIM_PAD": self.dim_pad,
-            "BLOCK_SIZE": self.block_size,
-            "BLOCK_N": tile.block_n,
-            "SOFTCAP": self.softcap,
-        }
+        own = {"DIM_PAD": self.dim_pad, "SOFTCAP": self.softcap}
+        return self._shared_rows(tile) | own
 
     def hopper_shared_constants(self, tile: Tile) -> dict[str, Any]:
         """The constants of Hopper's kernel for shared keys."""
+        return self._shared_rows(tile) | {"AHEAD": tile.num_stages - 1}
+
+    def _shared_rows(self, tile: Tile) -> dict[str, Any]:
+        """What both of them have."""
         return {
             "GROUP": self.group,
             "GROUP_PAD": pad(self.group, 1),
@@ -128,7 +123,6 @@ class Shape:
             "HEAD_DIM": self.head_dim,
             "BLOCK_SIZE": self.block_size,
             "BLOCK_N": tile.block_n,
-            "AHEAD": tile.num_stages - 1,
         }
 
 
@@ -144,6 +138,7 @@ class _Variant:
     after: Tile  # of decode that goes on from shared keys
     after_constants: dict[str, Any]
     hopper: Tile | None  # prefill goes to Hopper's own kernel
+    hopper_shared: Tile | None  # and so do shared keys
 
 
 class AttentionLauncher:
@@ -230,6 +225,11 @@ class AttentionLauncher:
             hopper = None
             if self._hopper is not None and shape.plain and self.prefill_override is None:
                 hopper = self.hopper_override or hopper_tile(shape.head_dim)
+            hopper_shared, half = None, item_size == 2 and not shape.softcap
+            if self._hopper_shared is not None and half and self.shared_override is None:
+                hopper_shared = self.hopper_shared_override or hopper_shared_tile(
+                    shape.head_dim, SharedRows.WIDTH * pad(shape.group, 1)
+                )
             found = _Variant(
                 shape,
                 decode,
@@ -239,6 +239,7 @@ class AttentionLauncher:
                 after,
                 shape.constants(after),
                 hopper,
+                hopper_shared,
             )
             self._variants[shape] = found
         return found
@@ -294,7 +295,7 @@ class AttentionLauncher:
         """The keys that tiles of rows have in common, to the splits after `own`."""
         shape, tables = variant.shape, batch.block_tables
         grid = (len(shared.tile_keys), shape.num_kv_heads, splits - own)
-        hopper = self._hopper_shared_tile(shape)
+        hopper = variant.hopper_shared
         if hopper is not None:
             self._hopper_shared.hopper_shared_kernel[grid](
                 q, data, partial, lse, tables, batch.query_start, shared.tile_rows, shared.tile_keys,
@@ -311,15 +312,6 @@ class AttentionLauncher:
             **shape.shared_constants(tile), EARLY=self.early,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-
-    def _hopper_shared_tile(self, shape: Shape) -> Tile | None:
-        """The tile of Hopper's own kernel for shared keys, or None: not for this shape."""
-        if self._hopper_shared is None or shape.item_size != 2 or shape.softcap:
-            return None
-        if self.shared_override is not None:
-            return None
-        rows = SharedRows.WIDTH * pad(shape.group, 1)
-        return self.hopper_shared_override or hopper_shared_tile(shape.head_dim, rows)
 
     def _can_share(self, layer: AttentionLayer, shape: Shape, batch: StepBatch) -> bool:
         """Whether tiles of rows read shared keys together: no window, the tile has room, and it pays. A
