@@ -10,7 +10,7 @@ Calls are timed as a captured graph: the device's time, without Python's. Rivals
 blocks and calls scaled_dot_product_attention with the group folded into query rows; `flash` is
 torch.nn.attention.varlen, on pages of 256 tokens where it takes a block table, else on contiguous
 keys (which no paged cache has); `portable` is the prefill kernel that every GPU has, where this one
-has its own. --sweep tries other tiles and splits and prints the best of a cell.
+has its own; `narrow` Hopper's own for short prompts, where this one is for long ones. --sweep tries other tiles and splits and prints the best of a cell.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from halyard.hal.devices.cuda import CudaDevice
 from halyard.hal.devices.rocm import RocmDevice
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.kernels.triton.kernels import TritonKernels
-from halyard.hal.kernels.triton.tiles import Tile, prefill_tile
+from halyard.hal.kernels.triton.tiles import Tile, WideTile, hopper_tile, prefill_tile
 from halyard.hal.types import AttentionLayer, KVPool, KVSpec, StepBatch
 
 BLOCK = 16
@@ -251,7 +251,7 @@ class Bench:
             ],
         )
 
-    def tiles(self, cell: Cell) -> Iterator[tuple[Tile, int | None]]:
+    def tiles(self, cell: Cell) -> Iterator[tuple[Tile | WideTile, int | None]]:
         """What --sweep tries."""
         group = self.heads // self.kv_heads
         rows = max(16, 1 << (group - 1).bit_length())
@@ -264,6 +264,9 @@ class Bench:
             for n, stages in itertools.product((32, 64, 128), (2, 3)):
                 yield Tile(64, n, 4, stages), None
                 yield Tile(128, n, 8, stages), None
+            for parts, stages in itertools.product((2, 3), (2, 3, 4)):
+                registers = (240, 168) if parts == 2 else (160, 128)
+                yield WideTile(parts, 64, stages, *registers), None
         else:
             for m, n, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4)):
                 yield Tile(m, n, warps, stages), None
@@ -279,13 +282,15 @@ class Bench:
     def portable(self) -> Tile:
         return prefill_tile(self.device.info.arch, self.dim, self.dtype.itemsize)
 
-    def use(self, cell: Cell, tile: Tile | None, splits: int | None) -> None:
+    def use(self, cell: Cell, tile: Tile | WideTile | None, splits: int | None) -> None:
         """Take this tile (None: the table's) and number of splits (None: the heuristic's)."""
         launcher: Any = self.kernels.launcher
         launcher.decode_override = tile if cell.decode else None
         own = self.own_prefill
         launcher.prefill_override = None if cell.decode or own else tile
-        launcher.hopper_override = None if cell.decode or not own else tile
+        wide = isinstance(tile, WideTile)
+        launcher.hopper_override = None if cell.decode or not own or wide else tile
+        launcher.wide_override = tile if wide else None
         launcher._num_splits = splits
         launcher._variants.clear()
 
@@ -314,13 +319,15 @@ class Bench:
             result["rivals"][name] = took
             line += f"  {name} {took * 1e6:.1f} us ({took / own:.2f}x)"
         if not cell.decode and self.own_prefill:
-            launcher: Any = self.kernels.launcher
-            launcher.prefill_override = self.portable()
-            took = self.seconds(self._calls(batches, qkv), budget)
-            launcher.prefill_override = None
-            launcher._variants.clear()
-            result["rivals"]["portable"] = took
-            line += f"  portable {took * 1e6:.1f} us ({took / own:.2f}x)"
+            for name, field, tile in (("narrow", "hopper_override", hopper_tile(self.dim)),
+                                      ("portable", "prefill_override", self.portable())):  # fmt: skip
+                setattr(self.kernels.launcher, field, tile)
+                self.kernels.launcher._variants.clear()
+                took = self.seconds(self._calls(batches, qkv), budget)
+                setattr(self.kernels.launcher, field, None)
+                result["rivals"][name] = took
+                line += f"  {name} {took * 1e6:.1f} us ({took / own:.2f}x)"
+            self.kernels.launcher._variants.clear()
         if cell.decode:
             result["of_copy"] = cell.context * self.token_bytes / own / self.copy_rate
         print(line, flush=True)
@@ -349,6 +356,8 @@ class Bench:
         print(f"{cell.name:24} table {self.told(cell, table)}", flush=True)
         for took, tile, splits in sorted(found, key=lambda entry: entry[0])[:5]:
             shape = f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
+            if isinstance(tile, WideTile):
+                shape = f"{tile.parts}x{shape}"
             print(
                 f"    {shape:16} splits {splits or 'auto'!s:5} {self.told(cell, took)}", flush=True
             )

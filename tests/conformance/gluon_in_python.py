@@ -53,6 +53,8 @@ class Pointer:
 class Shared:
     """Shared memory, or a view of it."""
 
+    layout = None
+
     def __init__(self, data: Tensor) -> None:
         self.data, self.dtype = data, data.dtype
 
@@ -67,6 +69,28 @@ class Shared:
 
     def store(self, value: Tensor) -> None:
         self.data.copy_(value)
+
+    def load(self, layout: Any) -> Tensor:
+        return self.data.clone()
+
+    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Beside:
+        assert self.data.shape == (shape[0] * shape[1] // 64, 64)
+        return Beside(self.data, shape[0])
+
+
+class Beside:
+    """Swizzled pieces of 64 columns that lie one behind the other, as the matrix that they are: to read."""
+
+    def __init__(self, pieces: Tensor, rows: int, transposed: bool = False) -> None:
+        self.pieces, self.rows, self.transposed = pieces, rows, transposed
+
+    def permute(self, order: tuple[int, ...]) -> Beside:
+        return Beside(self.pieces, self.rows, not self.transposed)
+
+    @property
+    def data(self) -> Tensor:
+        whole = torch.cat(self.pieces.split(self.rows), 1)
+        return whole.T if self.transposed else whole
 
 
 class Boxes:
@@ -318,7 +342,7 @@ def _language(machine: Machine) -> Any:
         max_contiguous=same, multiple_of=same,
         allocate_shared_memory=shared, warp_specialize=machine.partitions,
         arange=lambda first, last, layout: torch.arange(first, last),
-        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), zeros_like=torch.zeros_like,
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         load=lambda pointer, mask=None, other=0: pointer.read(mask, other),
         store=lambda pointer, value, mask: pointer.write(value, mask),
@@ -342,9 +366,9 @@ def in_python(late: bool, *modules: ModuleType) -> Iterator[Callable[..., None]]
     """
     machine = Machine(late)
     kept = [dict(vars(module)) for module in modules]
-    functions = {
-        name: value.fn for names in kept for name, value in names.items() if hasattr(value, "fn")
-    }
+    functions = [
+        {name: value.fn for name, value in names.items() if hasattr(value, "fn")} for names in kept
+    ]
     replaced: dict[str, Any] = {
         "gl": _language(machine),
         "async_copy": SimpleNamespace(
@@ -378,18 +402,19 @@ def in_python(late: bool, *modules: ModuleType) -> Iterator[Callable[..., None]]
     def run(name: str, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **constants: Any) -> None:  # fmt: skip
         machine.programs, machine.warps = grid, num_warps
         given = [given_as(x) for x in arguments]
+        kernel = next(own[name] for own in functions if name in own)
         for program in itertools.product(*map(range, grid)):
             machine.program = program
             machine.reset()
-            functions[name](*given, **constants)
+            kernel(*given, **constants)
             machine.check_at_rest()
 
     try:
-        for module in modules:
-            vars(module).update(functions | replaced)
+        for module, own in zip(modules, functions, strict=True):
+            vars(module).update(own | replaced)
         yield run
     finally:
         for module, names in zip(modules, kept, strict=True):
-            for name in functions.keys() | replaced.keys():
+            for name in replaced:
                 vars(module).pop(name, None)
             vars(module).update(names)

@@ -16,18 +16,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets", allow_module_level=True)
 
 from gluon_in_python import in_python
+from prefill_problem import ROWS, problem, shaped
 
 from halyard.hal import fallbacks
 from halyard.hal.kernels.triton import hopper, hopper_online
-from halyard.hal.kernels.triton.launch import Shape, _hopper_module
+from halyard.hal.kernels.triton.launch import LOG2E, Shape, _hopper_module
 from halyard.hal.kernels.triton.tiles import Tile, hopper_tile
-
-ROWS: dict[str, list[tuple[int, int]]] = {  # (queries, context with them)
-    "whole prompts": [(1, 1), (15, 15), (64, 64), (65, 65), (150, 150)],
-    "chunks": [(7, 500), (64, 256), (33, 191), (16, 193)],
-    "mixed": [(1, 300), (40, 90), (1, 17), (0, 30), (20, 20)],
-}
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,55 +30,17 @@ def attend(
     shape: Shape, tile: Tile, rows: list[tuple[int, int]], late: bool, skip_single: bool = False
 ) -> tuple[Any, Any]:
     """(what the kernel gives, what attention in fp64 does); rows that it leaves out are NaN in both."""
-    torch.manual_seed(0)
-    heads, kv_heads, dim, block = (
-        shape.num_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        shape.block_size,
-    )
-    needs = [-(-context // block) for _, context in rows]
-    blocks = sum(needs) + 3
-    pool = torch.full((blocks, 2, kv_heads, block, dim), float("nan"))
-    order = torch.randperm(blocks).tolist()
-    width = max(needs) + 2
-    tables = torch.full((len(rows), width), -1, dtype=torch.int32)
-    tokens = sum(queries for queries, _ in rows)
-    q = torch.randn(tokens + 5, heads, dim)  # tokens without a row fill up a recorded step
-    truth = torch.full_like(q, float("nan"))
-    starts, scale = [0], dim**-0.5
-    for row, (queries, context) in enumerate(rows):
-        own = [order.pop() for _ in range(needs[row])]
-        tables[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
-        keys, values = torch.randn(2, context, kv_heads, dim).unbind()
-        for position in range(context):
-            slot = own[position // block], slice(None), position % block
-            pool[slot[0], 0, :, slot[2]] = keys[position]
-            pool[slot[0], 1, :, slot[2]] = values[position]
-        starts.append(starts[-1] + queries)
-        if not queries or (skip_single and queries == 1):
-            continue
-        wide = [x.double().repeat_interleave(shape.group, 1) for x in (keys, values)]
-        scores = torch.einsum("qhd,khd->hqk", q[starts[-2] : starts[-1]].double(), wide[0]) * scale
-        seen = torch.arange(context)[None] <= torch.arange(context - queries, context)[:, None]
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        truth[starts[-2] : starts[-1]] = torch.einsum("hqk,khd->qhd", weights, wide[1]).float()
-    out = torch.full_like(q, float("nan"))
-    lengths = torch.tensor([context for _, context in rows], dtype=torch.int32)
+    given = problem(shape, rows, skip_single)
+    q, out = given.q, torch.full_like(given.q, float("nan"))
     per_tile = tile.block_m // shape.group_tile(tile)
     grid = (len(q) // per_tile + len(rows), shape.heads_per_row(tile))
     with in_python(late, hopper, hopper_online) as run:
         run(
-            "hopper_prefill_kernel", grid, q, pool, out, tables, lengths,
-            torch.tensor(starts, dtype=torch.int32), scale * 1.4426950408889634, len(rows),
-            heads * dim, dim, width, **shape.hopper_constants(tile), SKIP_SINGLE=skip_single,
-            num_warps=tile.num_warps,
+            "hopper_prefill_kernel", grid, q, given.pool, out, given.tables, given.lengths, given.starts,
+            given.scale * LOG2E, len(rows), q.stride(0), q.stride(1), given.tables.stride(0),
+            **shape.hopper_constants(tile), SKIP_SINGLE=skip_single, num_warps=tile.num_warps,
         )  # fmt: skip
-    return out, truth
-
-
-def shaped(heads: int = 8, kv_heads: int = 2, dim: int = 64, block: int = 16) -> Shape:
-    return Shape(heads, kv_heads, dim, block, 2, False, False, False)
+    return out, given.truth
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at_once", "late"])

@@ -33,7 +33,8 @@ def test_decode_and_prefill_fit_each_target(target: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_compiles_for_both_vendors(kernel: str) -> None:
     for target in ("sm_90",) if kernel.endswith("_hopper") else ("sm_90", "gfx942"):
-        report = compile_variant(Variant(kernel, target, "float16", 64))  # type: ignore[arg-type]
+        dim = 128 if kernel == "wide_hopper" else 64
+        report = compile_variant(Variant(kernel, target, "float16", dim))  # type: ignore[arg-type]
         assert not report.problems()
 
 
@@ -51,6 +52,10 @@ def test_products_on_hopper_run_beside_the_softmax() -> None:
         variant = Variant("prefill_hopper", "sm_90", "bfloat16", dim)
         report = compile_variant(variant, block_size=block_size)
         assert not report.problems()
+        if dim == 128:
+            wide = compile_variant(replace(variant, kernel="wide_hopper"), block_size=block_size)
+            assert not wide.problems()
+            assert 0 < wide.waits < sum(wide.matrix.values()) / 2
     assert 0 < report.waits < sum(report.matrix.values()) / 2
     assert replace(report, waits=sum(report.matrix.values())).problems()
 

@@ -18,7 +18,7 @@ from halyard.hal import fallbacks
 from halyard.hal.kernels.triton.skinny import skinny_linear
 from halyard.hal.kernels.triton.tiles import family
 
-__all__ = ["gate", "gated_on_hopper", "gated_product", "takes_hopper"]
+__all__ = ["boxes", "gate", "gated_on_hopper", "gated_product", "takes_hopper"]
 
 _GATE_BLOCK = 1024
 
@@ -64,14 +64,14 @@ def gated_on_hopper(x: Tensor, weight: Tensor, gelu: bool, cores: int) -> Tensor
     tiles = -(-rows // BLOCK_M) * (outputs // BLOCK_N)
     kernels: Any = importlib.import_module("halyard.hal.kernels.triton.hopper_linear")
     kernels.gated_product_kernel[(min(cores, tiles),)](
-        _boxes(x, BLOCK_M, BLOCK_K), _boxes(weight, BLOCK_N, BLOCK_K), _boxes(out, BLOCK_M, BLOCK_N),
+        boxes(x, BLOCK_M, BLOCK_K), boxes(weight, BLOCK_N, BLOCK_K), boxes(out, BLOCK_M, BLOCK_N),
         rows, inputs, outputs, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, STAGES=STAGES,
         GROUP_M=GROUP_M, GELU=gelu, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return out
 
 
-def _boxes(matrix: Tensor, rows: int, columns: int) -> Any:
+def boxes(matrix: Tensor, rows: int, columns: int) -> Any:
     """A matrix, to be copied in boxes of rows x columns."""
     make, layout = _descriptors()
     return make(matrix, matrix.shape, matrix.stride(), [rows, columns], layout)

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-__all__ = ["attend_tiles", "load_layout", "out_layout", "score_layout"]
+__all__ = ["attend_tiles", "load_layout", "out_layout", "score_layout", "soften"]
 
 
 @gluon.constexpr_function
@@ -90,7 +90,7 @@ def _halves(x: gl.tensor, ROWS: gl.constexpr, COLUMNS: gl.constexpr) -> gl.tenso
 
 
 @gluon.jit
-def _soften(
+def soften(
     score: gl.tensor, total: gl.tensor, peak: gl.tensor, tile: gl.tensor, position: gl.tensor,
     column: gl.tensor, qk_scale: gl.tensor,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MASKED: gl.constexpr, DTYPE: gl.constexpr,
@@ -156,7 +156,7 @@ def _fold_tile(
     v_blocks = k_blocks
     k_blocks = _blocks_of(table, further + 2, end, lane, BLOCK_SIZE, BLOCK_N, WHOLE)
     score = warpgroup_mma_wait(1, deps=[coming])
-    weight, shrink, total, peak = _soften(
+    weight, shrink, total, peak = soften(
         score, total, peak, tile + 1, position, column, qk_scale, BLOCK_M, BLOCK_N, MASKED,
         q.dtype, SCORE, OUT,
     )  # fmt: skip
@@ -228,7 +228,7 @@ def attend_tiles(
     async_copy.wait_group(AHEAD)
     zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORE)
     score = warpgroup_mma(q, k.index(0).permute((1, 0)), zeros, use_acc=False)
-    weight, _, total, peak = _soften(
+    weight, _, total, peak = soften(
         score, total, peak, 0, position, column, qk_scale, BLOCK_M, BLOCK_N, True, DTYPE, SCORE, OUT
     )
     last = (end + BLOCK_N - 1) // BLOCK_N - 1

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from halyard.hal import fallbacks
 from halyard.hal.contract import Device
+from halyard.hal.kernels.triton.gated import boxes
 from halyard.hal.kernels.triton.tiles import (
     Tile,
+    WideTile,
     after_tile,
     decode_tile,
     family,
@@ -21,6 +23,7 @@ from halyard.hal.kernels.triton.tiles import (
     prefill_tile,
     shared_room,
     shared_tile,
+    wide_tile,
 )
 from halyard.hal.types import AttentionLayer, SharedRows, StepBatch
 
@@ -30,6 +33,8 @@ LOG2E = 1.4426950408889634
 
 # Mixed batches: up to this length a decode row is done sooner than a second launch pays.
 _SEPARATE_DECODE_KEYS = 256
+# The kernel for long prompts: with fewer queries a row on average, most of its warps would be idle.
+_WIDE_QUERIES = 64
 # A kernel may begin before the one in front of it ends.
 _EARLY_LAUNCHES = ("sm_90", "sm_100", "sm_120")
 # 16 query heads of one kv head took up to 2.6 times as long as each row alone (gpu_shared_rows.py).
@@ -67,11 +72,11 @@ class Shape:
     def dim_pad(self) -> int:
         return pad(self.head_dim)
 
-    def group_tile(self, tile: Tile) -> int:
+    def group_tile(self, tile: Tile | WideTile) -> int:
         """Heads of a group that one program takes."""
         return min(self.group, tile.block_m)
 
-    def heads_per_row(self, tile: Tile) -> int:
+    def heads_per_row(self, tile: Tile | WideTile) -> int:
         """Programs a row (or a tile of queries) needs: kv heads times tiles of their group."""
         return self.num_kv_heads * -(-self.group // self.group_tile(tile))
 
@@ -102,6 +107,21 @@ class Shape:
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "AHEAD": tile.num_stages - 1,
+        }
+
+    def wide_constants(self, tile: WideTile) -> dict[str, Any]:
+        """The constants of Hopper's prefill kernel for long prompts."""
+        return {
+            "GROUP": self.group,
+            "GROUP_TILE": self.group_tile(tile),
+            "KV_HEADS": self.num_kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_SIZE": self.block_size,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "STAGES": tile.num_stages,
+            "PARTS": tile.parts,
+            "REGISTERS": tile.registers,
         }
 
     def shared_constants(self, tile: Tile) -> dict[str, Any]:
@@ -138,6 +158,7 @@ class _Variant:
     after: Tile  # of decode that goes on from shared keys
     after_constants: dict[str, Any]
     hopper: Tile | None  # prefill goes to Hopper's own kernel
+    wide: WideTile | None  # or, with long prompts, to that one
     hopper_shared: Tile | None  # and so do shared keys
 
 
@@ -156,12 +177,14 @@ class AttentionLauncher:
         self._shared = importlib.import_module("halyard.hal.kernels.triton.shared")
         self._write = importlib.import_module("halyard.hal.kernels.triton.write")
         self._hopper = _hopper_module("hopper", self._arch)
+        self._hopper_wide = _hopper_module("hopper_wide", self._arch)
         self._hopper_shared = _hopper_module("hopper_shared", self._arch)
         self.early = family(self._arch) in _EARLY_LAUNCHES
         # Tiles to try instead of the tables' (benchmarks).
         self.decode_override: Tile | None = None
         self.prefill_override: Tile | None = None
-        self.hopper_override: Tile | None = None
+        self.hopper_override: Tile | None = None  # and no wide kernel then
+        self.wide_override: WideTile | None = None
         self.shared_override: Tile | None = None
         self.hopper_shared_override: Tile | None = None
         self.shared_splits: int | None = None
@@ -225,6 +248,9 @@ class AttentionLauncher:
             hopper = None
             if self._hopper is not None and shape.plain and self.prefill_override is None:
                 hopper = self.hopper_override or hopper_tile(shape.head_dim)
+            wide = None
+            if self._hopper_wide is not None and hopper is not None and not self.hopper_override:
+                wide = self.wide_override or wide_tile(shape.head_dim)
             hopper_shared, half = None, item_size == 2 and not shape.softcap
             if self._hopper_shared is not None and half and self.shared_override is None:
                 hopper_shared = self.hopper_shared_override or hopper_shared_tile(
@@ -239,6 +265,7 @@ class AttentionLauncher:
                 after,
                 shape.constants(after),
                 hopper,
+                wide,
                 hopper_shared,
             )
             self._variants[shape] = found
@@ -325,10 +352,12 @@ class AttentionLauncher:
         self, q: Tensor, data: Tensor, out: Tensor, layer: AttentionLayer, batch: StepBatch,
         variant: _Variant, skip_single: bool,
     ) -> None:  # fmt: skip
-        shape, tile = variant.shape, variant.hopper or variant.prefill
-        tokens = tile.block_m // shape.group_tile(tile)
-        grid = (batch.num_tokens // tokens + batch.num_rows, shape.heads_per_row(tile))
-        tables = batch.block_tables
+        shape, tables = variant.shape, batch.block_tables
+        if variant.wide is not None and self._takes_wide(shape, variant.wide, batch):
+            self._run_wide(q, data, out, layer, batch, shape, variant.wide, skip_single)
+            return
+        tile = variant.hopper or variant.prefill
+        grid = self._prefill_grid(shape, tile, batch)
         if self._hopper is not None and variant.hopper is not None:
             self._hopper.hopper_prefill_kernel[grid](
                 q, data, out, tables, batch.seq_lens, batch.query_start, _scales(layer)[0],
@@ -343,6 +372,32 @@ class AttentionLauncher:
             q.stride(0), q.stride(1), tables.stride(0),
             **variant.prefill_constants, SKIP_SINGLE=skip_single,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    def _prefill_grid(
+        self, shape: Shape, tile: Tile | WideTile, batch: StepBatch
+    ) -> tuple[int, int]:
+        parts = tile.parts if isinstance(tile, WideTile) else 1
+        tokens = parts * (tile.block_m // shape.group_tile(tile))
+        return batch.num_tokens // tokens + batch.num_rows, shape.heads_per_row(tile)
+
+    def _takes_wide(self, shape: Shape, tile: WideTile, batch: StepBatch) -> bool:
+        """Whether there are queries for all of its warps, and programs for all multiprocessors."""
+        programs = (batch.num_tokens // (tile.parts * (tile.block_m // shape.group_tile(tile)))) * (
+            shape.heads_per_row(tile)
+        )
+        return batch.num_tokens >= _WIDE_QUERIES * batch.num_rows and programs >= self._cores
+
+    def _run_wide(
+        self, q: Tensor, data: Tensor, out: Tensor, layer: AttentionLayer, batch: StepBatch,
+        shape: Shape, tile: WideTile, skip_single: bool,
+    ) -> None:  # fmt: skip
+        self._hopper_wide.hopper_wide_kernel[self._prefill_grid(shape, tile, batch)](
+            q, boxes(data.view(-1, shape.head_dim), 16, 64), out, batch.block_tables, batch.seq_lens,
+            batch.query_start, _scales(layer)[0], batch.num_rows,
+            q.stride(0), q.stride(1), batch.block_tables.stride(0),
+            **shape.wide_constants(tile), SKIP_SINGLE=skip_single,
+            num_warps=tile.num_warps, maxnreg=tile.most_registers,
         )  # fmt: skip
 
     def _take_workspace(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from halyard.hal.kernels.triton.tiles import (
     prefill_tile,
     shared_room,
     shared_tile,
+    wide_tile,
 )
 from halyard.hal.types import ITEM_SIZE, DType, SharedRows
 
@@ -36,11 +37,11 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
                      "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
                      "decode_after", "shared", "few_rows", "rows", "gate", "rotate", "prefill_hopper",
-                     "shared_hopper", "gated_hopper"]  # fmt: skip
+                     "wide_hopper", "shared_hopper", "gated_hopper"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
     "move", "draw", "draw_greedy", "decode_shared", "decode_after", "shared", "few_rows", "rows", "gate",
-    "rotate", "prefill_hopper", "shared_hopper", "gated_hopper",
+    "rotate", "prefill_hopper", "wide_hopper", "shared_hopper", "gated_hopper",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -63,7 +64,11 @@ _STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "cos_
             "split_inputs", "piece", "vocab", "inputs", "outputs")  # fmt: skip
 # Of a draw or a linear nothing depends on a head's dim.
 _ONE_DIM = ("move", "draw", "draw_greedy", "few_rows", "rows", "gate", "gated_hopper")
-_GLUON = ("prefill_hopper", "shared_hopper", "gated_hopper")  # Hopper alone
+# Hopper alone, and whose heads they take.
+_GLUON: dict[str, Callable[[int], object]] = {
+    "prefill_hopper": hopper_tile, "wide_hopper": wide_tile, "shared_hopper": hopper_tile,
+    "gated_hopper": hopper_tile,
+}  # fmt: skip
 _SHARING = ("decode_shared", "decode_after", "shared")  # where a program has room for them
 # 4-byte registers a thread may put into scratch memory; others: none. RDNA 3 has 256 registers a
 # thread, and a head of 256 does not fit beside its sums. fp32 (any number) runs without matrix units
@@ -110,7 +115,9 @@ class CompileReport:
         allowed = _SPILLS_ALLOWED.get((self.variant.target, self.variant.head_dim), 0)
         if self.variant.dtype != "float32" and self.spills > allowed:
             found.append(f"{self.spills} registers spilled")
-        dots = self.variant.kernel.startswith(("decode", "prefill", "shared", "rows", "gated"))
+        dots = self.variant.kernel.startswith(
+            ("decode", "prefill", "shared", "rows", "gated", "wide")
+        )
         if dots and self.variant.dtype != "float32" and not self.matrix:
             found.append("no matrix instructions")
         if self.waits >= sum(self.matrix.values()) > 1:  # ptxas gave each a wait of its own
@@ -132,7 +139,7 @@ def variants(
                 continue
             if kernel in _GLUON:
                 if family(target) == "sm_90":
-                    dims = [dim for dim in head_dims if hopper_tile(dim) is not None]
+                    dims = [dim for dim in head_dims if _GLUON[kernel](dim) is not None]
                     for dtype in (dtype for dtype in dtypes if ITEM_SIZE[dtype] == 2):
                         for dim in head_dims[:1] if kernel in _ONE_DIM else dims:
                             yield Variant(kernel, target, dtype, dim)
@@ -167,7 +174,7 @@ def compile_variant(
         name: "constexpr" if name in constants else _type(name, variant)
         for name in function.arg_names
     }
-    if variant.kernel == "gated_hopper":
+    if variant.kernel in ("gated_hopper", "wide_hopper"):
         signature |= _boxes(variant)
     aligned = [["tt.divisibility", 16]]
     attrs = {
@@ -289,6 +296,16 @@ def _source(
         words = f"{tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
         constants = shape.hopper_constants(tile) | {"SKIP_SINGLE": True}
         return hopper.hopper_prefill_kernel, constants, {"num_warps": tile.num_warps}, words
+    if variant.kernel == "wide_hopper":
+        from halyard.hal.kernels.triton import hopper_wide
+
+        wide = wide_tile(variant.head_dim)
+        if wide is None:
+            raise AssertionError(f"no tile for {variant}")
+        constants = shape.wide_constants(wide) | {"SKIP_SINGLE": True}
+        options = {"num_warps": wide.num_warps, "maxnreg": wide.most_registers}
+        words = f"{wide.parts}x{wide.block_m}x{wide.block_n}, {wide.num_stages} stages"
+        return hopper_wide.hopper_wide_kernel, constants, options, words
     if variant.kernel == "shared_hopper":
         from halyard.hal.kernels.triton import hopper_shared
 
@@ -319,12 +336,14 @@ def _source(
 
 
 def _boxes(variant: Variant) -> dict[str, str]:
-    """The types of the matrices that the gated product copies in boxes."""
+    """The types of the matrices that are copied in boxes."""
     from triton.experimental.gluon import language as gl
 
     from halyard.hal.kernels.triton import gated
 
     layout, kind = gl.NVMMASharedLayout(128, 16, 2), _SHORT[variant.dtype]
+    if variant.kernel == "wide_hopper":
+        return {"boxes": f"tensordesc<{kind}[16, 64],{layout!r}>"}
     shapes = {
         "x": [gated.BLOCK_M, gated.BLOCK_K],
         "w": [gated.BLOCK_N, gated.BLOCK_K],

@@ -12,6 +12,7 @@ from halyard.hal.errors import BackendUnavailableError
 __all__ = [
     "SHARED_LIMITS",
     "Tile",
+    "WideTile",
     "after_tile",
     "decode_tile",
     "family",
@@ -20,6 +21,7 @@ __all__ = [
     "prefill_tile",
     "shared_room",
     "shared_tile",
+    "wide_tile",
 ]
 
 _KIB = 1024
@@ -48,6 +50,20 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class WideTile:
+    """Of Hopper's kernel for long prompts: warpgroups of 64 query rows that share tiles of N keys."""
+
+    parts: int
+    block_n: int
+    num_stages: int
+    registers: int  # of a thread of each part but the first
+    most_registers: int  # of a thread at the start
+
+    block_m = 64
+    num_warps = 4  # of the first part; the others come with the kernel
 
 
 # By bytes of one padded head (padded head dim x element size), the largest that a row is for.
@@ -143,6 +159,8 @@ _PREFILL: dict[str, _Table] = {
 # Hopper's own prefill kernel, by head dim; stages: tiles of keys in shared memory. One warpgroup a
 # program: two of one wait for each other at every tile, two programs take turns by themselves.
 _PREFILL_OWN: _Table = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 3)}
+# With long prompts three warpgroups share what they read, which is what a lone one is bound by.
+_PREFILL_WIDE: dict[int, WideTile] = {128: WideTile(3, 64, 3, 160, 128)}
 # And of its kernel for shared keys: what is left of a multiprocessor begins with rows' own keys.
 _SHARED_OWN: _Table = {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 2)}
 # fp32 has no matrix units at full precision: small tiles, sums in registers.
@@ -233,3 +251,8 @@ def prefill_tile(arch: str, dim_pad: int, item_size: int) -> Tile:
 def hopper_tile(head_dim: int) -> Tile | None:
     """The tile of Hopper's own prefill kernel; None: it doesn't take heads of this size."""
     return _PREFILL_OWN.get(head_dim)
+
+
+def wide_tile(head_dim: int) -> WideTile | None:
+    """The tile of Hopper's prefill kernel for long prompts; None: it doesn't take heads of this size."""
+    return _PREFILL_WIDE.get(head_dim)
