@@ -51,7 +51,9 @@ _TESTS = {
     "tests-triton": ("tests/conformance/test_triton_interpreter.py",
                      "tests/conformance/test_triton_targets.py",
                      "tests/conformance/test_triton_ahead.py",
+                     "tests/conformance/test_triton_launches.py",
                      "tests/conformance/test_hopper_prefill.py",
+                     "tests/conformance/test_hopper_wide.py",
                      "tests/conformance/test_hopper_shared.py",
                      "tests/conformance/test_hopper_linear.py"),
 }  # fmt: skip

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,9 +16,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from gluon_in_python import in_python
 
 from halyard.hal.kernels.triton import hopper_online, hopper_shared
-from halyard.hal.kernels.triton.launch import AttentionLauncher, Shape
+from halyard.hal.kernels.triton.launch import Shape
 from halyard.hal.kernels.triton.tiles import Tile, hopper_shared_tile
-from halyard.hal.types import AttentionLayer, SharedRows, StepBatch
+from halyard.hal.types import SharedRows
 
 LOG2E = 1.4426950408889634
 FIRST = 1  # splits of rows' own keys, which lie in front
@@ -136,85 +134,3 @@ def test_which_shapes_it_takes() -> None:
     assert hopper_shared_tile(64, 128) == Tile(128, 64, 8, 4)
     for dim, rows in ((64, 16), (64, 32), (80, 64), (256, 64), (64, 256)):
         assert hopper_shared_tile(dim, rows) is None
-
-
-def launched(arch: str, layer: AttentionLayer, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """What a decode step of 20 rows that share their first keys launches, by name: its options."""
-    info = SimpleNamespace(arch=arch, num_cores=132)
-    launcher: Any = AttentionLauncher(SimpleNamespace(info=info))  # type: ignore[arg-type]
-    found: dict[str, dict[str, Any]] = {}
-
-    class Kernel:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *_, **options: found.update({self.name: options})
-
-    for module, names in (
-        ("_decode", ["paged_decode_kernel", "merge_kernel"]),
-        ("_shared", ["shared_decode_kernel"]),
-        ("_hopper_shared", ["hopper_shared_kernel"]),
-    ):
-        was = getattr(launcher, module)
-        if was is not None:
-            kept = {name: getattr(was, name, None) for name in ("choose_splits",)}
-            setattr(
-                launcher, module, SimpleNamespace(**kept, **{name: Kernel(name) for name in names})
-            )
-    rows, blocks = 20, 140
-    whole = torch.zeros(2, SharedRows.WIDTH, dtype=torch.int32)
-    keys = torch.full((2,), 2048, dtype=torch.int32)
-    batch = StepBatch(
-        rows, rows, 1, blocks * 16, torch.zeros(rows, dtype=torch.int64),
-        torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, blocks, dtype=torch.int32),
-        torch.full((rows,), 2100, dtype=torch.int32), torch.arange(rows + 1, dtype=torch.int32),
-        SharedRows(whole, keys, torch.full((rows,), 2048, dtype=torch.int32)),
-    )  # fmt: skip
-    q = torch.zeros(rows, layer.num_heads, layer.head_dim, dtype=dtype)
-    data = torch.zeros(1, 2, layer.num_kv_heads, 16, layer.head_dim, dtype=dtype)
-    launcher.attend(q, data, layer, batch)
-    return found
-
-
-def layer(heads: int = 32, kv_heads: int = 8, dim: int = 128, **more: Any) -> AttentionLayer:
-    return AttentionLayer(0, heads, kv_heads, dim, dim**-0.5, **more)
-
-
-def test_which_kernel_reads_what_is_shared() -> None:
-    half = torch.bfloat16
-    own = launched("sm_90", layer(), half)
-    assert "hopper_shared_kernel" in own
-    assert "shared_decode_kernel" not in own
-    for others in (
-        launched("sm_90", layer(), torch.float32),
-        launched("sm_90", layer(softcap=30.0), half),
-        launched("sm_90", layer(heads=8), half),  # 16 rows are no warpgroup
-        launched("sm_90", layer(dim=80), half),
-        launched("sm_80", layer(), half),
-        launched("gfx942", layer(), half),
-    ):
-        assert "shared_decode_kernel" in others
-        assert "hopper_shared_kernel" not in others
-    for alone in (
-        launched("sm_90", layer(window=512), half),
-        launched("sm_90", layer(heads=16, kv_heads=1, dim=64), half),  # it would take longer
-        launched("gfx1100", layer(dim=256), half),  # no room
-    ):
-        assert set(alone) & {"shared_decode_kernel", "hopper_shared_kernel"} == set()
-        assert not alone["paged_decode_kernel"]["SHARED"]
-
-
-@pytest.mark.parametrize(("arch", "early"), [("sm_80", False), ("sm_90", True), ("sm_100", True), ("gfx942", False)])  # fmt: skip
-def test_who_may_begin_early(arch: str, early: bool) -> None:
-    """Only behind a kernel that lets it, and which it waits for."""
-    together = launched(arch, layer(), torch.bfloat16)
-    first = together.get("hopper_shared_kernel") or together["shared_decode_kernel"]
-    assert first.get("EARLY", True) is early  # Hopper's own always lets it
-    assert together["paged_decode_kernel"]["SHARED"]
-    assert together["paged_decode_kernel"]["EARLY"] is early
-    for name in ("paged_decode_kernel", "merge_kernel"):
-        if name in together:
-            assert together[name].get("launch_pdl", False) is early
-    apart = launched(arch, layer(window=4096), torch.bfloat16)
-    assert "launch_pdl" not in apart["paged_decode_kernel"]  # nothing in front of it lets it

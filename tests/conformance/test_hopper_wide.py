@@ -18,7 +18,7 @@ from gluon_in_python import Boxes, in_python
 from prefill_problem import ROWS, problem, shaped
 
 from halyard.hal.kernels.triton import hopper_online, hopper_wide
-from halyard.hal.kernels.triton.launch import LOG2E, AttentionLauncher, Shape
+from halyard.hal.kernels.triton.launch import LOG2E, Shape
 from halyard.hal.kernels.triton.tiles import WideTile, wide_tile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,21 +90,3 @@ def test_the_stand_in_sees_copies_that_wait_for_nobody(monkeypatch: pytest.Monke
     monkeypatch.setattr(hopper_wide, "_copy_keys", SimpleNamespace(fn=hasty))
     with pytest.raises(AssertionError):
         check()
-
-
-def test_who_takes_it() -> None:
-    """Long prompts, and enough of them for all multiprocessors; heads of 128 alone."""
-    launcher = AttentionLauncher(SimpleNamespace(info=SimpleNamespace(arch="sm_90", num_cores=132)))  # type: ignore[arg-type]
-    shape, tile = shaped(32, 8, 128), wide_tile(128)
-    assert tile is not None
-    assert wide_tile(64) is None
-
-    def takes(tokens: int, rows: int) -> bool:
-        batch = SimpleNamespace(num_tokens=tokens, num_rows=rows)
-        return launcher._takes_wide(shape, tile, batch)  # type: ignore[arg-type]
-
-    assert takes(8448, 3)
-    assert takes(8448, 132)
-    assert not takes(8448, 133)  # 63 queries a row
-    assert takes(17 * 48, 1)
-    assert not takes(16 * 48, 1)  # 128 programs

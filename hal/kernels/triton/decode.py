@@ -75,7 +75,7 @@ def paged_decode_kernel(
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
-    SHARED: tl.constexpr, EARLY: tl.constexpr,
+    SHARED: tl.constexpr, EARLY: tl.constexpr, BESIDE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Rows with exactly one query; the others are left alone.
 
@@ -85,6 +85,7 @@ def paged_decode_kernel(
     shared.py. With SPLIT its splits follow those of the grid, and a row without any marks these as
     empty; else partial and partial_lse hold its splits alone, and this goes on from them. EARLY: kernels may
     begin before those in front of them are done: this one beside shared.py's, the merge beside this one.
+    BESIDE: the prompts' kernel in front of this one may be under way still.
     Grid: rows, KV_HEADS * tiles of the group, splits.
     """
     if EARLY and SPLIT:
@@ -96,7 +97,7 @@ def paged_decode_kernel(
     num_splits = tl.num_programs(2)
     token = tl.load(query_start + row)
     if tl.load(query_start + row + 1) - token != 1:
-        if EARLY and SHARED:  # so that what comes after this kernel comes after both
+        if (EARLY and SHARED) or BESIDE:  # so that what comes after this kernel comes after both
             tl.extra.cuda.gdc_wait()
         return
     length = tl.load(seq_lens + row)
@@ -156,6 +157,8 @@ def paged_decode_kernel(
         place = out + token.to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM)
         place += heads[:, None] * HEAD_DIM + dim[None, :]
         tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+    if BESIDE:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["num_splits"])

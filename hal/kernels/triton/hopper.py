@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from halyard.hal.kernels.triton.hopper_online import (
     attend_tiles,
@@ -31,6 +32,8 @@ def hopper_prefill_kernel(
 
     AHEAD: tiles on their way beside the one in use, at least 1.
     """
+    if SKIP_SINGLE:  # those rows' kernel may begin beside this one
+        gdc_launch_dependents()
     WARPS: gl.constexpr = gl.num_warps()
     GROUP_TILES: gl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
     TOKENS: gl.constexpr = BLOCK_M // GROUP_TILE

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from halyard.hal.kernels.triton.hopper_online import (
     load_layout,
@@ -243,6 +244,8 @@ def hopper_wide_kernel(
         BLOCK_M: rows of a part. PARTS: 2 or 3 warpgroups. REGISTERS: of a thread of each but the first.
         STAGES: tiles of keys, and of values, in shared memory, at least 2.
     """
+    if SKIP_SINGLE:  # those rows' kernel may begin beside this one
+        gdc_launch_dependents()
     WARPS: gl.constexpr = gl.num_warps()
     GROUP_TILES: gl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
     TOKENS: gl.constexpr = PARTS * (BLOCK_M // GROUP_TILE)

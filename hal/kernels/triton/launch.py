@@ -213,9 +213,9 @@ class AttentionLauncher:
             return out
         # Which rows have one query is known on the device only: each kernel leaves the other's.
         separate = batch.num_rows > 1 and batch.max_seq_len > _SEPARATE_DECODE_KEYS
-        if separate:
-            self._run_decode(q, data, out, layer, batch, variant)
         self._run_prefill(q, data, out, layer, batch, variant, separate)
+        if separate:  # as multiprocessors have no prompts left
+            self._run_decode(q, data, out, layer, batch, variant, beside=self.early)
         return out
 
     def splits(self, layer: AttentionLayer, batch: StepBatch, variant: _Variant) -> int:
@@ -273,7 +273,7 @@ class AttentionLauncher:
 
     def _run_decode(
         self, q: Tensor, data: Tensor, out: Tensor, layer: AttentionLayer, batch: StepBatch,
-        variant: _Variant,
+        variant: _Variant, beside: bool = False,
     ) -> None:  # fmt: skip
         shape, tile = variant.shape, variant.decode
         own = self.splits(layer, batch, variant)
@@ -297,22 +297,22 @@ class AttentionLauncher:
         constants = variant.decode_constants
         if shared is not None and not split:
             tile, constants = variant.after, variant.after_constants
-        beside = {"launch_pdl": True} if self.early else {}
+        early = {"launch_pdl": True} if self.early else {}
         grid = (batch.num_rows, shape.heads_per_row(tile), own)
         tables = batch.block_tables
         self._decode.paged_decode_kernel[grid](
             q, data, out, partial, lse, tables, batch.seq_lens, batch.query_start, sinks,
             *_scales(layer), layer.window, q.stride(0), q.stride(1), tables.stride(0),
             batch.seq_lens if shared is None else shared.row_keys, splits,
-            **constants, SPLIT=split, SHARED=shared is not None, EARLY=self.early,
+            **constants, SPLIT=split, SHARED=shared is not None, EARLY=self.early, BESIDE=beside,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
-            **(beside if shared is not None else {}),
+            **(early if shared is not None or beside else {}),
         )  # fmt: skip
         if split:
             self._decode.merge_kernel[(batch.num_rows, shape.num_heads)](
                 out, partial, lse, batch.query_start, sinks, splits,
                 HEADS=shape.num_heads, HEAD_DIM=shape.head_dim, DIM_PAD=shape.dim_pad,
-                SPLITS_PAD=pad(splits, 2), SINKS=shape.sinks, EARLY=self.early, num_warps=4, **beside,
+                SPLITS_PAD=pad(splits, 2), SINKS=shape.sinks, EARLY=self.early, num_warps=4, **early,
             )  # fmt: skip
 
     def _run_shared(
@@ -370,7 +370,7 @@ class AttentionLauncher:
             out if layer.sinks is None else layer.sinks,
             *_scales(layer), layer.window, batch.num_rows,
             q.stride(0), q.stride(1), tables.stride(0),
-            **variant.prefill_constants, SKIP_SINGLE=skip_single,
+            **variant.prefill_constants, SKIP_SINGLE=skip_single, EARLY=self.early,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 

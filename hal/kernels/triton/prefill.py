@@ -22,14 +22,16 @@ def paged_prefill_kernel(
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    SKIP_SINGLE: tl.constexpr,
+    SKIP_SINGLE: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """q, out [tokens, heads, dim]; pool: one layer, [blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM].
 
     Row m of a tile is query m // GROUP_TILE of it and head m % GROUP_TILE of the group.
-    SKIP_SINGLE leaves rows with one query to the decode kernel.
+    SKIP_SINGLE leaves rows with one query to the decode kernel, which with EARLY may begin beside this one.
     Grid: tokens // TOKENS + rows, KV_HEADS * tiles of the group.
     """
+    if EARLY and SKIP_SINGLE:
+        tl.extra.cuda.gdc_launch_dependents()
     GROUP_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
     TOKENS: tl.constexpr = BLOCK_M // GROUP_TILE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see the most keys: first

@@ -324,11 +324,12 @@ def _source(
             "SPLIT": variant.kernel in ("decode_split", "decode_shared"),
             "SHARED": variant.kernel in ("decode_shared", "decode_after"),
             "EARLY": early,
+            "BESIDE": early and variant.kernel.endswith(("split", "features")),
         }
     else:
         function = prefill.paged_prefill_kernel
         tile = prefill_tile(variant.target, shape.dim_pad, item_size)
-        extra = {"SKIP_SINGLE": features}
+        extra = {"SKIP_SINGLE": features, "EARLY": early}
     tile = replace(tile, **changes)
     words = f"{tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
