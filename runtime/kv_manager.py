@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import cast
 
-import numpy as np
-
 from halyard.hal.types import BlockMove
 from halyard.runtime.block_pool import BlockPool
 from halyard.runtime.config import SchedulerConfig
+from halyard.runtime.request import tokens_in_common
 from halyard.runtime.sequence import Sequence
 
 __all__ = ["KVCounters", "KVManager", "Moves"]
@@ -86,11 +85,7 @@ class _Alike:
         other = self._lately.get(known[0])
         if other is None:
             return
-        length = min(len(content), len(other[0]))
-        mine = np.frombuffer(content, np.int64, length // 8)
-        same = mine == np.frombuffer(other[0], np.int64, length // 8)
-        tokens = len(same) if same.all() else int(same.argmin())
-        known += other[1][1 : tokens * 8 // width]
+        known += other[1][1 : tokens_in_common(content, other[0]) * 8 // width]
 
     def keep(self, content: bytes, digests: list[bytes]) -> None:
         """Of a whole prompt; the list may grow, but not change."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from halyard.runtime.outputs import (
     RequestOutput,
 )
 from halyard.runtime.plan import TokenLogprob
-from halyard.runtime.request import Pooling, Request, SamplingParams
+from halyard.runtime.request import Pooling, Request, SamplingParams, tokens_in_common
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -245,7 +244,7 @@ class LLM:
         waiting = iter(requests)
         try:
             # The device starts on what fills its first step, while the others come in.
-            self._admit(waiting, answers, watched, self.plan.max_batched_tokens)
+            self._admit(waiting, answers, watched, _FirstStep(self).filled_by)
             others = partial(self._admit, waiting, answers, watched)
             while self.engine.has_work():
                 # A step has hundreds of events, and the device waits for who takes them in: text
@@ -276,14 +275,13 @@ class LLM:
         waiting: Iterator[Request],
         answers: dict[str, Answers],
         watched: set[str],
-        tokens: float = math.inf,
+        enough: Callable[[Request], bool] | None = None,
     ) -> None:
-        """Hand requests to the engine: until their prompts hold `tokens` together, or as many wait as
-        may run at once. Making one takes a while, with text most of all, and the device has work for that
-        long and no longer.
+        """Hand requests to the engine: until one is enough, or as many wait as may run at once. Making
+        one takes a while, with text most of all, and the device has work for that long and no longer.
         """
         most = self.engine.scheduler.config.max_num_sequences
-        while tokens > 0 and self.engine.num_waiting < most:
+        while self.engine.num_waiting < most:
             request = next(waiting, None)
             if request is None:
                 return
@@ -291,7 +289,8 @@ class LLM:
             if request.params.stop_strings:
                 watched.add(request.request_id)
             self.engine.add(request)
-            tokens -= len(request.prompt_token_ids)
+            if enough is not None and enough(request):
+                return
 
     def _extend(self, output: RequestOutput, delta: RequestDelta) -> None:
         _raise_errors(delta)
@@ -322,6 +321,29 @@ class LLM:
         }
         found.setdefault(token.token_id, Logprob(token.logprob, token.rank, text(token.token_id)))
         return found
+
+
+class _FirstStep:
+    """How many prompts a first step is begun with: as many as fill it.
+
+    Of a prompt that begins as the one before it a step computes the rest alone. Those go on until half
+    of a step is new: with a few of them it would be over before the others are in.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self._tokens: float = llm.plan.max_batched_tokens
+        self._new = self._tokens / 2
+        self._shares = llm.engine.scheduler.config.prefix_cache
+        self._before = b""
+
+    def filled_by(self, request: Request) -> bool:
+        """Whether it is full with this one."""
+        self._tokens -= len(request.prompt_token_ids)
+        self._new -= len(request.prompt_token_ids)
+        if self._shares:
+            self._new += tokens_in_common(self._before, request.packed)
+            self._before = request.packed
+        return self._tokens <= 0 and self._new <= 0
 
 
 @contextmanager

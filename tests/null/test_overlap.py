@@ -265,3 +265,36 @@ def test_a_prompt_is_made_when_it_may_soon_run() -> None:
         answers = llm.generate([[5, 6]] * 40, params, use_tqdm=False)
         assert len(answers) == 40
         assert len(set(made)) > 5
+
+
+def before_the_first_step(llm: LLM, prompts: list[list[int]]) -> int:
+    """How many prompts are in when the device gets its first work."""
+    seen: list[int] = []
+    issue = llm.engine.executor.run
+
+    def counted(*arguments: Any) -> Any:
+        seen.append(llm.engine.stats().scheduler.num_running + llm.engine.num_waiting)
+        return issue(*arguments)
+
+    llm.engine.executor.run = counted  # type: ignore[method-assign]
+    try:
+        llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
+    finally:
+        llm.engine.executor.run = issue  # type: ignore[method-assign]
+    return seen[0]
+
+
+def test_a_first_step_begins_when_it_is_full_and_half_of_it_new() -> None:
+    """With the few prompts that hold as many tokens, were none in the cache, it would be over too soon."""
+    apart = [[n, *range(39)] for n in range(100, 150)]
+    alike = [[*range(32), n, *range(7)] for n in range(100, 150)]  # 8 of 40 are new
+    for options, prompts, expected in (
+        ({}, apart, 4),  # 160 tokens
+        ({}, alike, 6),  # 40 + 5 * 8
+        ({"prefix_cache": False}, alike, 4),
+    ):
+        llm = make(kv_blocks=600, max_batched_tokens=160, max_num_sequences=50, **options)  # type: ignore[arg-type]
+        try:
+            assert before_the_first_step(llm, prompts) == expected
+        finally:
+            llm.close()
