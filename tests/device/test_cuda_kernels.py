@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -340,3 +341,22 @@ def test_a_move_and_an_attend_follow_each_other_without_waiting(device: Any) -> 
     context.kernels.swap_in(sequences.pool, host, [BlockMove(2, spare[0]), BlockMove(0, spare[1])])
     sequences.tables[0] = spare
     sequences.step([1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("block", [16, 128])
+def test_long_prompts(device: Any, dtype: DType, block: int) -> None:
+    """Whole and in chunks, beside rows of one query; on Hopper by warpgroups that share keys."""
+    context = checks.context(device, dtype)
+    launcher: Any = context.kernels.launcher
+    sequences = Sequences(
+        context, [1680, 1100, 901, 130, 40], heads=32, kv_heads=8, dim=128, block=block, layers=1
+    )
+    sequences.fill(1, 300)
+    sequences.fill(2, 898)
+    variant = launcher._variant(sequences.layer, 2, block)
+    for counts in ([820, 0, 0, 0, 0], [30, 799, 1, 95, 0], [830, 1, 1, 35, 40]):
+        if variant.wide is not None:
+            batch = SimpleNamespace(num_tokens=sum(counts), num_rows=sum(map(bool, counts)))
+            assert launcher._takes_wide(variant.shape, variant.wide, batch)
+        sequences.step(counts)
