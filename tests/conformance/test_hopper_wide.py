@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton: pip instal
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets", allow_module_level=True)
 
+import gluon_in_python
 from gluon_in_python import Boxes, in_python
 from prefill_problem import ROWS, problem, shaped
 
@@ -71,11 +72,6 @@ def test_groups(heads: int, kv_heads: int) -> None:
 
 def test_the_stand_in_sees_copies_that_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are written over while they are read."""
-
-    def check() -> None:
-        out, truth = attend(shaped(), WideTile(2, 64, 2, 160, 128), [(30, 900)], late=True)
-        torch.testing.assert_close(out, truth, atol=1e-5, rtol=1e-5, equal_nan=True)
-
     copy = hopper_wide._copy_keys
     empty = [copy.arg_names.index(name) for name in ("k_empty", "v_empty")]
     always = SimpleNamespace(land=lambda: None, passed=lambda parity: True)
@@ -86,7 +82,14 @@ def test_the_stand_in_sees_copies_that_wait_for_nobody(monkeypatch: pytest.Monke
             given[place] = SimpleNamespace(index=lambda slot: always)
         return copy.fn(*given)
 
-    check()
+    def wrong() -> bool:
+        try:
+            out, truth = attend(shaped(), WideTile(2, 64, 2, 160, 128), [(30, 900)], late=True)
+        except AssertionError:
+            return True
+        return not torch.allclose(out, truth, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+    assert not wrong()
+    monkeypatch.setattr(gluon_in_python, "PATIENCE", 0.5)
     monkeypatch.setattr(hopper_wide, "_copy_keys", SimpleNamespace(fn=hasty))
-    with pytest.raises(AssertionError):
-        check()
+    assert any(wrong() for _ in range(8))  # threads: a race may be won
