@@ -140,7 +140,9 @@ def test_afterwards_launches_are_launches_again() -> None:
     assert triton.runtime.jit.JITFunction.run is run
 
 
-def test_one_that_does_not_compile_is_left_for_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_does_not_compile_is_left_for_its_launch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     compile_one = triton.compiler.compile
 
     def broken(source: Any, **options: Any) -> Any:
@@ -153,5 +155,8 @@ def test_one_that_does_not_compile_is_left_for_its_launch(monkeypatch: pytest.Mo
         _draw(3, random=True)
         _draw(3)
     assert _compiled(draw.draw_greedy_kernel)
+    assert [r.message for r in caplog.records if "no such instruction" in r.message] == [
+        "a kernel waits for its launch to be compiled: RuntimeError('no such instruction')"
+    ]
     with pytest.raises(RuntimeError, match="no such instruction"):
         _draw(3, random=True)

@@ -7,6 +7,7 @@ Most of that is outside of Python's lock, so a thread for each kernel takes as l
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from triton.runtime.jit import JITFunction
 
 __all__ = ["compiling_only"]
 
+log = logging.getLogger(__name__)
+
 _MOST_THREADS = 16
 
 
@@ -28,8 +31,12 @@ class _Loader(ThreadPoolExecutor):
         self, compile_one: Callable[[], Any]
     ) -> Future[Any]:
         def ready() -> Any:
-            kernel = compile_one()
-            kernel.run  # noqa: B018 - a property: asked for, it makes the launcher and loads the code
+            try:
+                kernel = compile_one()
+                kernel.run  # noqa: B018 - a property: asked for, it makes the launcher and loads the code
+            except Exception as error:
+                log.warning("a kernel waits for its launch to be compiled: %r", error)
+                raise
             return kernel
 
         return super().submit(ready)
