@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,11 +240,14 @@ class LLM:
             dynamic_ncols=True,
             disable=not (label and sys.stderr.isatty()),
         )
-        waiting = iter(requests)
+        waiting, filling = iter(requests), _Filling(self)
         try:
-            # The device starts on what fills its first step, while the others come in.
-            self._admit(waiting, answers, watched, _FirstStep(self).filled_by)
-            others = partial(self._admit, waiting, answers, watched)
+            # The device starts on what fills its first step, and the others come in while it works.
+            self._admit(waiting, answers, watched, filling.first())
+
+            def others() -> None:
+                self._admit(waiting, answers, watched, filling.next())
+
             while self.engine.has_work():
                 # A step has hundreds of events, and the device waits for who takes them in: text
                 # is made when an answer ends, but for those that a text may end.
@@ -275,7 +277,7 @@ class LLM:
         waiting: Iterator[Request],
         answers: dict[str, Answers],
         watched: set[str],
-        enough: Callable[[Request], bool] | None = None,
+        enough: Callable[[Request], bool],
     ) -> None:
         """Hand requests to the engine: until one is enough, or as many wait as may run at once. Making
         one takes a while, with text most of all, and the device has work for that long and no longer.
@@ -289,7 +291,7 @@ class LLM:
             if request.params.stop_strings:
                 watched.add(request.request_id)
             self.engine.add(request)
-            if enough is not None and enough(request):
+            if enough(request):
                 return
 
     def _extend(self, output: RequestOutput, delta: RequestDelta) -> None:
@@ -323,27 +325,42 @@ class LLM:
         return found
 
 
-class _FirstStep:
-    """How many prompts a first step is begun with: as many as fill it.
+class _Filling:
+    """How many prompts the host takes in at a time: what the device can do next, and no more.
 
-    Of a prompt that begins as the one before it a step computes the rest alone. Those go on until half
-    of a step is new: with a few of them it would be over before the others are in.
+    Of a prompt that begins as the one before it a step computes the rest alone; to take it in takes as
+    long as others do.
     """
 
     def __init__(self, llm: LLM) -> None:
-        self._tokens: float = llm.plan.max_batched_tokens
-        self._new = self._tokens / 2
-        self._shares = llm.engine.scheduler.config.prefix_cache
+        config = llm.engine.scheduler.config
+        self._step = llm.plan.max_batched_tokens
+        self._block = config.block_size if config.prefix_cache else 0
         self._before = b""
+        self._tokens = self._new = self._most = 0.0  # that are wanted still
 
-    def filled_by(self, request: Request) -> bool:
-        """Whether it is full with this one."""
-        self._tokens -= len(request.prompt_token_ids)
-        self._new -= len(request.prompt_token_ids)
-        if self._shares:
-            self._new += tokens_in_common(self._before, request.packed)
+    def first(self) -> Callable[[Request], bool]:
+        """Until prompts fill a step. Those that share go on until two fifths of one are new: with a few of
+        them it would be over before it is launched and the next one planned.
+        """
+        self._tokens, self._new, self._most = self._step, self._step * 2 / 5, self._step * 8
+        return self._filled_by
+
+    def next(self) -> Callable[[Request], bool]:
+        """Until what is new fills a step."""
+        self._tokens, self._new, self._most = 0, self._step, self._step * 40
+        return self._filled_by
+
+    def _filled_by(self, request: Request) -> bool:
+        tokens = new = len(request.prompt_token_ids)
+        if self._block:
+            common = tokens_in_common(self._before, request.packed)
+            new = max(1, tokens - common // self._block * self._block)
             self._before = request.packed
-        return self._tokens <= 0 and self._new <= 0
+        self._tokens -= tokens
+        self._new -= new
+        self._most -= tokens
+        return self._most <= 0 or (self._tokens <= 0 and self._new <= 0)
 
 
 @contextmanager
