@@ -340,10 +340,10 @@ class _Filling:
         self._tokens = self._new = self._most = 0.0  # that are wanted still
 
     def first(self) -> Callable[[Request], bool]:
-        """Until prompts fill a step. Those that share go on until two fifths of one are new: with a few of
+        """Until prompts fill a step. Those that share go on until half of one is new: with a few of
         them it would be over before it is launched and the next one planned.
         """
-        self._tokens, self._new, self._most = self._step, self._step * 2 / 5, self._step * 8
+        self._tokens, self._new, self._most = self._step, self._step / 2, self._step * 8
         return self._filled_by
 
     def next(self) -> Callable[[Request], bool]:
