@@ -32,8 +32,7 @@ def attend(
     """(what the kernel gives, what attention in fp64 does); rows that it leaves out are NaN in both."""
     given = problem(shape, rows, skip_single)
     q, out = given.q, torch.full_like(given.q, float("nan"))
-    per_tile = tile.block_m // shape.group_tile(tile)
-    grid = (len(q) // per_tile + len(rows), shape.heads_per_row(tile))
+    grid = (len(q) // shape.tokens(tile) + len(rows), shape.heads_per_row(tile))
     with in_python(late, hopper, hopper_online) as run:
         run(
             "hopper_prefill_kernel", grid, q, given.pool, out, given.tables, given.lengths, given.starts,

@@ -31,8 +31,7 @@ def attend(
     """(what the kernel gives, what attention in fp64 does); rows that it leaves out are NaN in both."""
     given = problem(shape, rows, skip_single)
     q, out = given.q, torch.full_like(given.q, float("nan"))
-    tokens = tile.parts * (tile.block_m // shape.group_tile(tile))
-    grid = (len(q) // tokens + len(rows), shape.heads_per_row(tile))
+    grid = (len(q) // shape.tokens(tile) + len(rows), shape.heads_per_row(tile))
     with in_python(late, hopper_wide, hopper_online) as run:
         run(
             "hopper_wide_kernel", grid, q, Boxes(given.pool.view(-1, shape.head_dim), 16, 64), out,

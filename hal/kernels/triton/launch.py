@@ -80,6 +80,11 @@ class Shape:
         """Programs a row (or a tile of queries) needs: kv heads times tiles of their group."""
         return self.num_kv_heads * -(-self.group // self.group_tile(tile))
 
+    def tokens(self, tile: Tile | WideTile) -> int:
+        """Tokens that one program of a prefill takes."""
+        parts = tile.parts if isinstance(tile, WideTile) else 1
+        return parts * (tile.block_m // self.group_tile(tile))
+
     def constants(self, tile: Tile) -> dict[str, Any]:
         """The constants that decode and prefill share."""
         return {
@@ -377,15 +382,11 @@ class AttentionLauncher:
     def _prefill_grid(
         self, shape: Shape, tile: Tile | WideTile, batch: StepBatch
     ) -> tuple[int, int]:
-        parts = tile.parts if isinstance(tile, WideTile) else 1
-        tokens = parts * (tile.block_m // shape.group_tile(tile))
-        return batch.num_tokens // tokens + batch.num_rows, shape.heads_per_row(tile)
+        return batch.num_tokens // shape.tokens(tile) + batch.num_rows, shape.heads_per_row(tile)
 
     def _takes_wide(self, shape: Shape, tile: WideTile, batch: StepBatch) -> bool:
         """Whether there are queries for all of its warps, and programs for all multiprocessors."""
-        programs = (batch.num_tokens // (tile.parts * (tile.block_m // shape.group_tile(tile)))) * (
-            shape.heads_per_row(tile)
-        )
+        programs = batch.num_tokens // shape.tokens(tile) * shape.heads_per_row(tile)
         return batch.num_tokens >= _WIDE_QUERIES * batch.num_rows and programs >= self._cores
 
     def _run_wide(
