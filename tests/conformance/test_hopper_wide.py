@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,9 @@ import gluon_in_python
 from gluon_in_python import Boxes, in_python
 from prefill_problem import ROWS, problem, shaped
 
+from halyard.hal import fallbacks
 from halyard.hal.kernels.triton import hopper_online, hopper_wide
-from halyard.hal.kernels.triton.launch import LOG2E, Shape
+from halyard.hal.kernels.triton.launch import LOG2E, Shape, _hopper_module
 from halyard.hal.kernels.triton.tiles import WideTile, wide_tile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,3 +94,14 @@ def test_the_stand_in_sees_copies_that_wait_for_nobody(monkeypatch: pytest.Monke
     monkeypatch.setattr(gluon_in_python, "PATIENCE", 0.5)
     monkeypatch.setattr(hopper_wide, "_copy_keys", SimpleNamespace(fn=hasty))
     assert any(wrong() for _ in range(8))  # threads: a race may be won
+
+
+def test_a_triton_without_what_it_needs_is_a_fallback_that_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert _hopper_module("hopper_wide", "sm_90") is hopper_wide
+    before = fallbacks.counts().get("hopper_wide_kernel", 0)
+    monkeypatch.delitem(sys.modules, hopper_wide.__name__)
+    monkeypatch.delattr(hopper_wide.gl.shared_memory_descriptor, "_reinterpret")
+    assert _hopper_module("hopper_wide", "sm_90") is None
+    assert fallbacks.counts()["hopper_wide_kernel"] == before + 1

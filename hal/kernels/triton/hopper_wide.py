@@ -29,6 +29,9 @@ from halyard.hal.kernels.triton.hopper_online import (
 
 __all__ = ["hopper_wide_kernel"]
 
+if not hasattr(gl.shared_memory_descriptor, "_reinterpret"):  # no public name of Triton's
+    raise ImportError("this Triton's Gluon doesn't see shared memory in another shape")
+
 
 @gluon.jit
 def _blocks_of(
