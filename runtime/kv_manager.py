@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import cast
 
+import numpy as np
+
 from halyard.hal.types import BlockMove
 from halyard.runtime.block_pool import BlockPool
 from halyard.runtime.config import SchedulerConfig
-from halyard.runtime.request import tokens_in_common
 from halyard.runtime.sequence import Sequence
 
 __all__ = ["KVCounters", "KVManager", "Moves"]
@@ -93,6 +94,13 @@ class _Alike:
         self._lately.move_to_end(digests[0])
         if len(self._lately) > _MOST_ALIKE:
             self._lately.popitem(last=False)
+
+
+def tokens_in_common(first: bytes, second: bytes) -> int:
+    """How many tokens two packed prompts begin with alike."""
+    length = min(len(first), len(second)) // 8
+    same = np.frombuffer(first, np.int64, length) == np.frombuffer(second, np.int64, length)
+    return length if same.all() else int(same.argmin())
 
 
 def _packed(sequence: Sequence, first: int, end: int) -> bytes:

@@ -19,6 +19,7 @@ from halyard.runtime.build import build_engine
 from halyard.runtime.config import EngineConfig
 from halyard.runtime.embedding import check_dimensions, finish_embedding
 from halyard.runtime.held_events import HeldEvents
+from halyard.runtime.kv_manager import tokens_in_common
 from halyard.runtime.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -28,7 +29,7 @@ from halyard.runtime.outputs import (
     RequestOutput,
 )
 from halyard.runtime.plan import TokenLogprob
-from halyard.runtime.request import Pooling, Request, SamplingParams, tokens_in_common
+from halyard.runtime.request import Pooling, Request, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-import numpy as np
-
 from halyard.hal.errors import RequestError
 
 if TYPE_CHECKING:
@@ -25,7 +23,6 @@ __all__ = [
     "Request",
     "RequestOptions",
     "SamplingParams",
-    "tokens_in_common",
 ]
 
 Pooling = Literal["last", "mean"]
@@ -238,10 +235,3 @@ def _request_of(values: list[Any]) -> Request:
 _REQUEST_FIELDS = tuple(one.name for one in fields(Request))
 _PROMPT, _PACKED = map(_REQUEST_FIELDS.index, ("prompt_token_ids", "packed"))
 _request_values: Callable[[Request], tuple[Any, ...]] = attrgetter(*_REQUEST_FIELDS)
-
-
-def tokens_in_common(first: bytes, second: bytes) -> int:
-    """How many tokens two packed prompts begin with alike."""
-    length = min(len(first), len(second)) // 8
-    same = np.frombuffer(first, np.int64, length) == np.frombuffer(second, np.int64, length)
-    return length if same.all() else int(same.argmin())

@@ -13,6 +13,7 @@ from halyard.hal.kernels.triton.hopper_online import (
     attend_tiles,
     load_layout,
     out_layout,
+    row_of_tile,
     score_layout,
 )
 
@@ -45,16 +46,7 @@ def hopper_prefill_kernel(
     DTYPE: gl.constexpr = q.dtype.element_ty
 
     tile = gl.num_programs(0) - 1 - gl.program_id(0)  # the last queries see the most keys: first
-    row = num_rows * 0
-    after = num_rows
-    while after - row > 1:
-        middle = (row + after) // 2
-        begins = gl.load(query_start + middle) // TOKENS + middle
-        row = gl.where(begins <= tile, middle, row)
-        after = gl.where(begins <= tile, after, middle)
-    row_start = gl.load(query_start + row)
-    num_queries = gl.load(query_start + row + 1) - row_start
-    first_query = (tile - (row_start // TOKENS + row)) * TOKENS
+    row, row_start, num_queries, first_query = row_of_tile(query_start, num_rows, tile, TOKENS)
     if first_query >= num_queries:
         return
     if SKIP_SINGLE:

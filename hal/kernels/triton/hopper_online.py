@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-__all__ = ["attend_tiles", "load_layout", "out_layout", "score_layout", "soften"]
+__all__ = ["attend_tiles", "load_layout", "out_layout", "row_of_tile", "score_layout", "soften"]
 
 
 @gluon.constexpr_function
@@ -40,6 +40,26 @@ def score_layout(BLOCK_N: int, WARPS: int) -> Any:
 def out_layout(HEAD_DIM: int, WARPS: int) -> Any:
     """Of sums [queries, HEAD_DIM]."""
     return gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
+
+
+@gluon.jit
+def row_of_tile(
+    query_start: gl.tensor, num_rows: gl.tensor, tile: gl.tensor, TOKENS: gl.constexpr
+) -> gl.tensor:
+    """(row, its first token, its number of queries, the tile's first query of them) of a prefill's tile.
+
+    A row has at most one tile that is idle: its first query is none of the row's.
+    """
+    row = num_rows * 0  # a tensor, also where the loop has nothing to do
+    after = num_rows
+    while after - row > 1:
+        middle = (row + after) // 2
+        begins = gl.load(query_start + middle) // TOKENS + middle
+        row = gl.where(begins <= tile, middle, row)
+        after = gl.where(begins <= tile, after, middle)
+    row_start = gl.load(query_start + row)
+    num_queries = gl.load(query_start + row + 1) - row_start
+    return row, row_start, num_queries, (tile - (row_start // TOKENS + row)) * TOKENS
 
 
 @gluon.jit
