@@ -10,7 +10,6 @@ reaches in the same run; `arithmetic`: both products, in TFLOP/s. --sweep tries 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from gpu_attention import BLOCK, LIMITS, Bench, Cell, parser_of
 
-from halyard.hal.kernels.triton.tiles import Tile
+from halyard.hal.kernels.triton.tiles import Tile, WideTile
 from halyard.hal.types import SharedRows, StepBatch
 from halyard.runtime.shared_rows import find_shared_rows
 
@@ -79,38 +78,37 @@ class SharedBench(Bench):
         had_early = launcher.early
         tried: list[tuple[float, str]] = []
 
-        def one(words: str) -> None:
+        def one(own: tuple[int, int, int], words: str) -> None:
             launcher._variants.clear()
+            launcher.decode_override = Tile(rows, *own)
             try:
-                tried.append((seconds(), words))
+                tried.append((seconds(), f"{words}, own {own}"))
             except Exception as problem:  # noqa: BLE001 - too large for the device: told, not fatal
-                print(f"    {words}: {str(problem).splitlines()[0][:80]}", flush=True)
+                print(f"    {words}, own {own}: {str(problem).splitlines()[0][:80]}", flush=True)
 
-        for n, warps, stages in (
-            (64, 4, 2),
-            (64, 4, 3),
-            (32, 4, 2),
-            (32, 2, 2),
-            (64, 2, 2),
-            (128, 4, 2),
-        ):
-            launcher.decode_override = Tile(rows, n, warps, stages)
-            one(f"own {n} w{warps} s{stages}")
-        launcher.decode_override = None
-        for early, splits in itertools.product((False, True), (1, 2, 3, 4)):
-            launcher.early, launcher.shared_splits = early and had_early, splits
-            tiles = ((64, 4, 2), (32, 4, 2), (64, 2, 2)) if group in (4, 8) else ()
-            for stages, own in itertools.product((2, 3, 4), tiles):
-                launcher.hopper_shared_override = Tile(16 * group, 64, group, stages)
-                launcher.decode_override = Tile(rows, *own)
-                one(f"hopper s{stages} splits {splits} own {own} early {early}")
-            launcher.hopper_shared_override = launcher.decode_override = None
-            for stages in (2, 3):
-                launcher.shared_override = Tile(rows, 64, 4, stages)
-                one(f"portable 64 w4 s{stages} splits {splits} early {early}")
-            launcher.shared_override = None
-        launcher.early = had_early
-        launcher.shared_override = launcher.shared_splits = None
+        kinds: list[tuple[str, str, Tile | WideTile]] = []
+        if group in (4, 8):
+            kinds += [("hopper_shared_override", f"hopper s{stages}", Tile(16 * group, 64, group, stages))
+                      for stages in (2, 3, 4)]  # fmt: skip
+        if group in (4, 8) and self.dim == 128:
+            kinds += [("wide_shared_override", f"wide {shape}", WideTile(2, *shape))
+                      for shape in ((64, 2, 160, 112), (64, 3, 160, 120), (64, 4, 160, 120))]  # fmt: skip
+        kinds += [("shared_override", f"portable s{stages}", Tile(rows, 64, 4, stages))
+                  for stages in (2, 3)]  # fmt: skip
+        owns = ((64, 2, 2), (64, 4, 2), (32, 1, 2), (32, 2, 2), (32, 4, 2), (32, 2, 3), (16, 1, 3), (16, 1, 4))  # fmt: skip
+        for kind, words, tile in kinds:
+            setattr(launcher, kind, tile)
+            launcher.shared_splits = 2
+            for own in owns if "s3" not in words and "s4" not in words else owns[3:4]:
+                one(own, words)
+            launcher.early = False
+            one(owns[3], f"{words}, not early")
+            launcher.early = had_early
+            for splits in (1, 3, 4):
+                launcher.shared_splits = splits
+                one(owns[3], f"{words}, {splits} splits")
+            setattr(launcher, kind, None)
+        launcher.decode_override = launcher.shared_splits = None
         launcher._variants.clear()
         for took, words in sorted(tried):
             print(f"    {took * 1e6:7.1f} us  {words}", flush=True)

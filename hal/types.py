@@ -145,13 +145,12 @@ class SharedRows:
     """Rows of a decode step whose first keys lie in the same blocks, in tiles of SharedRows.WIDTH.
 
     A tile's rows have the same first `tile_keys` keys, in whole blocks, and each has more of its own.
-    Kernels may read these once a tile, or take no notice.
+    Tiles are an even number: the second of a pair, if it is used, shares what the first one does.
+    Kernels may read these once a tile or a pair, or take no notice.
     """
 
     WIDTH: ClassVar[int] = 16
-    tile_rows: (
-        Tensor  # [tiles, WIDTH] int32 rows of the batch, -1 padded; used tiles need not be first
-    )
+    tile_rows: Tensor  # [tiles, WIDTH] int32 rows of the batch, -1 behind them; used pairs need not be first
     tile_keys: Tensor  # [tiles] int32, 0: the tile is not used
     row_keys: Tensor  # [num_rows] int32, keys that a tile reads for the row; 0: it is in none
 

@@ -51,6 +51,7 @@ def find_shared_rows(
             tile_rows[tile, : len(part)] = part
             tile_keys[tile] = blocks * block_size
             tile += 1
+        tile += tile % 2
     return tile_rows, tile_keys, row_keys
 
 
@@ -66,7 +67,8 @@ def filled_up(found: tuple[NDArray[np.int32], ...], num_rows: int) -> Found:
 
 
 def _num_tiles(num_rows: int) -> int:
-    return -(-num_rows // SharedRows.WIDTH) + _MOST_GROUPS
+    """Each group's last pair may be its only one, and may have one row."""
+    return 2 * (-(-num_rows // (2 * SharedRows.WIDTH)) + _MOST_GROUPS)
 
 
 def _groups(

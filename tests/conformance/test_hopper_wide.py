@@ -20,7 +20,7 @@ from gluon_in_python import Boxes, in_python
 from prefill_problem import ROWS, problem, shaped
 
 from halyard.hal import fallbacks
-from halyard.hal.kernels.triton import hopper_online, hopper_wide
+from halyard.hal.kernels.triton import hopper_online, hopper_parts, hopper_wide
 from halyard.hal.kernels.triton.launch import LOG2E, Shape, _hopper_module
 from halyard.hal.kernels.triton.tiles import WideTile, wide_tile
 
@@ -34,7 +34,7 @@ def attend(
     given = problem(shape, rows, skip_single)
     q, out = given.q, torch.full_like(given.q, float("nan"))
     grid = (len(q) // shape.tokens(tile) + len(rows), shape.heads_per_row(tile))
-    with in_python(late, hopper_wide, hopper_online) as run:
+    with in_python(late, hopper_wide, hopper_parts, hopper_online) as run:
         run(
             "hopper_wide_kernel", grid, q, Boxes(given.pool.view(-1, shape.head_dim), 16, 64), out,
             given.tables, given.lengths, given.starts, given.scale * LOG2E, len(rows),
@@ -73,7 +73,7 @@ def test_groups(heads: int, kv_heads: int) -> None:
 
 def test_the_stand_in_sees_copies_that_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are written over while they are read."""
-    copy = hopper_wide._copy_keys
+    copy = hopper_wide.copy_keys
     empty = [copy.arg_names.index(name) for name in ("k_empty", "v_empty")]
     always = SimpleNamespace(land=lambda: None, passed=lambda parity: True)
 
@@ -92,7 +92,7 @@ def test_the_stand_in_sees_copies_that_wait_for_nobody(monkeypatch: pytest.Monke
 
     assert not wrong()
     monkeypatch.setattr(gluon_in_python, "PATIENCE", 0.5)
-    monkeypatch.setattr(hopper_wide, "_copy_keys", SimpleNamespace(fn=hasty))
+    monkeypatch.setattr(hopper_wide, "copy_keys", SimpleNamespace(fn=hasty))
     assert any(wrong() for _ in range(8))  # threads: a race may be won
 
 
@@ -101,7 +101,8 @@ def test_a_triton_without_what_it_needs_is_a_fallback_that_is_told(
 ) -> None:
     assert _hopper_module("hopper_wide", "sm_90") is hopper_wide
     before = fallbacks.counts().get("hopper_wide_kernel", 0)
-    monkeypatch.delitem(sys.modules, hopper_wide.__name__)
+    for module in (hopper_wide, hopper_parts):
+        monkeypatch.delitem(sys.modules, module.__name__)
     monkeypatch.delattr(hopper_wide.gl.shared_memory_descriptor, "_reinterpret")
     assert _hopper_module("hopper_wide", "sm_90") is None
     assert fallbacks.counts()["hopper_wide_kernel"] == before + 1

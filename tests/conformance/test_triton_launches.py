@@ -28,6 +28,7 @@ _KERNELS = {
     "_hopper": ("hopper_prefill_kernel",),
     "_hopper_wide": ("hopper_wide_kernel",),
     "_hopper_shared": ("hopper_shared_kernel",),
+    "_hopper_wide_shared": ("hopper_wide_shared_kernel",),
 }
 
 
@@ -55,7 +56,7 @@ def launched(
             made = {name: Recorder(name, found) for name in names}
             setattr(launcher, module, SimpleNamespace(**kept, **made))
     rows, blocks, tokens = len(queries), 140, sum(queries)
-    tiles = -(-rows // SharedRows.WIDTH)
+    tiles = 2 * -(-rows // (2 * SharedRows.WIDTH))
     shared = SharedRows(
         torch.zeros(tiles, SharedRows.WIDTH, dtype=torch.int32),
         torch.full((tiles,), 2048, dtype=torch.int32), torch.full((rows,), 2048, dtype=torch.int32),
@@ -81,6 +82,11 @@ def test_which_kernel_reads_what_is_shared() -> None:
     own = launched("sm_90", layer(), half)
     assert "hopper_shared_kernel" in own
     assert "shared_decode_kernel" not in own
+    many = launched("sm_90", layer(), half, (1,) * 128)
+    assert "hopper_wide_shared_kernel" in many
+    assert set(many) & {"shared_decode_kernel", "hopper_shared_kernel"} == set()
+    for few in (layer(dim=64), layer(heads=48, dim=64)):
+        assert "hopper_shared_kernel" in launched("sm_90", few, half, (1,) * 128)
     for others in (
         launched("sm_90", layer(), torch.float32),
         launched("sm_90", layer(softcap=30.0), half),

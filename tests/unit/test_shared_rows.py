@@ -28,12 +28,12 @@ def test_groups_tiles_and_what_is_left_alone() -> None:
     starts = np.full(26, 600, np.int64)
     found = find_shared_rows(tables, starts, 16)
     assert found is not None
-    assert [len(array) for array in found] == [2 + 8, 2 + 8, 26]
-    assert [len(array) for array in filled_up(found, 33)] == [3 + 8, 3 + 8, 33]
+    assert [len(array) for array in found] == [2 + 16, 2 + 16, 26]
+    assert [len(array) for array in filled_up(found, 33)] == [4 + 16, 4 + 16, 33]
     found = filled_up(found, 32)
     tile_rows, tile_keys, row_keys = found
-    assert tile_rows.shape == (2 + 8, SharedRows.WIDTH)
-    assert tile_keys.tolist() == [496, 496, *[0] * 8]
+    assert tile_rows.shape == (2 + 16, SharedRows.WIDTH)
+    assert tile_keys.tolist() == [496, 496, *[0] * 16]
     assert sorted(tile_rows[tile_rows >= 0].tolist()) == list(range(20))
     assert row_keys.tolist() == [496] * 20 + [0] * 12
     # Only blocks that are full before the step count.

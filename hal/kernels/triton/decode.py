@@ -24,16 +24,18 @@ _MERGE_COST = 4  # the second launch, in tiles
 
 @cache
 def choose_splits(
-    num_rows: int, heads_per_row: int, max_keys: int, block_n: int, num_cores: int
-) -> int:
+    num_rows: int, heads_per_row: int, max_keys: int, block_n: int, num_cores: int,
+    per_core: int = _PROGRAMS_PER_CORE,
+) -> int:  # fmt: skip
     """How many programs share one row's keys; a pure function, so a captured step can rely on it.
 
     Args:
         heads_per_row: programs a row has anyway: kv heads times tiles of their group.
         max_keys: keys that a row may have; taken up to the next power of two.
+        per_core: programs that a multiprocessor has room for at once.
     """
     tiles = -(-(1 << max(max_keys - 1, 0).bit_length()) // block_n)
-    programs, slots = num_rows * heads_per_row, max(num_cores, 1) * _PROGRAMS_PER_CORE
+    programs, slots = num_rows * heads_per_row, max(num_cores, 1) * per_core
     best, best_cost = 1, float("inf")
     for splits in range(1, min(tiles, MAX_SPLITS) + 1):
         waves = -(-programs * splits // slots)

@@ -20,6 +20,7 @@ from halyard.hal.kernels.triton.tiles import (
     family,
     hopper_shared_tile,
     hopper_tile,
+    hopper_wide_shared_tile,
     prefill_tile,
     shared_room,
     shared_tile,
@@ -37,6 +38,8 @@ _SEPARATE_DECODE_KEYS = 256
 _WIDE_QUERIES = 64
 # A kernel may begin before the one in front of it ends.
 _EARLY_LAUNCHES = ("sm_90", "sm_100", "sm_120")
+# Shared keys by two warpgroups: with 64 rows it took as long as one warpgroup (gpu_shared_rows.py).
+_WIDE_ROWS = 128
 # 16 query heads of one kv head took up to 2.6 times as long as each row alone (gpu_shared_rows.py).
 _SHARED_GROUP = 8
 
@@ -138,8 +141,16 @@ class Shape:
         """The constants of Hopper's kernel for shared keys."""
         return self._shared_rows(tile) | {"AHEAD": tile.num_stages - 1}
 
-    def _shared_rows(self, tile: Tile) -> dict[str, Any]:
-        """What both of them have."""
+    def wide_shared_constants(self, tile: WideTile) -> dict[str, Any]:
+        """The constants of Hopper's kernel for shared keys of many rows."""
+        return self._shared_rows(tile) | {
+            "BLOCK_M": tile.block_m,
+            "STAGES": tile.num_stages,
+            "REGISTERS": tile.registers,
+        }
+
+    def _shared_rows(self, tile: Tile | WideTile) -> dict[str, Any]:
+        """What all of them have."""
         return {
             "GROUP": self.group,
             "GROUP_PAD": pad(self.group, 1),
@@ -165,6 +176,7 @@ class _Variant:
     hopper: Tile | None  # prefill goes to Hopper's own kernel
     wide: WideTile | None  # or, with long prompts, to that one
     hopper_shared: Tile | None  # and so do shared keys
+    wide_shared: WideTile | None  # or, of many rows, to that one
 
 
 class AttentionLauncher:
@@ -184,6 +196,7 @@ class AttentionLauncher:
         self._hopper = _hopper_module("hopper", self._arch)
         self._hopper_wide = _hopper_module("hopper_wide", self._arch)
         self._hopper_shared = _hopper_module("hopper_shared", self._arch)
+        self._hopper_wide_shared = _hopper_module("hopper_wide_shared", self._arch)
         self.early = family(self._arch) in _EARLY_LAUNCHES
         # Tiles to try instead of the tables' (benchmarks).
         self.decode_override: Tile | None = None
@@ -191,7 +204,8 @@ class AttentionLauncher:
         self.hopper_override: Tile | None = None  # and no wide kernel then
         self.wide_override: WideTile | None = None
         self.shared_override: Tile | None = None
-        self.hopper_shared_override: Tile | None = None
+        self.hopper_shared_override: Tile | None = None  # and no wide kernel then
+        self.wide_shared_override: WideTile | None = None
         self.shared_splits: int | None = None
 
     def write(self, k: Tensor, v: Tensor, data: Tensor, slot_mapping: Tensor) -> None:
@@ -257,9 +271,19 @@ class AttentionLauncher:
             if self._hopper_wide is not None and hopper is not None and not self.hopper_override:
                 wide = self.wide_override or wide_tile(shape.head_dim)
             hopper_shared, half = None, item_size == 2 and not shape.softcap
+            rows = SharedRows.WIDTH * pad(shape.group, 1)
             if self._hopper_shared is not None and half and self.shared_override is None:
                 hopper_shared = self.hopper_shared_override or hopper_shared_tile(
-                    shape.head_dim, SharedRows.WIDTH * pad(shape.group, 1)
+                    shape.head_dim, rows
+                )
+            wide_shared = None
+            if (
+                self._hopper_wide_shared is not None
+                and hopper_shared is not None
+                and not self.hopper_shared_override
+            ):
+                wide_shared = self.wide_shared_override or hopper_wide_shared_tile(
+                    shape.head_dim, rows
                 )
             found = _Variant(
                 shape,
@@ -272,6 +296,7 @@ class AttentionLauncher:
                 hopper,
                 wide,
                 hopper_shared,
+                wide_shared,
             )
             self._variants[shape] = found
         return found
@@ -285,10 +310,7 @@ class AttentionLauncher:
         shared = batch.shared if self._can_share(layer, shape, batch) else None
         more = 0
         if shared is not None:  # as many splits as fill the chip, if all keys were shared
-            more = self.shared_splits or self._decode.choose_splits(
-                -(-batch.num_rows // SharedRows.WIDTH), shape.num_kv_heads, batch.max_seq_len,
-                tile.block_n, self._cores,
-            )  # fmt: skip
+            more = self.shared_splits or self._splits_of_shared(shape, batch, variant)
         # What is shared comes first: where a row's own keys are not split, they go on from that.
         split, splits = own > 1, more + (own if own > 1 else 0)
         sinks = out if layer.sinks is None else layer.sinks
@@ -320,6 +342,20 @@ class AttentionLauncher:
                 SPLITS_PAD=pad(splits, 2), SINKS=shape.sinks, EARLY=self.early, num_warps=4, **early,
             )  # fmt: skip
 
+    def _splits_of_shared(self, shape: Shape, batch: StepBatch, variant: _Variant) -> int:
+        rows, room = SharedRows.WIDTH, {}
+        wide = self._takes_wide_shared(batch, variant)
+        if wide is not None:
+            rows, room = wide.parts * wide.block_m // pad(shape.group, 1), {"per_core": 1}
+        chosen: int = self._decode.choose_splits(
+            -(-batch.num_rows // rows), shape.num_kv_heads, batch.max_seq_len,
+            variant.decode.block_n, self._cores, **room,
+        )  # fmt: skip
+        return chosen
+
+    def _takes_wide_shared(self, batch: StepBatch, variant: _Variant) -> WideTile | None:
+        return variant.wide_shared if batch.num_rows >= _WIDE_ROWS else None
+
     def _run_shared(
         self, q: Tensor, data: Tensor, partial: Tensor, lse: Tensor, layer: AttentionLayer,
         batch: StepBatch, shared: SharedRows, variant: _Variant, own: int, splits: int,
@@ -327,7 +363,18 @@ class AttentionLauncher:
         """The keys that tiles of rows have in common, to the splits after `own`."""
         shape, tables = variant.shape, batch.block_tables
         grid = (len(shared.tile_keys), shape.num_kv_heads, splits - own)
-        hopper = variant.hopper_shared
+        hopper, wide = variant.hopper_shared, self._takes_wide_shared(batch, variant)
+        if wide is not None:
+            rows = wide.parts * wide.block_m // pad(shape.group, 1)
+            grid = (shared.tile_rows.numel() // rows, *grid[1:])
+            self._hopper_wide_shared.hopper_wide_shared_kernel[grid](
+                q, boxes(data.view(-1, shape.head_dim), 16, 64), partial, lse, tables,
+                batch.query_start, shared.tile_rows, shared.tile_keys, _scales(layer)[0],
+                q.stride(0), q.stride(1), tables.stride(0), splits, own,
+                **shape.wide_shared_constants(wide), num_warps=wide.num_warps,
+                maxnreg=wide.most_registers,
+            )  # fmt: skip
+            return
         if hopper is not None:
             self._hopper_shared.hopper_shared_kernel[grid](
                 q, data, partial, lse, tables, batch.query_start, shared.tile_rows, shared.tile_keys,

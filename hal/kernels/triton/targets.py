@@ -24,6 +24,7 @@ from halyard.hal.kernels.triton.tiles import (
     family,
     hopper_shared_tile,
     hopper_tile,
+    hopper_wide_shared_tile,
     prefill_tile,
     shared_room,
     shared_tile,
@@ -37,11 +38,11 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
                      "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
                      "decode_after", "shared", "few_rows", "rows", "gate", "rotate", "prefill_hopper",
-                     "wide_hopper", "shared_hopper", "gated_hopper"]  # fmt: skip
+                     "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
     "move", "draw", "draw_greedy", "decode_shared", "decode_after", "shared", "few_rows", "rows", "gate",
-    "rotate", "prefill_hopper", "wide_hopper", "shared_hopper", "gated_hopper",
+    "rotate", "prefill_hopper", "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -67,7 +68,7 @@ _ONE_DIM = ("move", "draw", "draw_greedy", "few_rows", "rows", "gate", "gated_ho
 # Hopper alone, and whose heads they take.
 _GLUON: dict[str, Callable[[int], object]] = {
     "prefill_hopper": hopper_tile, "wide_hopper": wide_tile, "shared_hopper": hopper_tile,
-    "gated_hopper": hopper_tile,
+    "wide_shared_hopper": wide_tile, "gated_hopper": hopper_tile,
 }  # fmt: skip
 _SHARING = ("decode_shared", "decode_after", "shared")  # where a program has room for them
 # 4-byte registers a thread may put into scratch memory; others: none. RDNA 3 has 256 registers a
@@ -174,7 +175,7 @@ def compile_variant(
         name: "constexpr" if name in constants else _type(name, variant)
         for name in function.arg_names
     }
-    if variant.kernel in ("gated_hopper", "wide_hopper"):
+    if variant.kernel in ("gated_hopper", "wide_hopper", "wide_shared_hopper"):
         signature |= _boxes(variant)
     aligned = [["tt.divisibility", 16]]
     attrs = {
@@ -316,6 +317,16 @@ def _source(
         words = f"{tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
         constants = shape.hopper_shared_constants(tile)
         return hopper_shared.hopper_shared_kernel, constants, {"num_warps": tile.num_warps}, words
+    if variant.kernel == "wide_shared_hopper":
+        from halyard.hal.kernels.triton import hopper_wide_shared
+
+        wide = hopper_wide_shared_tile(variant.head_dim, SharedRows.WIDTH * shape.group)
+        if wide is None:
+            raise AssertionError(f"no tile for {variant}")
+        constants = shape.wide_shared_constants(wide)
+        options = {"num_warps": wide.num_warps, "maxnreg": wide.most_registers}
+        words = f"{wide.parts}x{wide.block_m}x{wide.block_n}, {wide.num_stages} stages"
+        return hopper_wide_shared.hopper_wide_shared_kernel, constants, options, words
     if variant.kernel.startswith("decode"):
         function: Any = decode.paged_decode_kernel
         choose = after_tile if variant.kernel == "decode_after" else decode_tile
@@ -343,7 +354,7 @@ def _boxes(variant: Variant) -> dict[str, str]:
     from halyard.hal.kernels.triton import gated
 
     layout, kind = gl.NVMMASharedLayout(128, 16, 2), _SHORT[variant.dtype]
-    if variant.kernel == "wide_hopper":
+    if variant.kernel.startswith("wide"):
         return {"boxes": f"tensordesc<{kind}[16, 64],{layout!r}>"}
     shapes = {
         "x": [gated.BLOCK_M, gated.BLOCK_K],
@@ -360,7 +371,8 @@ def _type(name: str, variant: Variant) -> str:
         return f"*{_SHORT[variant.dtype]}"
     if name in ("partial", "partial_lse"):  # without splits the output stands in for them
         split = variant.kernel in (
-            "decode_split", "decode_shared", "decode_after", "shared", "shared_hopper", "merge", "rows"
+            "decode_split", "decode_shared", "decode_after", "shared", "shared_hopper", "wide_shared_hopper",
+            "merge", "rows",
         )  # fmt: skip
         return "*fp32" if split else f"*{_SHORT[variant.dtype]}"
     if name == "logits":

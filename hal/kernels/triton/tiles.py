@@ -18,6 +18,7 @@ __all__ = [
     "family",
     "hopper_shared_tile",
     "hopper_tile",
+    "hopper_wide_shared_tile",
     "prefill_tile",
     "shared_room",
     "shared_tile",
@@ -54,7 +55,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class WideTile:
-    """Of Hopper's kernel for long prompts: warpgroups of 64 query rows that share tiles of N keys."""
+    """Of Hopper's kernels whose warpgroups, of 64 query rows each, share tiles of N keys."""
 
     parts: int
     block_n: int
@@ -163,6 +164,10 @@ _PREFILL_OWN: _Table = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 3)}
 _PREFILL_WIDE: dict[int, WideTile] = {128: WideTile(3, 64, 3, 160, 128)}
 # And of its kernel for shared keys: what is left of a multiprocessor begins with rows' own keys.
 _SHARED_OWN: _Table = {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 2)}
+# Where there are rows enough, two warpgroups share these too.
+_SHARED_WIDE: dict[int, WideTile] = {128: WideTile(2, 64, 3, 160, 112)}
+# And of rows' own keys behind shared ones, by bytes of a padded head.
+_AFTER_HOPPER: _Table = {128: Tile(16, 32, 1, 2), 256: Tile(16, 32, 2, 3)}
 # fp32 has no matrix units at full precision: small tiles, sums in registers.
 _PREFILL_FLOAT32: _Table = {
     128: Tile(32, 32, 4, 2),
@@ -216,6 +221,9 @@ def after_tile(arch: str, dim_pad: int, item_size: int, group: int) -> Tile:
     many programs are under way at once (benchmarks/gpu_shared_rows.py).
     """
     tile = decode_tile(arch, dim_pad, item_size, group)
+    own = _AFTER_HOPPER.get(dim_pad * item_size) if family(arch) == "sm_90" else None
+    if own is not None and item_size == 2:
+        return replace(own, block_m=tile.block_m)
     tile = replace(tile, block_n=min(tile.block_n, 64), num_stages=min(tile.num_stages, 2))
     return replace(tile, num_warps=2) if family(arch) == "sm_90" and item_size == 2 else tile
 
@@ -239,6 +247,11 @@ def hopper_shared_tile(head_dim: int, rows: int) -> Tile | None:
     if tile is None or rows not in (64, 128):  # whole warpgroups
         return None
     return replace(tile, block_m=rows, num_warps=rows // 16)
+
+
+def hopper_wide_shared_tile(head_dim: int, rows: int) -> WideTile | None:
+    """The same for many rows, a pair of tiles or both halves of one; None: not for these."""
+    return _SHARED_WIDE.get(head_dim) if rows in (64, 128) else None
 
 
 def prefill_tile(arch: str, dim_pad: int, item_size: int) -> Tile:
