@@ -243,7 +243,7 @@ def split_draws(made: Any) -> None:
 
 
 def shared_rows(made: Any, **shape: Any) -> None:
-    """Rows that share blocks, read through the first one's table: the others' entries are poison.
+    """Rows that share blocks, read through a tile's first one's table: the others' entries are poison.
 
     Own keys whole (then they go on from what is shared) and split, what is shared whole and split.
     """
@@ -251,18 +251,24 @@ def shared_rows(made: Any, **shape: Any) -> None:
     usual = launcher._num_splits, launcher._cores
     for splits, cores in ((1, 1000), (3, 1000)):
         launcher._num_splits, launcher._cores = splits, cores
-        _shared_rows(made, **shape)
+        many_shared_rows(made, [5], **shape)
     launcher._num_splits, launcher._cores = usual
 
 
-def _shared_rows(made: Any, **shape: Any) -> None:
-    lengths, prefix = [300, 283, 290, 297, 275, 40], 272
+def many_shared_rows(made: Any, groups: list[int], **shape: Any) -> None:
+    """Groups of rows, each with a prefix of its own in common, and one row alone; as above."""
+    rng = np.random.default_rng(0)
+    prefix = 272 // shape.get("block", 16) * shape.get("block", 16)
+    lengths = [*(prefix + rng.integers(3, 60, sum(groups))).tolist(), 40]
     sequences = Sequences(made, lengths, **shape)
-    shared = prefix // sequences.block
-    for row in range(5):
-        sequences.k[row][:prefix] = sequences.k[0][:prefix]
-        sequences.v[row][:prefix] = sequences.v[0][:prefix]
-        sequences.tables[row][:shared] = sequences.tables[0][:shared]
+    shared, first, firsts = prefix // sequences.block, 0, []
+    for count in groups:
+        for row in range(first + 1, first + count):
+            sequences.k[row][:prefix] = sequences.k[first][:prefix]
+            sequences.v[row][:prefix] = sequences.v[first][:prefix]
+            sequences.tables[row][:shared] = sequences.tables[first][:shared]
+        firsts += range(first, first + count, SharedRows.WIDTH)  # of each tile
+        first += count
     for row, length in enumerate(lengths):
         sequences.fill(row, length - 2)
     plain = sequences.batch
@@ -270,6 +276,7 @@ def _shared_rows(made: Any, **shape: Any) -> None:
     unowned = (
         set(range(sequences.pool.num_blocks)) - set(itertools.chain(*sequences.tables))
     ).pop()
+    others = [row for row in range(first) if row not in firsts]
 
     def batch(*arguments: Any) -> StepBatch:
         found = plain(*arguments)
@@ -277,15 +284,15 @@ def _shared_rows(made: Any, **shape: Any) -> None:
         tables = found.block_tables.cpu().numpy()
         arrays = find_shared_rows(tables, starts, sequences.block)
         assert arrays is not None
-        assert arrays[2].tolist() == [prefix] * 5 + [0]
+        assert arrays[2].tolist() == [prefix] * first + [0]
         poisoned = found.block_tables.clone()
-        poisoned[1:5, :shared] = unowned  # NaN: whoever reads it shows it
+        poisoned[others, :shared] = unowned  # NaN: whoever reads it shows it
         on = [torch.from_numpy(array).to(where) for array in arrays]
         return replace(found, shared=SharedRows(*on), block_tables=poisoned)
 
     sequences.batch = batch  # type: ignore[method-assign]
-    sequences.step([1] * 6)
-    sequences.step([1] * 6)
+    sequences.step([1] * len(lengths))
+    sequences.step([1] * len(lengths))
 
 
 def skinny_linears(made: Any) -> None:

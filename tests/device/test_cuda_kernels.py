@@ -360,3 +360,18 @@ def test_long_prompts(device: Any, dtype: DType, block: int) -> None:
             batch = SimpleNamespace(num_tokens=sum(counts), num_rows=sum(map(bool, counts)))
             assert launcher._takes_wide(variant.shape, variant.wide, batch)
         sequences.step(counts)
+
+
+@pytest.mark.parametrize("heads", [32, 40])
+@pytest.mark.parametrize(("dtype", "block"), [("bfloat16", 16), ("float16", 128)])
+def test_many_rows_that_share(device: Any, dtype: DType, block: int, heads: int) -> None:
+    """Two prefixes; on Hopper by warpgroups that share keys, two tiles of rows or two halves of one."""
+    context = checks.context(device, dtype)
+    launcher: Any = context.kernels.launcher
+    shape = {"heads": heads, "kv_heads": 8, "dim": 128, "block": block, "layers": 1}
+    checks.many_shared_rows(context, [90, 37], **shape)  # 128 rows with the one alone
+    for variant in launcher._variants.values():
+        if launcher._hopper_wide_shared is not None:
+            assert launcher._takes_wide_shared(SimpleNamespace(num_rows=128), variant) is not None
+    for few in ("gqa", "gqa_3", "dim_128", "block_128"):
+        checks.shared_rows(context, **checks.SHAPES[few])

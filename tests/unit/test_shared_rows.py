@@ -61,13 +61,13 @@ def test_batches_of_the_scheduler_say_what_their_rows_share() -> None:
                         max_batched_tokens=2048)
     )  # fmt: skip
     prefixes = [[rng.randrange(1, 999) for _ in range(400)] for _ in range(2)]
-    for number in range(24):
+    for number in range(40):
         prompt = (*prefixes[number % 2], *[number + 1] * rng.randrange(1, 60))
         params = SamplingParams(max_tokens=rng.randrange(4, 60), ignore_eos=True)
         scheduler.add(Request(str(number), prompt, params, params.max_tokens or 1,
                               arrival_time=float(number)))  # fmt: skip
     batcher = Batcher(16, 40, share=True)
-    seen = 0
+    seen = paired = 0
     while scheduler.has_work():
         plan = scheduler.schedule()
         assert plan is not None
@@ -89,7 +89,15 @@ def test_batches_of_the_scheduler_say_what_their_rows_share() -> None:
                     assert keys[row] == count
                     assert torch.equal(tables[row, : count // 16], tables[own[0], : count // 16])
             assert sorted(listed) == torch.nonzero(keys)[:, 0].tolist()
+            pairs = batch.shared.tile_keys.view(-1, 2)
+            for number, (one, two) in enumerate(pairs.tolist()):
+                assert two in (0, one)  # the second of a pair shares what the first does
+                if two:
+                    rows = batch.shared.tile_rows[2 * number : 2 * number + 2, 0].long()
+                    assert torch.equal(*tables[rows, : one // 16])
+                    paired += 1
         nothing = (None,) * len(plan.rows)
         tokens = tuple((7,) * row.num_samples for row in plan.rows)
         scheduler.commit(plan, StepOutput(tokens, nothing, nothing))
     assert seen > 10
+    assert paired > 0

@@ -88,6 +88,10 @@ class Shape:
         parts = tile.parts if isinstance(tile, WideTile) else 1
         return parts * (tile.block_m // self.group_tile(tile))
 
+    def rows(self, tile: WideTile) -> int:
+        """Rows that one program for shared keys takes."""
+        return tile.parts * tile.block_m // pad(self.group, 1)
+
     def constants(self, tile: Tile) -> dict[str, Any]:
         """The constants that decode and prefill share."""
         return {
@@ -276,12 +280,11 @@ class AttentionLauncher:
                 hopper_shared = self.hopper_shared_override or hopper_shared_tile(
                     shape.head_dim, rows
                 )
-            wide_shared = None
-            if (
-                self._hopper_wide_shared is not None
-                and hopper_shared is not None
-                and not self.hopper_shared_override
-            ):
+            wide_shared, shares = (
+                None,
+                hopper_shared is not None and not self.hopper_shared_override,
+            )
+            if self._hopper_wide_shared is not None and shares:
                 wide_shared = self.wide_shared_override or hopper_wide_shared_tile(
                     shape.head_dim, rows
                 )
@@ -346,7 +349,7 @@ class AttentionLauncher:
         rows, room = SharedRows.WIDTH, {}
         wide = self._takes_wide_shared(batch, variant)
         if wide is not None:
-            rows, room = wide.parts * wide.block_m // pad(shape.group, 1), {"per_core": 1}
+            rows, room = shape.rows(wide), {"per_core": 1}
         chosen: int = self._decode.choose_splits(
             -(-batch.num_rows // rows), shape.num_kv_heads, batch.max_seq_len,
             variant.decode.block_n, self._cores, **room,
@@ -365,8 +368,7 @@ class AttentionLauncher:
         grid = (len(shared.tile_keys), shape.num_kv_heads, splits - own)
         hopper, wide = variant.hopper_shared, self._takes_wide_shared(batch, variant)
         if wide is not None:
-            rows = wide.parts * wide.block_m // pad(shape.group, 1)
-            grid = (shared.tile_rows.numel() // rows, *grid[1:])
+            grid = (shared.tile_rows.numel() // shape.rows(wide), *grid[1:])
             self._hopper_wide_shared.hopper_wide_shared_kernel[grid](
                 q, boxes(data.view(-1, shape.head_dim), 16, 64), partial, lse, tables,
                 batch.query_start, shared.tile_rows, shared.tile_keys, _scales(layer)[0],
