@@ -44,12 +44,10 @@ _AHEAD: dict[str, tuple[str, ...]] = {
     "tvm": ("ci/tvm_targets.py",),
 }
 
-# Tests that need what only the lanes install: here they run, once. What is left out compiles what the
-# lanes of _AHEAD compile.
+# Tests that need what only the lanes install: here they run, once.
 _TESTS = {
     "tests-tvm": ("tests/conformance/test_tvm_kernels.py", "tests/conformance/test_tvm_targets.py",
-                  "tests/conformance/test_tvm_gpu_source.py", "tests/golden/test_program_tvm.py",
-                  "-k", "not test_source_is_generated"),
+                  "tests/conformance/test_tvm_gpu_source.py", "tests/golden/test_program_tvm.py"),
     "tests-triton": ("tests/conformance/test_triton_interpreter.py",
                      "tests/conformance/test_triton_targets.py",
                      "tests/conformance/test_triton_ahead.py",
@@ -57,8 +55,7 @@ _TESTS = {
                      "tests/conformance/test_hopper_prefill.py",
                      "tests/conformance/test_hopper_wide.py",
                      "tests/conformance/test_hopper_shared.py",
-                     "tests/conformance/test_hopper_linear.py",
-                     "-k", "not fit_each_target and not compiles_for_both_vendors"),
+                     "tests/conformance/test_hopper_linear.py"),
 }  # fmt: skip
 
 

@@ -471,7 +471,7 @@ def _hopper_module(name: str, arch: str) -> Any:
     try:
         return importlib.import_module(f"halyard.hal.kernels.triton.{name}")
     except ImportError as error:
-        fallbacks.note(f"{name}_kernel", f"the kernel for all GPUs is taken: {error}")
+        fallbacks.note(f"{name}_kernel", f"one that does without it is taken: {error}")
         return None
 
 
