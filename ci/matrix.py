@@ -52,6 +52,7 @@ _TESTS = {
                      "tests/conformance/test_triton_targets.py",
                      "tests/conformance/test_triton_ahead.py",
                      "tests/conformance/test_triton_launches.py",
+                     "tests/conformance/test_rehearsed_kernels.py",
                      "tests/conformance/test_hopper_prefill.py",
                      "tests/conformance/test_hopper_wide.py",
                      "tests/conformance/test_hopper_shared.py",

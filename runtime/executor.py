@@ -213,7 +213,7 @@ class Executor:
         return Batcher(size, self._max_blocks, shape, program.buffer, self._share, mixed)
 
     @torch.inference_mode()
-    def rehearse(self, plan: StepPlan, recorded: bool = True) -> None:
+    def rehearse(self, plan: StepPlan, recorded: bool = True, changed: bool = False) -> None:
         """Run a step of nobody's, with no step in flight, for what that brings about on the device.
 
         Its tokens have no slots, so that no block changes; what it draws is thrown away.
@@ -221,6 +221,7 @@ class Executor:
         Args:
             plan: rows that draw without penalties or grammars; their blocks are read.
             recorded: as a step is run that the device records or has recorded; else launch by launch.
+            changed: draw as from logits that penalties or grammars have changed.
 
         Raises:
             DeviceMemoryError: the device's memory is too small for this step.
@@ -237,7 +238,10 @@ class Executor:
                 self.device.torch_device
             )
             logits = self.program.run(inputs.input_ids, inputs.logit_indices, inputs.batch)
-            self.sampler.draw(logits[: packed.num_logits], self.sampler.prepare(packed.samples))
+            logits = logits[: packed.num_logits]
+            if changed:
+                logits = logits.float()
+            self.sampler.draw(logits, self.sampler.prepare(packed.samples))
             self.device.synchronize()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -18,6 +18,7 @@ from halyard.compiler.captured import CapturedProgram
 from halyard.hal import fallbacks
 from halyard.hal.contract import CompilingKernels
 from halyard.hal.errors import DeviceMemoryError
+from halyard.hal.types import BlockMove
 from halyard.runtime.executor import Executor
 from halyard.runtime.plan import PlanRow, StepPlan
 from halyard.runtime.request import Request, SamplingParams
@@ -32,9 +33,17 @@ _MANY_PROMPTS = 128  # tokens of each, in as large a step as there are
 _LONG_PROMPTS = 1100  # two of them are more than is recorded, and long enough to be attended apart
 _SPARE = 0.03  # of the device's memory, and at least:
 _SPARE_BYTES = 512 << 20  # recordings ahead of need take none of the last
-_REACHES = (512, 1024, 2048, 4096)  # keys of a lone row: each may be split in another way
+_REACHES = (
+    512,
+    1024,
+    2048,
+    4096,
+    8192,
+    16384,
+)  # keys of a lone row: each may be split in another way
 _ROWS = (2, 4, 256)  # of decode steps that go to different kernels
 _FEW = 16  # rows of one that has its keys split
+_BESIDE = 512  # keys of rows that decode beside prompts: more than a prompt's kernel takes along
 _TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)  # of steps with prompts
 
 
@@ -46,6 +55,7 @@ class _Piece:
     keys: int
     random: bool = False
     shared: bool = False  # all rows have so many keys, and all of them in common
+    changed: bool = False  # drawn as where penalties or grammars change logits
 
 
 class Rehearsal:
@@ -108,7 +118,8 @@ class Rehearsal:
         kernels = cast(CompilingKernels, self._executor.kernels)
         with kernels.compiling():
             for piece in self._varieties():
-                self._executor.rehearse(self._plan(piece), recorded=False)
+                self._executor.rehearse(self._plan(piece), recorded=False, changed=piece.changed)
+            self._executor.move(copies=[BlockMove(0, 0)])  # what swaps blocks, too
 
     def _varieties(self) -> Iterator[_Piece]:
         """Steps that have between them what serving launches."""
@@ -120,14 +131,25 @@ class Rehearsal:
             yield _Piece((min(_PROMPT, most),), min(_PROMPT, most))
             yield _Piece((long,) * 2, long)
             yield _Piece((each,) * max(1, min(rows, self._max_tokens // each)), each)
-        for keys in sorted({min(reach, most) for reach in _REACHES}):
-            yield _Piece((1,), keys, random=keys == most or keys == _REACHES[0])
+            # Prompts, short and long, beside a few rows that decode and beside many.
+            for prompt in (min(_PROMPT, most), long):
+                for number in sorted({min(_ROWS[0], rows), min(_ROWS[-1], rows)}):
+                    if number > 1 and number - 1 + prompt <= self._max_tokens:
+                        yield _Piece(
+                            (1,) * (number - 1) + (prompt,), min(max(_BESIDE, prompt), most)
+                        )
+        for keys in sorted({most, *(reach for reach in _REACHES if reach < most)}):
+            yield _Piece((1,), keys, random=keys in (most, _REACHES[0]))
         for number in sorted({min(number, rows) for number in _ROWS}):
             yield _Piece((1,) * number, min(_REACHES[0], most))
+        for number in sorted({min(number, rows) for number in (1, _FEW, _ROWS[-1])}):
+            for random in (False, True):
+                yield _Piece((1,) * number, min(_REACHES[0], most), random, changed=True)
         # What rows share: many go on from that, the keys of a few are split beside it.
         many, few = min(_ROWS[-1], rows), min(_FEW, rows)
         yield _Piece((1,) * many, min(_REACHES[1], most), random=True, shared=True)
-        yield _Piece((1,) * few, min(_REACHES[2], most), shared=True)
+        for keys in sorted({min(_REACHES[2], most), most}):
+            yield _Piece((1,) * few, keys, shared=True)
 
     def _even(self, tokens: int) -> _Piece:
         """So many tokens in prompts of about equal length."""

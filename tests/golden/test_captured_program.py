@@ -204,7 +204,9 @@ def test_kernels_are_compiled_before_anything_is_run(recorded: Any) -> None:
             return getattr(inner, name)
 
         def run(self, ids: Tensor, indices: Tensor, batch: Any) -> Tensor:
-            pieces.append((batch.num_rows, batch.max_query_len, batch.max_seq_len, compiling[0]))
+            pieces.append(
+                (batch.num_rows, batch.max_query_len, batch.max_seq_len, batch.num_tokens)
+            )
             ran[0] += not compiling[0]
             return inner.run(ids, indices, batch)
 
@@ -218,9 +220,9 @@ def test_kernels_are_compiled_before_anything_is_run(recorded: Any) -> None:
     assert torch.equal(executor.pool.data, before)
     assert not any(executor.batcher._table._owners)  # the engine's own table knows nothing of it
     kinds = {(rows, queries > 1) for rows, queries, _, _ in pieces}
-    assert {(1, True), (2, True), (1, False), (4, False), (40, False)} <= kinds
+    assert {(1, True), (2, True), (40, True), (1, False), (4, False), (40, False)} <= kinds
     most = llm.engine.scheduler.config.max_batched_tokens
-    assert max(queries * rows for rows, queries, _, _ in pieces) == most
+    assert max(tokens for _, _, _, tokens in pieces) == most
     assert {keys for rows, _, keys, _ in pieces if rows == 1} >= {40, 128}
     assert llm.engine.rehearse()
     assert ran[0]

@@ -342,7 +342,7 @@ class AttentionLauncher:
             self._decode.merge_kernel[(batch.num_rows, shape.num_heads)](
                 out, partial, lse, batch.query_start, sinks, splits,
                 HEADS=shape.num_heads, HEAD_DIM=shape.head_dim, DIM_PAD=shape.dim_pad,
-                SPLITS_PAD=pad(splits, 2), SINKS=shape.sinks, EARLY=self.early, num_warps=4, **early,
+                SPLITS_PAD=pad(splits, 4), SINKS=shape.sinks, EARLY=self.early, num_warps=4, **early,
             )  # fmt: skip
 
     def _splits_of_shared(self, shape: Shape, batch: StepBatch, variant: _Variant) -> int:
