@@ -263,9 +263,9 @@ def _compile_into(
         "aot_inductor.package": False,
         "aot_inductor.output_path": str(build / _LIBRARY),
         # Parsing the headers once for all segments costs more than it saves for three of them.
-        "aot_inductor.precompile_headers": False,
+        "aot_inductor.precompile_headers": _parse_once(),
         "aot_inductor.enable_line_tables": False,
-        "cpp_cache_precompile_headers": False,
+        "cpp_cache_precompile_headers": _parse_once(),
         "compile_threads": 1,  # no pool of subprocesses that outlives us
         # What is left between linears and attention is small: a parallel region around each norm
         # gains little, and on a busy machine costs a time slice at its barrier.
@@ -283,6 +283,11 @@ def _compile_into(
         if not extern.stem.endswith("_metadata"):  # the other files are for people
             shutil.move(extern, directory / _EXTERN)
     shutil.rmtree(build, ignore_errors=True)
+
+
+def _parse_once() -> bool:
+    """Whether headers are parsed once and kept: asked for by Inductor's own switch, where much is compiled."""
+    return os.environ.get("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS") == "1"
 
 
 def _known_option(key: str) -> bool:
