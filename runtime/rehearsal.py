@@ -33,14 +33,9 @@ _MANY_PROMPTS = 128  # tokens of each, in as large a step as there are
 _LONG_PROMPTS = 1100  # two of them are more than is recorded, and long enough to be attended apart
 _SPARE = 0.03  # of the device's memory, and at least:
 _SPARE_BYTES = 512 << 20  # recordings ahead of need take none of the last
-_REACHES = (
-    512,
-    1024,
-    2048,
-    4096,
-    8192,
-    16384,
-)  # keys of a lone row: each may be split in another way
+# Keys of a lone row, each of which may be split in another way; more than the last are split alike.
+_REACHES = (512, 1024, 2048, 4096, 8192, 16384)
+_FARTHEST = 1 << 17
 _ROWS = (2, 4, 256)  # of decode steps that go to different kernels
 _FEW = 16  # rows of one that has its keys split
 _BESIDE = 512  # keys of rows that decode beside prompts: more than a prompt's kernel takes along
@@ -138,8 +133,9 @@ class Rehearsal:
                         yield _Piece(
                             (1,) * (number - 1) + (prompt,), min(max(_BESIDE, prompt), most)
                         )
-        for keys in sorted({most, *(reach for reach in _REACHES if reach < most)}):
-            yield _Piece((1,), keys, random=keys in (most, _REACHES[0]))
+        farthest = min(most, _FARTHEST)
+        for keys in sorted({farthest, *(reach for reach in _REACHES if reach < most)}):
+            yield _Piece((1,), keys, random=keys in (farthest, _REACHES[0]))
         for number in sorted({min(number, rows) for number in _ROWS}):
             yield _Piece((1,) * number, min(_REACHES[0], most))
         for number in sorted({min(number, rows) for number in (1, _FEW, _ROWS[-1])}):
@@ -148,7 +144,7 @@ class Rehearsal:
         # What rows share: many go on from that, the keys of a few are split beside it.
         many, few = min(_ROWS[-1], rows), min(_FEW, rows)
         yield _Piece((1,) * many, min(_REACHES[1], most), random=True, shared=True)
-        for keys in sorted({min(_REACHES[2], most), most}):
+        for keys in sorted({min(_REACHES[2], most), farthest}):
             yield _Piece((1,) * few, keys, shared=True)
 
     def _even(self, tokens: int) -> _Piece:
@@ -170,10 +166,11 @@ class Rehearsal:
     def _plan(self, piece: _Piece) -> StepPlan:
         blocks, size = self._executor.pool.num_blocks, self._executor.pool.layout.spec.block_size
         params = SamplingParams(temperature=1.0 if piece.random else 0.0)
-        rows = []
+        rows, longest = [], (0,) * piece.keys
         for number, count in enumerate(piece.counts):
-            end = piece.keys if number == 0 or piece.shared else count
-            request = Request(f"rehearsal-{number}", (0,) * end, params, max_tokens=1)
+            prompt = longest if number == 0 or piece.shared else (0,) * count
+            end = len(prompt)
+            request = Request(f"rehearsal-{number}", prompt, params, max_tokens=1)
             sequence = Sequence.first_of(request, -1)
             sequence.status = SequenceStatus.RUNNING
             # Read, never written; different ones, so that the rows have none in common.

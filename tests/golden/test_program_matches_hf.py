@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_models import SERVED, tiny_model
 
 from halyard.compiler.build import build_program
 from halyard.compiler.graphs.eager import EagerCompiler
-from halyard.compiler.program import HeadShape, Program
+from halyard.compiler.program import HeadShape, Program, UnboundProgram
 from halyard.compiler.segments import SegmentCall
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
@@ -22,30 +23,35 @@ BLOCK = 4
 CASES: dict[str, tuple[object, Program, int]] = {}
 
 
+@cache
+def unbound_of(family: str) -> UnboundProgram:
+    """A tiny model's program, made once."""
+    device, spec = CpuDevice(), ModelSpec.from_hf(tiny_model(family).config)
+    traceable = build_meta_module(spec, "float32")
+    return build_program(
+        traceable,
+        traceable.buffers_by_name,
+        EagerCompiler(),
+        device.info,
+        name=family,
+        num_layers=spec.num_layers,
+        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+        vocab_size=spec.vocab_size,
+        dtype="float32",
+        torch_device=device.torch_device,
+    )
+
+
 def program_of(family: str, kernels: ReferenceKernels | None = None) -> tuple[object, Program, int]:
     """(Hugging Face model, program, unique segments), made once for the reference's own kernels."""
     if family not in CASES or kernels is not None:
-        model = tiny_model(family)
-        spec = ModelSpec.from_hf(model.config)
-        device = CpuDevice()
-        traceable = build_meta_module(spec, "float32")
-        unbound = build_program(
-            traceable,
-            traceable.buffers_by_name,
-            EagerCompiler(),
-            device.info,
-            name=family,
-            num_layers=spec.num_layers,
-            heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
-            vocab_size=spec.vocab_size,
-            dtype="float32",
-            torch_device=device.torch_device,
-        )
+        model, unbound, device = tiny_model(family), unbound_of(family), CpuDevice()
         state = {k: v for k, v in model.state_dict(keep_vars=False).items() if k in unbound.weights}
         assert set(state) == set(unbound.weights)
         used = kernels or ReferenceKernels(device)
         program = unbound.bind(dict(state), used)
-        pool = device.allocate_kv(used.layout(spec.kv_spec("float32", BLOCK)), 64, host=False)
+        layout = used.layout(ModelSpec.from_hf(model.config).kv_spec("float32", BLOCK))
+        pool = device.allocate_kv(layout, 64, host=False)
         pool.data.fill_(float("nan"))  # whoever reads a slot nobody wrote shows it
         program.set_pool(pool)
         unique = len({c.segment for c in unbound.calls if isinstance(c, SegmentCall)})

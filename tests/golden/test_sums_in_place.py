@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -68,6 +69,13 @@ def built(spec: ModelSpec, compiler: InPlace) -> UnboundProgram:
     )  # fmt: skip
 
 
+@cache
+def as_on_gpus(family: str) -> tuple[InPlace, UnboundProgram]:
+    """A tiny model's program, made once, and what its compiler was given."""
+    compiler = InPlace()
+    return compiler, built(ModelSpec.from_hf(tiny_model(family).config), compiler)
+
+
 def bound(family: str, unbound: UnboundProgram) -> Program:
     """With the tiny model's weights and a pool."""
     model, kernels = tiny_model(family), ReferenceKernels(DEVICE)
@@ -82,8 +90,7 @@ def bound(family: str, unbound: UnboundProgram) -> Program:
 @pytest.mark.parametrize("family", SERVED)
 def test_few_wanted_tokens_go_on_alone_on_gpus_too(family: str) -> None:
     """Their operators are known to go row by row; two families' experts regroup tokens."""
-    compiler = InPlace()
-    program = built(ModelSpec.from_hf(tiny_model(family).config), compiler)
+    compiler, program = as_on_gpus(family)
     assert (program.token_axes is None) == (family in ("gpt-oss", "deepseek-v3"))
     # The first segment and what all layers behind it share.
     assert compiler.targets.count(rotate_pair) == (2 if family in ROTATED else 0)
@@ -97,9 +104,7 @@ def test_few_wanted_tokens_go_on_alone_on_gpus_too(family: str) -> None:
     [("llama", 4, 2), ("qwen2", 4, 2), ("phi3", 4, 2), ("gemma2", 0, 2), ("mixtral", 2, 0)],
 )
 def test_logits_stay(family: str, in_place: int, gated: int) -> None:
-    model, compiler = tiny_model(family), InPlace()
-    spec = ModelSpec.from_hf(model.config)
-    unbound = built(spec, compiler)
+    compiler, unbound = as_on_gpus(family)
     targets = compiler.targets
     assert targets.count(linear_add_) == in_place
     assert targets.count(linear_add) == 0
@@ -116,11 +121,12 @@ def test_logits_stay(family: str, in_place: int, gated: int) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "phi3", "mixtral"])
 def test_rotations_at_once_give_the_same_logits(family: str) -> None:
-    spec = ModelSpec.from_hf(tiny_model(family).config)
+    plain = InPlace("rotate_heads")
+    unturned = built(ModelSpec.from_hf(tiny_model(family).config), plain)
     prompts = [[(7 * i + row) % 128 for i in range(13 + row)] for row in range(2)]
     logits = []
-    for compiler, times in ((InPlace(), 2), (InPlace("rotate_heads"), 0)):
-        program = bound(family, built(spec, compiler))
+    for (compiler, unbound), times in ((as_on_gpus(family), 2), ((plain, unturned), 0)):
+        program = bound(family, unbound)
         assert compiler.targets.count(rotate_pair) == times
         batch = Batch(prompts)
         steps: list[dict[int, int]] = [{0: 12, 1: 8}, {0: 1, 1: 6}]
@@ -145,8 +151,7 @@ class Strides(TorchDispatchMode):
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
 def test_inductor_rotates_parts_of_a_product_where_they_lie() -> None:
     """No copy before the operator: heads are as far apart as in the product of q, k and v."""
-    compiler = InPlace()
-    built(ModelSpec.from_hf(tiny_model("llama").config), compiler)
+    compiler, _ = as_on_gpus("llama")
     values = [n.meta["val"] for n in compiler.changed[1].graph.nodes if n.op == "placeholder"]
     compiled = compile_artefact(compiler.changed[1], values)
     inputs = [
