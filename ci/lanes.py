@@ -1,13 +1,16 @@
 """Runs the lanes of ci/matrix.py, one a core at a time, and prints each one's output when it is done.
 
-Usage: python ci/lanes.py [--jobs N] [--lane NAME ...] [--seconds S]
+Usage: python ci/lanes.py [--jobs N] [--lane NAME ...] [--seconds S] [--part beside|rest]
 
-Exit status 1 if a lane failed or took too long. Reports of the suite go to build/lanes.
+`--part beside` runs what needs nothing but the dev tools and only computes, at the lowest priority: beside
+the tests, which often wait. `--part rest` runs the others. Exit status 1 if a lane failed or took too
+long. Reports of the suite go to build/lanes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -17,6 +20,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from matrix import Lane, lanes
 
@@ -26,6 +31,8 @@ REPORTS = ROOT / "build" / "lanes"
 # Longest first, so that the last ones to run are short.
 _LONG = ("tests-tvm", "cpu", "arm64", "tests-triton", "triton-interpreter", "tvm", "tvm-targets",
          "triton-targets")  # fmt: skip
+_BESIDE = ("arm64",)  # not the suite's: its cells have deadlines
+_running: set[subprocess.Popen[str]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +58,29 @@ def run_lane(lane: Lane, seconds: float) -> Outcome:
         command, cwd=ROOT, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
+        _running.add(process)
         try:
             output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             return Outcome(lane, -1, time.monotonic() - started, output)
+        finally:
+            _running.discard(process)
     return Outcome(lane, process.returncode, time.monotonic() - started, output)
+
+
+def stop_on_signals() -> None:
+    """Lanes are sessions of their own: what stops this program must not leave them running."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for process in tuple(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    os._exit(128 + number)
 
 
 def main() -> int:
@@ -65,12 +88,19 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="lanes at a time")
     parser.add_argument("--lane", nargs="+", default=[], help="only these")
     parser.add_argument("--seconds", type=float, default=1200.0, help="that a lane may take")
+    parser.add_argument(
+        "--part", choices=("beside", "rest"), help="beside the tests, or after them"
+    )
     args = parser.parse_args()
     chosen = lanes()
     unknown = set(args.lane) - {lane.lane for lane in chosen}
     if unknown:
         parser.error(f"no lane {', '.join(sorted(unknown))} here: python ci/matrix.py --all")
     chosen = [lane for lane in chosen if not args.lane or lane.lane in args.lane]
+    if args.part is not None:
+        chosen = [lane for lane in chosen if (lane.lane in _BESIDE) == (args.part == "beside")]
+    if args.part == "beside":
+        os.nice(19)
     chosen.sort(key=lambda lane: _LONG.index(lane.lane) if lane.lane in _LONG else len(_LONG))
     outcomes = []
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:
@@ -89,4 +119,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     sys.exit(main())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from halyard.hal.matrix import load_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
+_STUCK = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 
 
 @pytest.fixture
@@ -59,6 +62,52 @@ def test_a_lane_that_goes_wrong_is_told(
     assert "passed" in words["good"]
     assert "FAILED (1)" in words["bad"]
     assert "TOO SLOW" in words["stuck"]
+
+
+def running(pid: str) -> bool:
+    """Not gone, and not dead with nobody to bury it."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_stops_it_stops_its_lanes(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    program = (
+        "import sys; sys.path.insert(0, 'ci'); import lanes\n"
+        f"lanes.lanes = lambda: [lanes.Lane('stuck', ('-c', {_STUCK!r}, {str(mark)!r}))]\n"
+        "sys.argv = ['lanes.py']; lanes.stop_on_signals(); sys.exit(lanes.main())"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) as process:
+        while not (mark.exists() and mark.read_text()):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(10) == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 10
+    while running(mark.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(mark.read_text())
+
+
+def test_each_lane_runs_in_one_of_two_parts(
+    ci: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [
+        ci.Lane("arm64", ("-c", "import os; print('at', os.nice(0))")),
+        ci.Lane("other", ("-c", "")),
+    ]
+    monkeypatch.setattr(ci, "lanes", lambda: both)
+    monkeypatch.setattr(ci.os, "nice", lambda more: None)  # this process keeps its own
+    told = {}
+    for part in ("beside", "rest"):
+        monkeypatch.setattr(sys, "argv", ["lanes.py", "--part", part])
+        assert ci.main() == 0
+        told[part] = {
+            line.split()[0] for line in capsys.readouterr().out.splitlines() if "passed" in line
+        }
+    assert told == {"beside": {"arm64"}, "rest": {"other"}}
 
 
 def test_a_lane_runs_with_its_own_environment(ci: Any) -> None:
