@@ -7,8 +7,8 @@ lie in one buffer, which a step's inputs are copied to in one piece; rows that o
 have no slot and one key, and nobody reads what they get.
 
 Steps with prompts in them are recorded up to a number of tokens, behind which the device takes longer
-than the launches; there is a recording when a shape comes again. Rows that fill these up have no
-tokens, and tokens that do belong to no row.
+than the launches; there is a recording when a shape comes the third time, or sooner while nobody
+waits. Rows that fill these up have no tokens, and tokens that do belong to no row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ _MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 12
                  *range(1024, 2049, 256))  # fmt: skip
 _MIXED_ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
-_MOST_AHEAD = 48  # of them, those that may be recorded before they come again
+_MOST_AHEAD = 48  # of them, those that may be recorded while nobody waits
+# A recording takes 45 ms, in which nobody gets a token; kernel by kernel such a step takes some more than replayed.
+_OFTEN = 3
 # Rows that a wider recording computes for nobody until recording what fits would have taken less: in
 # one piece, and together where other numbers of rows come in between. A longer reach alone counts little.
 _SPENT_AT_ONCE = 1024
@@ -159,12 +161,15 @@ class CapturedProgram:
         first = list(dict.fromkeys(first))
         return first + [shape for shape in shapes if shape not in first]
 
-    def seen_once(self) -> tuple[int, int, int] | None:
-        """(tokens, rows, keys) of a step with prompts that came once and is not recorded yet."""
+    def due(self) -> tuple[int, int, int] | None:
+        """(tokens, rows, keys) of a step with prompts that came and isn't recorded: the next such step will
+        be. The most frequent first, each of them once."""
         if not self._enabled or self.num_mixed >= _MOST_AHEAD:
             return None
-        for (tokens, rows, keys, _, shares), times in self._seen.items():
-            if times == 1 and not shares:
+        for key, times in self._seen.most_common():
+            tokens, rows, keys, _, shares = key
+            if times < _OFTEN - 1 and not shares:
+                self._seen[key] = _OFTEN - 1
                 return tokens, rows, keys
         return None
 
@@ -210,9 +215,9 @@ class CapturedProgram:
         return logits
 
     def _worth_recording(self, key: _Key) -> bool:
-        """A recording costs as much as several steps: only for what comes again."""
+        """A recording costs as much as several steps: only for what comes again and again."""
         self._seen[key] += 1
-        if self._seen[key] < 2 or self.num_mixed >= _MOST_MIXED:
+        if self._seen[key] < _OFTEN or self.num_mixed >= _MOST_MIXED:
             return False
         self.num_mixed += 1
         return True

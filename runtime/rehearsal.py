@@ -106,7 +106,7 @@ class Rehearsal:
             for tokens in (*(n for n in _TOKENS if n < self._max_tokens), self._max_tokens):
                 yield self._run(self._even(tokens), recorded=False)
         while True:
-            shape = program.seen_once()
+            shape = program.due()
             yield None if shape is None else self._run(_Piece(_shares(*shape[:2]), shape[2]))
 
     def _compile(self) -> None:

@@ -81,8 +81,9 @@ class _InPlace:
     ("able", "with_prompts"), [(True, False), (False, False), (True, True), (False, True)]
 )
 def test_recorded_steps_give_the_same_tokens(
-    tmp_path: Path, able: bool, with_prompts: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, able: bool, with_prompts: bool
 ) -> None:
+    monkeypatch.setattr("halyard.compiler.captured._OFTEN", 2)
     save_tiny_model("llama", tmp_path)
     prompts = [[1 + i, 5, 9, 40 + i] * (1 + i) for i in range(7)]
     params = [
@@ -240,17 +241,31 @@ def test_a_step_with_prompts_that_came_once_is_recorded_when_there_is_time(recor
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     llm.generate(prompts, params)
     mixed, recordings = captured.num_mixed, device.recorded
-    shape = captured.seen_once()
-    assert shape is not None
     while llm.engine.rehearse():
         pass
-    assert captured.seen_once() is None
+    assert captured.due() is None
     assert captured.num_mixed == mixed + 1
     assert device.recorded == recordings + 1
     replayed = device.replayed
     llm.generate([[90 + i] * (5 + i % 3) for i in range(12)], params)  # no cached prefix
     assert device.recorded == recordings + 1
     assert device.replayed >= replayed + 2
+
+
+def test_nobody_waits_for_the_recording_of_a_step_with_prompts_that_seldom_comes(
+    recorded: Any,
+) -> None:
+    llm, device, captured = recorded
+    executor = llm.engine.executor
+    executor.batcher = Batcher(16, 8, captured.decode_shape, captured.buffer, False, captured.mixed_shape)  # fmt: skip
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    mixed = []
+    for turn in range(5):
+        llm.generate([[3 + 12 * turn + i] * (5 + i % 3) for i in range(12)], params)
+        mixed.append(captured.num_mixed)
+    assert mixed == [0, 0, 1, 1, 1]
+    assert device.replayed == 3
+    assert captured.due() is None
 
 
 @pytest.mark.parametrize(
