@@ -74,7 +74,8 @@ class CapturedProgram:
         self._buckets = row_buckets(max_rows)
         self._mixed_rows = [*(rows for rows in _MIXED_ROWS if rows < max_rows), max_rows]
         self._replays: dict[_Key, tuple[Callable[[], None], Tensor]] = {}
-        self._seen: Counter[_Key] = Counter()  # steps with prompts that are not recorded
+        self._seen: Counter[_Key] = Counter()  # steps with prompts, until they are recorded
+        self._due: set[_Key] = set()  # of them, those that are recorded when they come next
         # Rows in vain by the decode step that would have fitted: ever, and since other steps came.
         self._spent: Counter[_Key] = Counter()
         self._lately: tuple[_Key | None, int] = (None, 0)
@@ -168,8 +169,8 @@ class CapturedProgram:
             return None
         for key, times in self._seen.most_common():
             tokens, rows, keys, _, shares = key
-            if times < _OFTEN - 1 and not shares:
-                self._seen[key] = _OFTEN - 1
+            if times < _OFTEN and key not in self._due and not shares:
+                self._due.add(key)
                 return tokens, rows, keys
         return None
 
@@ -181,6 +182,7 @@ class CapturedProgram:
     def _forget(self) -> None:
         self._replays.clear()
         self._seen.clear()
+        self._due.clear()
         self._spent.clear()
         self._lately = (None, 0)
         self.num_mixed = 0
@@ -217,7 +219,7 @@ class CapturedProgram:
     def _worth_recording(self, key: _Key) -> bool:
         """A recording costs as much as several steps: only for what comes again and again."""
         self._seen[key] += 1
-        if self._seen[key] < _OFTEN or self.num_mixed >= _MOST_MIXED:
+        if self.num_mixed >= _MOST_MIXED or (self._seen[key] < _OFTEN and key not in self._due):
             return False
         self.num_mixed += 1
         return True

@@ -230,16 +230,19 @@ def test_kernels_are_compiled_before_anything_is_run(recorded: Any) -> None:
     del kernels.compiling, kernels.takes_empty_rows
 
 
-def test_a_step_with_prompts_that_came_once_is_recorded_when_there_is_time(recorded: Any) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_step_with_prompts_that_came_is_recorded_when_there_is_time(
+    recorded: Any, times: int
+) -> None:
     llm, device, captured = recorded
     executor = llm.engine.executor
     executor.batcher = Batcher(16, 8, captured.decode_shape, captured.buffer, False, captured.mixed_shape)  # fmt: skip
     executor.kernels.takes_empty_rows = True
     while llm.engine.rehearse():
         pass
-    prompts = [[3 + i] * (5 + i % 3) for i in range(12)]
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
-    llm.generate(prompts, params)
+    for turn in range(times):
+        llm.generate([[3 + 40 * turn + i] * (5 + i % 3) for i in range(12)], params)
     mixed, recordings = captured.num_mixed, device.recorded
     while llm.engine.rehearse():
         pass
