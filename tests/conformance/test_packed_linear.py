@@ -120,8 +120,8 @@ def test_gates_far_out_are_open_or_shut(gelu: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gated_row_depends_neither_on_the_others_nor_on_threads(dtype: torch.dtype) -> None:
-    packed = linear.pack_linear(*(torch.randn(2048, 100).to(dtype) for _ in range(2)))
-    x = torch.randn(200, 100).to(dtype)
+    packed = linear.pack_linear(*(torch.randn(2048, 300).to(dtype) for _ in range(2)))
+    x = torch.randn(200, 300).to(dtype)
     before = torch.get_num_threads()
     try:
         found = []

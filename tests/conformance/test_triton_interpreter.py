@@ -20,8 +20,12 @@ pytest.importorskip("triton", reason="the Triton kernels need triton: pip instal
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process with TRITON_INTERPRET=1")
-# float16 runs the same code with other roundings. More shapes: the suite's lane for the interpreter.
-CELLS = [("float32", "mqa_5"), ("float32", "all_features"), ("float16", "all_features")]
+# float16 runs the same code with other roundings: a few shapes are enough.
+CELLS = [
+    *(("float32", name) for name in ("gqa", "mqa_5", "dim_24", "block_32", "window_5")),
+    ("float32", "all_features"),
+    ("float16", "all_features"),
+]
 
 if INTERPRETING:
     import triton_checks as checks

@@ -18,12 +18,19 @@ pytest.importorskip("tvm", reason='needs pip install "halyard[tvm]"')
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_source_is_generated() -> None:
-    """Others: the lane that generates all of them."""
-    made = emit_source("rocm", "float16")
+@pytest.mark.parametrize(
+    ("target", "dtype", "word"),
+    [
+        ("cuda", "bfloat16", "__global__"),
+        ("opencl", "float32", "__kernel"),
+        ("rocm", "float16", ".amdhsa_kernel"),
+    ],
+)
+def test_source_is_generated(target: str, dtype: str, word: str) -> None:
+    made = emit_source(target, dtype)
     assert (made.status, made.reason) == ("generated", "")
     assert made.kernels == len(KERNELS)
-    assert ".amdhsa_kernel" in made.source
+    assert word in made.source
 
 
 def test_what_goes_wrong_is_one_cell() -> None:

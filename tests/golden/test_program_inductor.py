@@ -10,15 +10,14 @@ import pytest
 import torch
 from test_program_matches_hf import Batch, check
 from tiny_models import tiny_model
+from tiny_programs import build_tiny
 
-from halyard.compiler.build import build_program
 from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.graphs.inductor import InductorCompiler
-from halyard.compiler.program import HeadShape, Program, UnboundProgram
+from halyard.compiler.program import Program, UnboundProgram
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.native.library import num_threads, product_seconds
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
-from halyard.models.adapter import build_meta_module
 from halyard.models.spec import ModelSpec
 
 DEVICE = CpuDevice()
@@ -34,19 +33,7 @@ def obtain(family: str, cache: ArtefactCache, *, may_build: bool = True) -> Unbo
 
     def build() -> UnboundProgram:
         assert may_build, "the cache should have held it"
-        traceable = build_meta_module(spec, "float32")
-        return build_program(
-            traceable,
-            traceable.buffers_by_name,
-            COMPILER,
-            DEVICE.info,
-            name=family,
-            num_layers=spec.num_layers,
-            heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
-            vocab_size=spec.vocab_size,
-            dtype="float32",
-            torch_device=DEVICE.torch_device,
-        )
+        return build_tiny(family, COMPILER)
 
     facts = {"model": spec.digest(), "dtype": "float32"}
     return load_or_build(cache, facts, build, COMPILER, DEVICE.info)

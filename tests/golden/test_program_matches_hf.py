@@ -8,15 +8,14 @@ from functools import cache
 import pytest
 import torch
 from tiny_models import SERVED, tiny_model
+from tiny_programs import build_tiny
 
-from halyard.compiler.build import build_program
 from halyard.compiler.graphs.eager import EagerCompiler
-from halyard.compiler.program import HeadShape, Program, UnboundProgram
+from halyard.compiler.program import Program, UnboundProgram
 from halyard.compiler.segments import SegmentCall
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
 from halyard.hal.types import AttentionLayer, KVPool, StepBatch
-from halyard.models.adapter import build_meta_module
 from halyard.models.spec import ModelSpec
 
 BLOCK = 4
@@ -26,20 +25,7 @@ CASES: dict[str, tuple[object, Program, int]] = {}
 @cache
 def unbound_of(family: str) -> UnboundProgram:
     """A tiny model's program, made once."""
-    device, spec = CpuDevice(), ModelSpec.from_hf(tiny_model(family).config)
-    traceable = build_meta_module(spec, "float32")
-    return build_program(
-        traceable,
-        traceable.buffers_by_name,
-        EagerCompiler(),
-        device.info,
-        name=family,
-        num_layers=spec.num_layers,
-        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
-        vocab_size=spec.vocab_size,
-        dtype="float32",
-        torch_device=device.torch_device,
-    )
+    return build_tiny(family, EagerCompiler())
 
 
 def program_of(family: str, kernels: ReferenceKernels | None = None) -> tuple[object, Program, int]:

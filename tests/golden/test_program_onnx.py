@@ -12,16 +12,14 @@ import pytest
 import torch
 from program_checks import bind, check
 from test_program_matches_hf import Batch
-from tiny_models import PROVEN, save_tiny_model, tiny_model
+from tiny_models import PROVEN, save_tiny_model
+from tiny_programs import build_tiny
 
-from halyard.compiler.build import build_program
 from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.graphs.onnxruntime import OnnxRuntimeCompiler
-from halyard.compiler.program import HeadShape, Program, UnboundProgram
+from halyard.compiler.program import Program, UnboundProgram
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.errors import BackendUnavailableError, ModelError
-from halyard.models.adapter import build_meta_module
-from halyard.models.spec import ModelSpec
 
 pytest.importorskip("onnx", reason='needs pip install "halyard[onnx]"')
 pytest.importorskip("onnxruntime", reason='needs pip install "halyard[onnx]"')
@@ -32,20 +30,7 @@ CASES: dict[str, tuple[Any, Program]] = {}
 
 
 def build(family: str, dtype: Any = "float32") -> UnboundProgram:
-    spec = ModelSpec.from_hf(tiny_model(family).config)
-    traceable = build_meta_module(spec, dtype)
-    return build_program(
-        traceable,
-        traceable.buffers_by_name,
-        COMPILER,
-        DEVICE.info,
-        name=family,
-        num_layers=spec.num_layers,
-        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
-        vocab_size=spec.vocab_size,
-        dtype=dtype,
-        torch_device=DEVICE.torch_device,
-    )
+    return build_tiny(family, COMPILER, dtype)
 
 
 def case(family: str) -> tuple[Any, Program]:

@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 from program_checks import bind, check
-from tiny_models import save_tiny_model, tiny_model
+from tiny_models import save_tiny_model
+from tiny_programs import build_tiny
 
-from halyard.compiler.build import build_program
 from halyard.compiler.cache import ArtefactCache, load_or_build
 from halyard.compiler.graphs.tvm import TvmCompiler
-from halyard.compiler.program import HeadShape, UnboundProgram
+from halyard.compiler.program import UnboundProgram
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.errors import BackendUnavailableError, ModelError
-from halyard.models.adapter import build_meta_module
-from halyard.models.spec import ModelSpec
 
 pytest.importorskip("tvm", reason='needs pip install "halyard[tvm]"')
 
@@ -29,20 +27,7 @@ COMPILER = TvmCompiler()
 
 
 def build(family: str, dtype: Any = "float32") -> UnboundProgram:
-    spec = ModelSpec.from_hf(tiny_model(family).config)
-    traceable = build_meta_module(spec, dtype)
-    return build_program(
-        traceable,
-        traceable.buffers_by_name,
-        COMPILER,
-        DEVICE.info,
-        name=family,
-        num_layers=spec.num_layers,
-        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
-        vocab_size=spec.vocab_size,
-        dtype=dtype,
-        torch_device=DEVICE.torch_device,
-    )
+    return build_tiny(family, COMPILER, dtype)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3"])  # the suite has all: minutes

@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_program_matches_hf import Batch, check
 from tiny_models import SERVED, tiny_model
+from tiny_programs import build_tiny
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halyard.compiler.build import build_program
 from halyard.compiler.graphs.eager import EagerCompiler
 from halyard.compiler.graphs.inductor_gpu import add_in_place, compile_artefact
-from halyard.compiler.program import HeadShape, Program, UnboundProgram
+from halyard.compiler.program import Program, UnboundProgram
 from halyard.hal.contract import Executable
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.kernels.native.library import find_compiler
@@ -25,7 +25,6 @@ from halyard.hal.kernels.triton.gated import gated_product
 from halyard.hal.kernels.triton.rotary import rotate_pair
 from halyard.hal.kernels.triton.skinny import linear_add, linear_add_
 from halyard.hal.types import DeviceInfo
-from halyard.models.adapter import build_meta_module
 from halyard.models.spec import ModelSpec
 
 DEVICE = CpuDevice()
@@ -59,21 +58,11 @@ class InPlace(EagerCompiler):
         return super().compile(self.changed[-1], inputs, device)
 
 
-def built(spec: ModelSpec, compiler: InPlace) -> UnboundProgram:
-    traceable = build_meta_module(spec, "float32")
-    return build_program(
-        traceable, traceable.buffers_by_name, compiler, DEVICE.info, name=spec.architecture,
-        num_layers=spec.num_layers,
-        heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
-        vocab_size=spec.vocab_size, dtype="float32", torch_device=DEVICE.torch_device,
-    )  # fmt: skip
-
-
 @cache
 def as_on_gpus(family: str) -> tuple[InPlace, UnboundProgram]:
     """A tiny model's program, made once, and what its compiler was given."""
     compiler = InPlace()
-    return compiler, built(ModelSpec.from_hf(tiny_model(family).config), compiler)
+    return compiler, build_tiny(family, compiler)
 
 
 def bound(family: str, unbound: UnboundProgram) -> Program:
@@ -122,7 +111,7 @@ def test_logits_stay(family: str, in_place: int, gated: int) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "phi3", "mixtral"])
 def test_rotations_at_once_give_the_same_logits(family: str) -> None:
     plain = InPlace("rotate_heads")
-    unturned = built(ModelSpec.from_hf(tiny_model(family).config), plain)
+    unturned = build_tiny(family, plain)
     prompts = [[(7 * i + row) % 128 for i in range(13 + row)] for row in range(2)]
     logits = []
     for (compiler, unbound), times in ((as_on_gpus(family), 2), ((plain, unturned), 0)):
