@@ -280,10 +280,8 @@ class AttentionLauncher:
                 hopper_shared = self.hopper_shared_override or hopper_shared_tile(
                     shape.head_dim, rows
                 )
-            wide_shared, shares = (
-                None,
-                hopper_shared is not None and not self.hopper_shared_override,
-            )
+            wide_shared = None
+            shares = hopper_shared is not None and not self.hopper_shared_override
             if self._hopper_wide_shared is not None and shares:
                 wide_shared = self.wide_shared_override or hopper_wide_shared_tile(
                     shape.head_dim, rows
