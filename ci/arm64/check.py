@@ -33,7 +33,7 @@ TESTS = ("test_kernels_contract.py", "test_packed_linear.py", "test_quantized_li
 
 def build(compiler: str, level: str, target: Path) -> None:
     """The driver with the kernels in it."""
-    flags = [flag for flag in library.BASE_FLAGS if flag not in ("-shared", "-fPIC")]
+    flags = [flag for flag in library.BASE_FLAGS if flag != "-fPIC"]
     command = [compiler, *flags, *library.ISA_LEVELS[level][1], "-rdynamic", "-pthread", "-w",
                f"-I{library.SOURCES[0].parent}", str(HERE / "driver.cpp"),
                *map(str, library.SOURCES), "-ldl", "-o", str(target)]  # fmt: skip
