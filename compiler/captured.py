@@ -7,8 +7,9 @@ lie in one buffer, which a step's inputs are copied to in one piece; rows that o
 have no slot and one key, and nobody reads what they get.
 
 Steps with prompts in them are recorded up to a number of tokens, behind which the device takes longer
-than the launches; there is a recording when a shape comes the third time, or sooner while nobody
-waits. Rows that fill these up have no tokens, and tokens that do belong to no row.
+than the launches. Where a wider one is recorded that costs the device little more, that one is replayed;
+else there is a recording when a shape comes the third time, or sooner while nobody waits. Rows that
+fill these up have no tokens, and tokens that do belong to no row.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
 _MOST_AHEAD = 48  # of them, those that may be recorded while nobody waits
 # A recording takes 45 ms, in which nobody gets a token; kernel by kernel such a step takes some more than replayed.
 _OFTEN = 3
+_OFTEN_REPLAYED = (
+    64  # as the former, where a wider one is replayed: a recording must save its 45 ms
+)
+# What a step may be filled up to: tokens that the device reads its weights for anyway, and a part of its own.
+_FREE_TOKENS = 256
+_PART_IN_VAIN = 0.25
 # Rows that a wider recording computes for nobody until recording what fits would have taken less: in
 # one piece, and together where other numbers of rows come in between. A longer reach alone counts little.
 _SPENT_AT_ONCE = 1024
@@ -133,43 +140,93 @@ class CapturedProgram:
     def mixed_shape(
         self, num_tokens: int, num_rows: int, num_logits: int, max_seq_len: int
     ) -> tuple[int, int, int] | None:
-        """(tokens, rows = logits, keys) that the inputs of a step with prompts must be filled up to."""
+        """(tokens, rows = logits, keys) that the inputs of a step with prompts must be filled up to.
+        None: give them as they are."""
+        fitting = self._filled_up(num_tokens, num_rows, num_logits, max_seq_len)
+        if fitting is None:
+            return None
+        if num_rows < 2:  # nobody waits for the rest of its step: replayed, never recorded
+            return self._wider_mixed(*fitting)
+        key = (*fitting, True, False)
+        if key in self._replays:
+            return fitting
+        wider = self._wider_mixed(*fitting)
+        often = self._seen[key] >= _OFTEN_REPLAYED and self.num_mixed < _MOST_MIXED
+        if wider is None or often:
+            return fitting
+        self._seen[key] += 1
+        return wider
+
+    def _wider_mixed(self, tokens: int, rows: int, keys: int) -> tuple[int, int, int] | None:
+        """The least step with prompts that is recorded, has room for that one and isn't much more work."""
+        most = max(_FREE_TOKENS, int(tokens * (1 + _PART_IN_VAIN)))
+        room = [
+            (count, others, reach)
+            for count, others, reach, mixed, shared in self._replays
+            if mixed and not shared
+            if tokens <= count <= most and others >= rows and reach >= keys
+        ]
+        return min(room, default=None)
+
+    def fitting_mixed_shape(
+        self, num_tokens: int, num_rows: int, num_logits: int, max_seq_len: int
+    ) -> tuple[int, int, int] | None:
+        """As mixed_shape, but the shape that fits best, recorded or not."""
+        if num_rows < 2:
+            return None
+        return self._filled_up(num_tokens, num_rows, num_logits, max_seq_len)
+
+    def _filled_up(
+        self, num_tokens: int, num_rows: int, num_logits: int, max_seq_len: int
+    ) -> tuple[int, int, int] | None:
         most = max(num_rows, num_logits)
-        if (
-            not self._enabled
-            or num_tokens > _MIXED_TOKENS[-1]
-            or num_rows < 2  # one prompt: nobody waits for the rest of its step
-            or most > self._mixed_rows[-1]
-        ):
+        if not self._enabled or num_tokens > _MIXED_TOKENS[-1] or most > self._mixed_rows[-1]:
             return None
         tokens = _MIXED_TOKENS[bisect_left(_MIXED_TOKENS, num_tokens)]
         rows = self._mixed_rows[bisect_left(self._mixed_rows, most)]
         return max(tokens, rows), rows, self._reach(max_seq_len)
 
-    def decode_shapes(self) -> list[tuple[int, int]]:
-        """(rows, keys) of decode steps that are worth recording before they come.
+    def first_decode_shapes(self) -> list[tuple[int, int]]:
+        """(rows, keys) of decode steps to record before any comes.
 
         A lone row is first, whom a wider recording would cost most; then what has room for all others,
         with half as many rows each time.
         """
-        reaches = sorted({self._reach(keys) for keys in (_SHORTEST_REACH, 1024, _KEYS_AHEAD)})
-        rows = [rows for rows in self._buckets if rows <= _ROWS_AHEAD]
-        shapes = [(number, keys) for keys in reaches for number in rows]
-        first, number = [shapes[0]], rows[-1]
+        shapes, number = [(1, self._reach(1))], max(self._rows_ahead(self._buckets))
         while number > 1:
-            first.append((self._buckets[bisect_left(self._buckets, number)], reaches[-1]))
+            rows = self._buckets[bisect_left(self._buckets, number)]
+            shapes.append((rows, self._reach(_KEYS_AHEAD)))
             number //= 2
-        first = list(dict.fromkeys(first))
-        return first + [shape for shape in shapes if shape not in first]
+        return list(dict.fromkeys(shapes))
+
+    def decode_shapes(self) -> list[tuple[int, int]]:
+        """(rows, keys) of all decode steps that are worth recording before they come, the first ones first."""
+        reaches = sorted({self._reach(keys) for keys in (_SHORTEST_REACH, 1024, _KEYS_AHEAD)})
+        shapes = [(rows, keys) for keys in reaches for rows in self._rows_ahead(self._buckets)]
+        return list(dict.fromkeys([*self.first_decode_shapes(), *shapes]))
+
+    def mixed_shapes(self) -> list[tuple[int, int, int]]:
+        """(tokens, rows, keys) of steps with prompts that are worth recording before any comes: between
+        them they have room for all that don't have more rows or keys."""
+        rows, keys = max(self._rows_ahead(self._mixed_rows)), self._reach(_KEYS_AHEAD)
+        least, most = max(rows, _FREE_TOKENS), rows * keys
+        return [(n, rows, keys) for n in _MIXED_TOKENS if least <= n <= most and rows > 1]
+
+    def _rows_ahead(self, buckets: list[int]) -> list[int]:
+        return [rows for rows in buckets if rows <= _ROWS_AHEAD]
+
+    def record_next(self, tokens: int, rows: int, keys: int) -> None:
+        """The next step with prompts of that shape is recorded."""
+        self._due.add((tokens, rows, keys, True, False))
 
     def due(self) -> tuple[int, int, int] | None:
         """(tokens, rows, keys) of a step with prompts that came and isn't recorded: the next such step will
         be. The most frequent first, each of them once."""
         if not self._enabled or self.num_mixed >= _MOST_AHEAD:
             return None
-        for key, times in self._seen.most_common():
+        for key, _ in self._seen.most_common():
             tokens, rows, keys, _, shares = key
-            if times < _OFTEN and key not in self._due and not shares:
+            if key not in self._replays and key not in self._due and not shares:
                 self._due.add(key)
                 return tokens, rows, keys
         return None

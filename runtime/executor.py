@@ -200,11 +200,13 @@ class Executor:
         program.set_pool(pool)
 
     def _make_batcher(self, fitting: bool = False) -> Batcher:
-        """fitting: decode steps aren't widened to what is recorded already."""
+        """fitting: steps aren't widened to what is recorded already."""
         program, size = self.program, self.pool.layout.spec.block_size
         if not isinstance(program, CapturedProgram):
             return Batcher(size, self._max_blocks, share=self._share)
-        mixed = program.mixed_shape if getattr(self.kernels, "takes_empty_rows", False) else None
+        mixed = None
+        if getattr(self.kernels, "takes_empty_rows", False):
+            mixed = program.fitting_mixed_shape if fitting else program.mixed_shape
 
         def fits(rows: int, keys: int, _shares: bool) -> tuple[int, int] | None:
             return program.fitting_shape(rows, keys)

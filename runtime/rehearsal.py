@@ -98,16 +98,25 @@ class Rehearsal:
         if self._prompts:
             yield self._run(_Piece((self._long(),) * 2, self._long()))
         yield self._run(_Piece((1,), 1, random=True))
-        for rows, keys in program.decode_shapes():
+        first = program.first_decode_shapes()
+        for rows, keys in first:
             if program.fitting_shape(rows, keys) is None:
                 return  # the device records nothing
             yield self._run(_Piece((1,) * rows, keys))
+        if self._prompts:
+            for tokens, rows, keys in program.mixed_shapes():
+                if tokens <= self._max_tokens:
+                    program.record_next(tokens, rows, keys)
+                    yield self._run(_filling(tokens, rows, keys))
+        for rows, keys in program.decode_shapes():
+            if (rows, keys) not in first:
+                yield self._run(_Piece((1,) * rows, keys))
         if self._prompts:  # the library's kernels are loaded when they are first launched
             for tokens in (*(n for n in _TOKENS if n < self._max_tokens), self._max_tokens):
                 yield self._run(self._even(tokens), recorded=False)
         while True:
             shape = program.due()
-            yield None if shape is None else self._run(_Piece(_shares(*shape[:2]), shape[2]))
+            yield None if shape is None else self._run(_filling(*shape))
 
     def _compile(self) -> None:
         kernels = cast(CompilingKernels, self._executor.kernels)
@@ -179,6 +188,11 @@ class Rehearsal:
             rows.append(PlanRow(sequence, end - count, count, 1))
         tokens = sum(piece.counts)
         return StepPlan(0, tuple(rows), tokens, len(rows), tokens if max(piece.counts) > 1 else 0)
+
+
+def _filling(tokens: int, rows: int, keys: int) -> _Piece:
+    """A step with prompts of that shape, or as near to it as rows of so many keys come."""
+    return _Piece(tuple(min(count, keys) for count in _shares(tokens, rows)), keys)
 
 
 def _shares(tokens: int, rows: int) -> tuple[int, ...]:

@@ -255,6 +255,49 @@ def test_a_step_with_prompts_that_came_is_recorded_when_there_is_time(
     assert device.replayed >= replayed + 2
 
 
+def test_steps_with_prompts_are_replayed_from_the_first_one_on(recorded: Any) -> None:
+    llm, device, captured = recorded
+    executor = llm.engine.executor
+    shape = captured.mixed_shape
+    executor.batcher = Batcher(16, 8, captured.decode_shape, captured.buffer, False, shape)
+    prompts = [[3 + i] * (5 + i % 3) for i in range(12)]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with LLM(llm.plan.source.path, backend=BACKEND, kv_blocks=64, max_model_len=128) as other:
+        expected = [o.outputs[0].token_ids for o in other.generate([*prompts, [9, 8, 7]], params)]
+    executor.kernels.takes_empty_rows = True
+    assert shape(70, 12, 12, 7) == (96, 32, 128)  # nothing is recorded
+    assert shape(3, 1, 1, 3) is None
+    while llm.engine.rehearse():
+        pass
+    most = llm.engine.scheduler.config.max_batched_tokens
+    shapes = [one for one in captured.mixed_shapes() if one[0] <= most]
+    assert len(shapes) == 5
+    assert {(*one, True, False) for one in shapes} <= captured._replays.keys()
+    recordings = device.recorded
+    assert shape(70, 12, 12, 7) == (256, 40, 128)
+    assert shape(3, 1, 1, 3)[0] == 256  # a lone prompt, too
+    assert shape(257, 12, 12, 7) == (320, 40, 128)
+    assert shape(257, 12, 41, 7) is None  # more than the recorded ones have room for
+    for wanted, given in (([[9, 8, 7]], expected[12:]), (prompts, expected[:12])):
+        replayed = device.replayed
+        found = [o.outputs[0].token_ids for o in llm.generate(wanted, params)]
+        assert found == given
+        assert device.replayed >= replayed + 4
+    assert device.recorded == recordings
+    llm.engine.check_integrity()
+
+
+def test_a_fitting_step_with_prompts_is_recorded_where_it_comes_often(recorded: Any) -> None:
+    _, _, captured = recorded
+    captured._replays[256, 40, 128, True, False] = (lambda: None, torch.empty(0))
+    assert [captured.mixed_shape(70, 12, 12, 7)[0] for _ in range(65)] == [256] * 64 + [96]
+    assert captured.mixed_shape(300, 12, 12, 7) == (320, 32, 128)  # none has room
+    captured._replays[2048, 40, 128, True, False] = captured._replays[256, 40, 128, True, False]
+    assert captured.mixed_shape(1500, 12, 12, 7) == (1536, 32, 128)  # a third in vain
+    assert captured.mixed_shape(1700, 12, 12, 7) == (2048, 40, 128)
+    assert {captured.mixed_shape(1700, 1, 1, 7) for _ in range(99)} == {(2048, 40, 128)}
+
+
 def test_nobody_waits_for_the_recording_of_a_step_with_prompts_that_seldom_comes(
     recorded: Any,
 ) -> None:
