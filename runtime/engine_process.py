@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
@@ -79,6 +80,7 @@ class EngineLoop:
         self._observations = _Observations()
         self.engine.metrics = cast("Metrics", self._observations)
         self._received = 0
+        self._inbox: deque[Any] = deque()  # what came in during a step and waits for its end
         self._events: list[TokenEvent] = []  # that no step brought: refusals
         self._splitter = Splitter()
         self._told_stats = 0.0
@@ -94,23 +96,33 @@ class EngineLoop:
         engine = self.engine
         self._rehearse(0.0)
         while True:
-            messages = self.channel.receive(wait=not engine.has_work())
+            idle = not engine.has_work()
+            messages = list(self._inbox) or self.channel.receive(wait=idle)
+            self._inbox.clear()
             for message in messages:
                 self._received += 1
                 if isinstance(message, Stop):
                     return
                 self._take(message)
             if engine.has_work():
-                self._tell(engine.step())
+                # The first step of a burst has few of its requests: the next one is planned with more.
+                self._tell(engine.step(self._take_requests if idle else None))
             elif messages:
                 self._tell([])
-            if not engine.has_work():
+            if not engine.has_work() and not self._inbox:
                 self._rehearse(_QUIET_SECONDS)
 
     def _rehearse(self, quiet: float) -> None:
         """Once nothing has come in for `quiet` seconds: what steps to come will need, until it does."""
         while not self.channel.wait(quiet) and self.engine.rehearse():
             quiet = 0.0
+
+    def _take_requests(self) -> None:
+        """Take in what requests have come, during a step; the rest waits for its end."""
+        self._inbox.extend(self.channel.receive(wait=False))
+        while self._inbox and isinstance(self._inbox[0], Add):
+            self._received += 1
+            self._take(self._inbox.popleft())
 
     def _take(self, message: Any) -> None:
         match message:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,15 +27,19 @@ class _Engine:
         self.num_waiting = 0
         self.done: list[str] = []
         self.rehearsed = threading.Event()
+        self.during: Callable[[Callable[[], None]], None] = lambda meanwhile: meanwhile()
 
     def has_work(self) -> bool:
         return self.left > 0
 
     def add(self, request: Any) -> None:
         self.left = 3
+        self.done.append(f"add {request.request_id}")
 
-    def step(self) -> list[Any]:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[Any]:
         self.left -= 1
+        if meanwhile is not None:
+            self.during(meanwhile)
         self.done.append("step")
         time.sleep(0.002)
         return []
@@ -110,5 +115,26 @@ def test_between_two_requests_in_a_row_nothing_is_rehearsed(running: Any) -> Non
         while engine.done.count("step") < 3 * (number + 1):
             time.sleep(0.001)
         time.sleep(0.01)  # shorter than what counts as quiet
-    assert engine.done == ["step"] * 18
+    assert [one for one in engine.done if not one.startswith("add")] == ["step"] * 18
     engine.pieces = 0
+
+
+def test_requests_that_come_during_the_first_step_are_in_the_next_plan(running: Any) -> None:
+    engine, owner = running
+    assert engine.rehearsed.wait(5)
+    engine.done.clear()
+
+    def more(meanwhile: Callable[[], None]) -> None:
+        owner.send(_request(1))
+        owner.send(Call(7, "picture", ()))  # between two steps: not while one runs
+        owner.send(_request(2))
+        meanwhile()
+        engine.done.append("planned")
+
+    engine.during = more
+    owner.send(_request(0))
+    replies = []
+    while engine.done.count("step") < 4 or not replies:
+        replies += [one for one in owner.receive(wait=True) if isinstance(one, Reply)]
+    assert engine.done[:6] == ["add 0", "add 1", "planned", "step", "add 2", "step"]
+    assert [reply.number for reply in replies] == [7]
