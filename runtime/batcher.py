@@ -126,6 +126,10 @@ class Batcher:
         self._arena = Arena(buffer) if buffer is not None else None
         self._table = RowTable(max_blocks)
 
+    def release(self) -> None:
+        """With nothing running: keep nothing of what ran."""
+        self._table.release()
+
     def pack(self, plan: StepPlan) -> PackedStep:
         """The inputs of a step."""
         rows = plan.rows

@@ -148,13 +148,14 @@ class Engine:
             raise
 
     def rehearse(self) -> bool:
-        """With no work: make one thing that steps to come will need (rehearsal.py).
+        """With no work: let go of what ran, and make one thing that steps to come will need (rehearsal.py).
 
         It takes some tens of milliseconds, or up to a few seconds while kernels are to be compiled.
         False: nothing is wanted now.
         """
         if self._asleep or self._flying is not None or self.has_work():
             return False
+        self.executor.batcher.release()
         if self._rehearsal is None:
             from halyard.runtime.rehearsal import Rehearsal
 

@@ -60,6 +60,12 @@ class RowTable:
             self._filled[sequence.slot] = last
         return slots
 
+    def release(self) -> None:
+        """With nothing running: let go of what ran. Hundreds of sequences take milliseconds to free, for
+        which the next step would wait."""
+        self._last_sequences, self._last_blocks = (), []
+        self._sweep()
+
     def _refresh(self, sequence: Sequence) -> None:
         """Another sequence's slot, or its own whose blocks have changed: copied anew."""
         if self._owners[sequence.slot] is not sequence:
