@@ -37,7 +37,7 @@ def test_an_error_is_told_and_nothing_is_left(tmp_path: Path, where: str) -> Non
     target = tmp_path / "cache" / "kernels.so"
     refuses = f'case "$*" in {where}) echo "no such thing\nmore" >&2; exit 1;; esac; {_WRITES}'
     with pytest.raises(
-        BackendUnavailableError, match="can't build the native kernels: no such thing$"
+        BackendUnavailableError, match=r"can't build the native kernels: no such thing$"
     ):
         _build(_compiler(tmp_path, refuses), [], target)
     assert not list(target.parent.iterdir())
