@@ -7,8 +7,8 @@ lie in one buffer, which a step's inputs are copied to in one piece; rows that o
 have no slot and one key, and nobody reads what they get.
 
 Steps with prompts in them are recorded up to a number of tokens, behind which the device takes longer
-than the launches. Where a wider one is recorded that costs the device little more, that one is replayed;
-else there is a recording when a shape comes the third time, or sooner while nobody waits. Rows that
+than the launches. Where a wider one was recorded ahead that costs the device little more, that one is
+replayed; else there is a recording when a shape comes the third time, or sooner while nobody waits. Rows that
 fill these up have no tokens, and tokens that do belong to no row.
 """
 
@@ -82,7 +82,8 @@ class CapturedProgram:
         self._mixed_rows = [*(rows for rows in _MIXED_ROWS if rows < max_rows), max_rows]
         self._replays: dict[_Key, tuple[Callable[[], None], Tensor]] = {}
         self._seen: Counter[_Key] = Counter()  # steps with prompts, until they are recorded
-        self._due: set[_Key] = set()  # of them, those that are recorded when they come next
+        self._roomy: set[_Key] = set()  # steps with prompts that stand in for smaller ones
+        self._due: set[_Key] = set()  # of those seen, those that are recorded when they come next
         # Rows in vain by the decode step that would have fitted: ever, and since other steps came.
         self._spent: Counter[_Key] = Counter()
         self._lately: tuple[_Key | None, int] = (None, 0)
@@ -158,12 +159,12 @@ class CapturedProgram:
         return wider
 
     def _wider_mixed(self, tokens: int, rows: int, keys: int) -> tuple[int, int, int] | None:
-        """The least step with prompts that is recorded, has room for that one and isn't much more work."""
+        """The least step with prompts that was recorded for others, too, has room for that one and isn't
+        much more work."""
         most = max(_FREE_TOKENS, int(tokens * (1 + _PART_IN_VAIN)))
         room = [
             (count, others, reach)
-            for count, others, reach, mixed, shared in self._replays
-            if mixed and not shared
+            for count, others, reach, *_ in self._roomy & self._replays.keys()
             if tokens <= count <= most and others >= rows and reach >= keys
         ]
         return min(room, default=None)
@@ -216,8 +217,10 @@ class CapturedProgram:
         return [rows for rows in buckets if rows <= _ROWS_AHEAD]
 
     def record_next(self, tokens: int, rows: int, keys: int) -> None:
-        """The next step with prompts of that shape is recorded."""
-        self._due.add((tokens, rows, keys, True, False))
+        """The next step with prompts of that shape is recorded, and replayed for smaller ones, too."""
+        key = (tokens, rows, keys, True, False)
+        self._due.add(key)
+        self._roomy.add(key)
 
     def due(self) -> tuple[int, int, int] | None:
         """(tokens, rows, keys) of a step with prompts that came and isn't recorded: the next such step will
@@ -240,6 +243,7 @@ class CapturedProgram:
         self._replays.clear()
         self._seen.clear()
         self._due.clear()
+        self._roomy.clear()
         self._spent.clear()
         self._lately = (None, 0)
         self.num_mixed = 0

@@ -275,7 +275,7 @@ def test_steps_with_prompts_are_replayed_from_the_first_one_on(recorded: Any) ->
     assert {(*one, True, False) for one in shapes} <= captured._replays.keys()
     recordings = device.recorded
     assert shape(70, 12, 12, 7) == (256, 40, 128)
-    assert shape(3, 1, 1, 3)[0] == 256  # a lone prompt, too
+    assert shape(3, 1, 1, 3) == (256, 40, 128)  # a lone prompt, too
     assert shape(257, 12, 12, 7) == (320, 40, 128)
     assert shape(257, 12, 41, 7) is None  # more than the recorded ones have room for
     for wanted, given in (([[9, 8, 7]], expected[12:]), (prompts, expected[:12])):
@@ -290,8 +290,16 @@ def test_steps_with_prompts_are_replayed_from_the_first_one_on(recorded: Any) ->
 def test_a_fitting_step_with_prompts_is_recorded_where_it_comes_often(recorded: Any) -> None:
     _, _, captured = recorded
     captured._replays[256, 40, 128, True, False] = (lambda: None, torch.empty(0))
+    assert captured.mixed_shape(70, 12, 12, 7) == (
+        96,
+        32,
+        128,
+    )  # that was recorded for its like alone
+    captured.record_next(256, 40, 128)
     assert [captured.mixed_shape(70, 12, 12, 7)[0] for _ in range(65)] == [256] * 64 + [96]
     assert captured.mixed_shape(300, 12, 12, 7) == (320, 32, 128)  # none has room
+    captured.record_next(2048, 40, 128)
+    assert captured.mixed_shape(1700, 12, 12, 7) == (1792, 32, 128)  # not recorded yet
     captured._replays[2048, 40, 128, True, False] = captured._replays[256, 40, 128, True, False]
     assert captured.mixed_shape(1500, 12, 12, 7) == (1536, 32, 128)  # a third in vain
     assert captured.mixed_shape(1700, 12, 12, 7) == (2048, 40, 128)
