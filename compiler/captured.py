@@ -36,9 +36,7 @@ _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
 _MOST_AHEAD = 48  # of them, those that may be recorded while nobody waits
 # A recording takes 45 ms, in which nobody gets a token; kernel by kernel such a step takes some more than replayed.
 _OFTEN = 3
-_OFTEN_REPLAYED = (
-    64  # as the former, where a wider one is replayed: a recording must save its 45 ms
-)
+_OFTEN_REPLAYED = 64  # likewise, where a wider one is replayed
 # What a step may be filled up to: tokens that the device reads its weights for anyway, and a part of its own.
 _FREE_TOKENS = 256
 _PART_IN_VAIN = 0.25

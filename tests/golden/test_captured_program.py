@@ -290,11 +290,8 @@ def test_steps_with_prompts_are_replayed_from_the_first_one_on(recorded: Any) ->
 def test_a_fitting_step_with_prompts_is_recorded_where_it_comes_often(recorded: Any) -> None:
     _, _, captured = recorded
     captured._replays[256, 40, 128, True, False] = (lambda: None, torch.empty(0))
-    assert captured.mixed_shape(70, 12, 12, 7) == (
-        96,
-        32,
-        128,
-    )  # that was recorded for its like alone
+    # What was recorded because it came is for its like alone.
+    assert captured.mixed_shape(70, 12, 12, 7) == (96, 32, 128)
     captured.record_next(256, 40, 128)
     assert [captured.mixed_shape(70, 12, 12, 7)[0] for _ in range(65)] == [256] * 64 + [96]
     assert captured.mixed_shape(300, 12, 12, 7) == (320, 32, 128)  # none has room
