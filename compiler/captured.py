@@ -7,16 +7,17 @@ lie in one buffer, which a step's inputs are copied to in one piece; rows that o
 have no slot and one key, and nobody reads what they get.
 
 Steps with prompts in them are recorded up to a number of tokens, behind which the device takes longer
-than the launches. Where a wider one was recorded ahead that costs the device little more, that one is
-replayed; else there is a recording when a shape comes the third time, or sooner while nobody waits. Rows that
-fill these up have no tokens, and tokens that do belong to no row.
+than most hosts' launches: larger ones are recorded ahead alone, on a host that was seen to be slower. Where
+a wider one was recorded ahead that costs the device little more, that one is replayed; else there is a
+recording when a shape comes the third time, or sooner while nobody waits. Rows that fill these up have no
+tokens, and tokens that do belong to no row.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = ["CapturedProgram", "row_buckets"]
 _SHORTEST_REACH = 512  # keys
 _MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 128),
                  *range(1024, 2049, 256))  # fmt: skip
+_LARGE = 0.85  # of the next one's tokens are what a larger one has, about
 _MIXED_ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
 _MOST_AHEAD = 48  # of them, those that may be recorded while nobody waits
@@ -63,11 +65,32 @@ def row_buckets(max_rows: int) -> list[int]:
     return sorted({*(n for n in steps if n < max_rows), max_rows})
 
 
+def _large_tokens(max_tokens: int) -> list[int]:
+    """Token counts of steps with prompts that are recorded ahead alone."""
+    sizes = []
+    while max_tokens > _MIXED_TOKENS[-1]:
+        sizes.append(max_tokens)
+        max_tokens = int(_LARGE * max_tokens) // 256 * 256
+    return sizes[::-1]
+
+
 class CapturedProgram:
-    """A Program that replays its decode steps where the device can record them."""
+    """A Program that replays its decode steps where the device can record them.
+
+    Args:
+        max_rows: most rows of a step.
+        max_blocks: most blocks of a sequence.
+        max_tokens: most tokens of a step.
+    """
 
     def __init__(
-        self, program: Program, device: Device, max_rows: int, max_blocks: int, block_size: int
+        self,
+        program: Program,
+        device: Device,
+        max_rows: int,
+        max_blocks: int,
+        block_size: int,
+        max_tokens: int = _MIXED_TOKENS[-1],
     ) -> None:
         self.vocab_size = program.vocab_size
         self.weight_bytes = program.weight_bytes
@@ -78,6 +101,7 @@ class CapturedProgram:
         self.max_rows = max_rows
         self._buckets = row_buckets(max_rows)
         self._mixed_rows = [*(rows for rows in _MIXED_ROWS if rows < max_rows), max_rows]
+        self._mixed_tokens = [*_MIXED_TOKENS, *_large_tokens(max_tokens)]
         self._replays: dict[_Key, tuple[Callable[[], None], Tensor]] = {}
         self._seen: Counter[_Key] = Counter()  # steps with prompts, until they are recorded
         self._roomy: set[_Key] = set()  # steps with prompts that stand in for smaller ones
@@ -89,7 +113,7 @@ class CapturedProgram:
         self._enabled = True
         # Of a row: int64 and int32 columns, what it shares, a table; of a token that is no row's
         # only one: int64 columns; and what alignment takes.
-        size = max_rows * (80 + 4 * max_blocks) + _MIXED_TOKENS[-1] * 24 + (1 << 13)
+        size = max_rows * (80 + 4 * max_blocks) + self._mixed_tokens[-1] * 24 + (1 << 13)
         self.buffer = torch.zeros(size, dtype=torch.uint8, device=device.torch_device)
 
     def set_pool(self, pool: KVPool) -> None:
@@ -144,7 +168,9 @@ class CapturedProgram:
         fitting = self._filled_up(num_tokens, num_rows, num_logits, max_seq_len)
         if fitting is None:
             return None
-        if num_rows < 2:  # nobody waits for the rest of its step: replayed, never recorded
+        # Nobody waits for the rest of a lone row's step, nor for the launches of a large one where none was
+        # recorded: replayed, never recorded.
+        if num_rows < 2 or fitting[0] > _MIXED_TOKENS[-1]:
             return self._wider_mixed(*fitting)
         key = (*fitting, True, False)
         if key in self._replays:
@@ -179,9 +205,10 @@ class CapturedProgram:
         self, num_tokens: int, num_rows: int, num_logits: int, max_seq_len: int
     ) -> tuple[int, int, int] | None:
         most = max(num_rows, num_logits)
-        if not self._enabled or num_tokens > _MIXED_TOKENS[-1] or most > self._mixed_rows[-1]:
+        sizes = self._mixed_tokens
+        if not self._enabled or num_tokens > sizes[-1] or most > self._mixed_rows[-1]:
             return None
-        tokens = _MIXED_TOKENS[bisect_left(_MIXED_TOKENS, num_tokens)]
+        tokens = sizes[bisect_left(sizes, num_tokens)]
         rows = self._mixed_rows[bisect_left(self._mixed_rows, most)]
         return max(tokens, rows), rows, self._reach(max_seq_len)
 
@@ -207,9 +234,16 @@ class CapturedProgram:
     def mixed_shapes(self) -> list[tuple[int, int, int]]:
         """(tokens, rows, keys) of steps with prompts that are worth recording before any comes: between
         them they have room for all that don't have more rows or keys."""
+        return self._ahead(_MIXED_TOKENS)
+
+    def large_mixed_shapes(self) -> list[tuple[int, int, int]]:
+        """Likewise those with more tokens, which are worth it where launches take long."""
+        return self._ahead(self._mixed_tokens[len(_MIXED_TOKENS) :])
+
+    def _ahead(self, tokens: Sequence[int]) -> list[tuple[int, int, int]]:
         rows, keys = max(self._rows_ahead(self._mixed_rows)), self._reach(_KEYS_AHEAD)
         least, most = max(rows, _FREE_TOKENS), rows * keys
-        return [(n, rows, keys) for n in _MIXED_TOKENS if least <= n <= most and rows > 1]
+        return [(n, rows, keys) for n in tokens if least <= n <= most and rows > 1]
 
     def _rows_ahead(self, buckets: list[int]) -> list[int]:
         return [rows for rows in buckets if rows <= _ROWS_AHEAD]

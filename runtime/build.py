@@ -212,7 +212,14 @@ def _build_program(
         return program
     # There launches cost more than small steps do.
     blocks = -(-plan.memory.max_model_len // config.block_size)
-    return CapturedProgram(program, device, plan.max_num_sequences, blocks, config.block_size)
+    return CapturedProgram(
+        program,
+        device,
+        plan.max_num_sequences,
+        blocks,
+        config.block_size,
+        plan.max_batched_tokens,
+    )
 
 
 def _build_executor(

@@ -215,10 +215,11 @@ class Executor:
         return Batcher(size, self._max_blocks, shape, program.buffer, self._share, mixed)
 
     @torch.inference_mode()
-    def rehearse(self, plan: StepPlan, recorded: bool = True, changed: bool = False) -> None:
+    def rehearse(self, plan: StepPlan, recorded: bool = True, changed: bool = False) -> float:
         """Run a step of nobody's, with no step in flight, for what that brings about on the device.
 
-        Its tokens have no slots, so that no block changes; what it draws is thrown away.
+        Its tokens have no slots, so that no block changes; what it draws is thrown away. Returns the
+        part of its time that the host took to launch it.
 
         Args:
             plan: rows that draw without penalties or grammars; their blocks are read.
@@ -239,12 +240,15 @@ class Executor:
             inputs = replace(packed, arrays=(positions, nowhere, *others)).put(
                 self.device.torch_device
             )
+            started = time.perf_counter()
             logits = self.program.run(inputs.input_ids, inputs.logit_indices, inputs.batch)
+            launched = time.perf_counter()
             logits = logits[: packed.num_logits]
             if changed:
                 logits = logits.float()
             self.sampler.draw(logits, self.sampler.prepare(packed.samples))
             self.device.synchronize()
+            return (launched - started) / (time.perf_counter() - started)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -40,6 +40,8 @@ _ROWS = (2, 4, 256)  # of decode steps that go to different kernels
 _FEW = 16  # rows of one that has its keys split
 _BESIDE = 512  # keys of rows that decode beside prompts: more than a prompt's kernel takes along
 _TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)  # of steps with prompts
+# Of a large step's time: where its launches take as much, the host is behind once it plans the next one, too.
+_LAUNCHING = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Rehearsal:
         self._executor = executor
         self._max_tokens = max_tokens
         self._prompts = getattr(executor.kernels, "takes_empty_rows", False)
+        self._launching = 0.0
         self._tasks = self._wanted()
 
     def one(self) -> bool:
@@ -96,7 +99,7 @@ class Rehearsal:
             yield self._run(_Piece((min(_PROMPT, most),), min(_PROMPT, most)))
         yield self._run(_Piece((1,), 1))
         if self._prompts:
-            yield self._run(_Piece((self._long(),) * 2, self._long()))
+            yield self._run(_Piece((self._long(),) * 2, self._long()), recorded=False)
         yield self._run(_Piece((1,), 1, random=True))
         first = program.first_decode_shapes()
         for rows, keys in first:
@@ -114,6 +117,13 @@ class Rehearsal:
         if self._prompts:  # the library's kernels are loaded when they are first launched
             for tokens in (*(n for n in _TOKENS if n < self._max_tokens), self._max_tokens):
                 yield self._run(self._even(tokens), recorded=False)
+            for tokens, rows, keys in program.large_mixed_shapes():
+                if tokens > self._max_tokens:
+                    break
+                yield self._time(self._even(tokens))
+                if self._launching > _LAUNCHING:
+                    program.record_next(tokens, rows, keys)
+                    yield self._run(_filling(tokens, rows, keys))
         while True:
             shape = program.due()
             yield None if shape is None else self._run(_filling(*shape))
@@ -170,7 +180,19 @@ class Rehearsal:
         return max(1, min(_LONG_PROMPTS, self._executor.program.max_keys, self._max_tokens // 2))
 
     def _run(self, piece: _Piece, recorded: bool = True) -> Callable[[], None]:
-        return lambda: self._executor.rehearse(self._plan(piece), recorded)
+        def task() -> None:
+            self._executor.rehearse(self._plan(piece), recorded)
+
+        return task
+
+    def _time(self, piece: _Piece) -> Callable[[], None]:
+        """What part of such a step launches are: the second time, when all that it runs is loaded."""
+
+        def task() -> None:
+            for _ in range(2):
+                self._launching = self._executor.rehearse(self._plan(piece), recorded=False)
+
+        return task
 
     def _plan(self, piece: _Piece) -> StepPlan:
         blocks, size = self._executor.pool.num_blocks, self._executor.pool.layout.spec.block_size

@@ -287,6 +287,43 @@ def test_steps_with_prompts_are_replayed_from_the_first_one_on(recorded: Any) ->
     llm.engine.check_integrity()
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_large_steps_are_recorded_ahead_where_their_launches_take_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slow: bool
+) -> None:
+    # On this device a step is done when it is launched.
+    monkeypatch.setattr("halyard.runtime.rehearsal._LAUNCHING", 0.5 if slow else 1.0)
+    save_tiny_model("llama", tmp_path)
+    options: dict[str, Any] = {"kv_blocks": 400, "max_num_sequences": 40, "max_model_len": 128}
+    prompts = [[3 + i] * (58 + i % 3) for i in range(38)]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with LLM(tmp_path, backend=BACKEND, **options, max_batched_tokens=2500) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+        executor = llm.engine.executor
+        device = _RecordingDevice(executor.device)
+        program: Any = _InPlace(executor.program)
+        captured = CapturedProgram(program, device, 40, 8, 16, 2500)  # type: ignore[arg-type]
+        captured.set_pool(executor.pool)
+        executor.program, executor.device = captured, device  # type: ignore[assignment]
+        executor.kernels.takes_empty_rows = True  # type: ignore[attr-defined]
+        shape = captured.mixed_shape
+        executor.batcher = Batcher(16, 8, captured.decode_shape, captured.buffer, mixed=shape)
+        assert [shape(2204, rows, rows, 60) for rows in (1, 38)] == [None, None]
+        while llm.engine.rehearse():
+            pass
+        recordings, wanted = device.recorded, (2500, 40, 128) if slow else None
+        assert [shape(2204, rows, rows, 60) for rows in (1, 38)] == [wanted, wanted]
+        assert shape(2501, 38, 38, 60) is None
+        llm.engine.scheduler.reset()  # no cached prefix
+        replayed = device.replayed
+        found = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+        assert found == expected
+        assert device.recorded == recordings
+        assert (device.replayed - replayed >= 4) == slow
+        llm.engine.check_integrity()
+        del executor.kernels.takes_empty_rows  # type: ignore[attr-defined]
+
+
 def test_a_fitting_step_with_prompts_is_recorded_where_it_comes_often(recorded: Any) -> None:
     _, _, captured = recorded
     captured._replays[256, 40, 128, True, False] = (lambda: None, torch.empty(0))
