@@ -7,7 +7,11 @@ times as much a token, and at hundreds of streams that would be what is measured
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import os
 import random
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +26,8 @@ from halyard.runtime.latency import percentiles
 from halyard.runtime.workloads import WorkloadRequest
 
 __all__ = ["Goal", "LoadRun", "Timing", "run_load", "summary"]
+
+_Address = tuple[Any, ...]  # as getaddrinfo gives it
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,9 @@ class LoadRun:
     concurrency: int | None  # requests at once; None: as many as there are
     seconds: float
     timings: tuple[Timing, ...]
+    client_busy: float = (
+        0.0  # part of the time that this process worked: near 1, it is what was measured
+    )
 
 
 async def run_load(
@@ -93,12 +102,17 @@ async def run_load(
     if parts.scheme != "http" or not parts.hostname:
         raise ConfigError(f"the load client speaks http:// only, got {url!r}")
     address = (parts.hostname, parts.port or 80)
+    loop = asyncio.get_running_loop()
+    try:
+        family, _, _, _, peer = (await loop.getaddrinfo(*address, type=socket.SOCK_STREAM))[0]
+    except OSError as error:
+        raise ConfigError(f"the address of {url!r} can't be found: {error}") from None
     path = parts.path.rstrip("/")
     # Written before the clock runs: hundreds at once would wait for this process, not for the server.
     written = [_written(address, path, model, one, key, token_ids) for one in requests]
     gate = asyncio.Semaphore(concurrency or len(requests))
     arrivals = random.Random(seed)
-    began = time.perf_counter()
+    began, working = time.perf_counter(), time.process_time()
 
     async def one(request: bytes, due: float) -> Timing:
         await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
@@ -106,8 +120,8 @@ async def run_load(
         async with gate:
             timing = Timing(time.perf_counter())
             try:
-                await _stream(address, request, timing)
-            except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+                await _stream(family, peer, request, timing)
+            except (OSError, ValueError) as error:
                 timing.error = f"{type(error).__name__}: {error}"
             timing.ended = time.perf_counter()
             return timing
@@ -117,7 +131,9 @@ async def run_load(
         tasks.append(asyncio.create_task(one(request, due)))
         due += arrivals.expovariate(rate) if rate else 0.0
     timings = await asyncio.gather(*tasks)
-    return LoadRun(rate, concurrency, time.perf_counter() - began, tuple(timings))
+    seconds = time.perf_counter() - began
+    busy = (time.process_time() - working) / seconds
+    return LoadRun(rate, concurrency, seconds, tuple(timings), busy)
 
 
 def _written(
@@ -150,27 +166,106 @@ def _written(
     return head.encode() + body
 
 
-async def _stream(address: tuple[str, int], request: bytes, timing: Timing) -> None:
-    reader, writer = await asyncio.open_connection(*address)
+async def _stream(family: int, address: _Address, request: bytes, timing: Timing) -> None:
+    """Raises OSError or ValueError if no whole answer comes."""
+    loop = asyncio.get_running_loop()
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    connection.setblocking(False)
     try:
-        writer.write(request)
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        status = head.split(" ", 2)[1]
-        stream = StreamReader("transfer-encoding: chunked" in head)
-        if status != "200":
-            parts = []
-            while piece := await reader.read(1 << 16):
-                parts += stream.feed(piece)
-            text = b"".join([*parts, stream.rest])
-            raise ValueError(f"status {status}: {text[:300].decode(errors='replace')}")
-        while not stream.ended and (piece := await reader.read(1 << 16)):
-            now = time.perf_counter()
-            for event in stream.feed(piece):
-                _take(event, now, timing)
-        if not timing.done:
-            raise ValueError("the answer broke off")
+        sent = await _begin(loop, connection, address, request)
+    except BaseException:
+        connection.close()
+        raise
+    answer = _Answer(timing, loop.create_future())
+    transport, _ = await loop.create_connection(lambda: answer, sock=connection)
+    try:
+        if sent < len(request):
+            transport.write(request[sent:])
+        await answer.ended
     finally:
-        writer.close()
+        transport.close()
+
+
+async def _begin(
+    loop: asyncio.AbstractEventLoop, connection: socket.socket, address: _Address, request: bytes
+) -> int:
+    """Connect; returns how much of the request is sent already."""
+    with contextlib.suppress(BlockingIOError):
+        connection.connect(address)
+    # To a server on this machine the connection is made already: what is sent now goes ahead of what
+    # hundreds of others do in the event loop to begin.
+    try:
+        return connection.send(request)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.ENOTCONN):
+            raise
+    writable = asyncio.Event()
+    loop.add_writer(connection, writable.set)
+    try:
+        await writable.wait()
+    finally:
+        loop.remove_writer(connection)
+    if failed := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(failed, os.strerror(failed))
+    return 0
+
+
+class _Answer(asyncio.Protocol):
+    """What comes back on one connection.
+
+    Args:
+        ended: gets a result when the answer is whole, or why it can't be.
+    """
+
+    def __init__(self, timing: Timing, ended: asyncio.Future[None]) -> None:
+        self.ended = ended
+        self._timing = timing
+        self._head = b""
+        self._status = ""
+        self._reader: StreamReader | None = None
+        self._refusal: list[bytes] = []  # of a body that is no stream
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if self.ended.done():
+            return
+        try:
+            self._read(data, now)
+        except ValueError as error:
+            self.ended.set_exception(error)
+
+    def _read(self, data: bytes, now: float) -> None:
+        reader = self._reader
+        if reader is None:
+            self._head += data
+            head, end, data = self._head.partition(b"\r\n\r\n")
+            if not end:
+                return
+            told = head.decode("latin-1").lower()
+            self._status = told.split(" ", 2)[1]
+            reader = self._reader = StreamReader("transfer-encoding: chunked" in told)
+        events = reader.feed(data)
+        if self._status != "200":
+            self._refusal += events
+            return
+        for event in events:
+            _take(event, now, self._timing)
+        if reader.ended:
+            self._end()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.ended.done():
+            self._end(error)
+
+    def _end(self, error: Exception | None = None) -> None:
+        """Nothing more comes."""
+        if error is None and self._timing.done:
+            self.ended.set_result(None)
+            return
+        if error is None and self._reader is not None and self._status != "200":
+            text = b"".join([*self._refusal, self._reader.rest])
+            error = ValueError(f"status {self._status}: {text[:300].decode(errors='replace')}")
+        self.ended.set_exception(error or ValueError("the answer broke off"))
 
 
 class _Usage(msgspec.Struct):
@@ -224,6 +319,7 @@ def summary(run: LoadRun, goal: Goal) -> dict[str, Any]:
         "failed": len(run.timings) - len(good),
         "errors": sorted({t.error for t in run.timings if t.error is not None})[:3],
         "seconds": run.seconds,
+        "client_busy": run.client_busy,
         "output_tokens": tokens,
         "output_tokens_per_second": tokens / run.seconds,
         "tokens_per_event": tokens / events if events else None,

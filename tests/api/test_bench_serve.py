@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,9 +51,52 @@ def test_failures_are_counted_and_named(url: str) -> None:
     assert found["failed"] == 2
     assert "status 404" in found["errors"][0]
     nobody = asyncio.run(run_load("http://127.0.0.1:9", "embedded", REQUESTS[:1]))
-    assert nobody.timings[0].error is not None
+    assert "refused" in str(nobody.timings[0].error)
     with pytest.raises(ConfigError, match="http://"):
         asyncio.run(run_load("https://somewhere", "embedded", REQUESTS))
+
+
+def test_a_server_that_is_slow_to_answer_the_connection_or_breaks_off() -> None:
+    def serve(listener: socket.socket, answer: bytes) -> None:
+        asked = b""
+        while not asked:  # others have gone away
+            served, _ = listener.accept()
+            with served:
+                served.settimeout(20)
+                while not asked.endswith(b"}") and (piece := served.recv(4096)):
+                    asked += piece
+                if asked:
+                    served.sendall(answer)
+
+    async def one(others: int, answer: bytes) -> str | None:
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            listener.settimeout(20)
+            listener.listen(0)
+            filling = stack.enter_context(contextlib.ExitStack())
+            for _ in range(
+                others
+            ):  # more than the system holds here: the next one's handshake waits
+                other = filling.enter_context(socket.socket())
+                other.setblocking(False)
+                other.connect_ex(listener.getsockname())
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            run = asyncio.create_task(run_load(url, "any", REQUESTS[:1]))
+            await asyncio.sleep(0.2)
+            assert not run.done()
+            filling.close()
+            await asyncio.to_thread(serve, listener, answer)
+            return (await run).timings[0].error
+
+    head = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"
+    event = b'data: {"choices":[{}]}\n\n'
+    assert asyncio.run(one(3, head + event + b"data: [DONE]\n\n")) is None
+    assert "broke off" in str(asyncio.run(one(0, head + event)))
+    assert "broke off" in str(asyncio.run(one(0, b"HTTP/1.1 200 OK\r\n")))
+    refusal = asyncio.run(one(0, b"HTTP/1.1 503 Busy\r\n\r\ntoo many"))
+    assert refusal == "ValueError: status 503: too many"
+    assert "can't be read" in str(asyncio.run(one(0, head + b"data: {\n\n")))
 
 
 def test_the_command_prints_one_object_last(
