@@ -32,6 +32,10 @@ logger = logging.getLogger("halyard.api")
 
 _FAILED = 2  # exit status of a start that could not work
 _INTERRUPTED = 130  # exit status after a second Ctrl-C
+_WAITING_CONNECTIONS = 2048  # that the system holds for us
+# Connections that are taken before anything else is done. asyncio takes as many as the system may hold: a
+# burst of hundreds would hold up tokens of those served, and its own first requests, for all the others.
+_ACCEPTED_AT_ONCE = 8
 _NEW_OBJECTS = 100_000  # that make the collector look: some 15 MB
 _HURRY_SECONDS = 1.0  # the application gets that long to end after it
 
@@ -97,7 +101,7 @@ def bind(host: str, port: int) -> socket.socket:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
         # Listening now, not when the server starts: a second server must fail at once.
-        taken.listen(2048)
+        taken.listen(_WAITING_CONNECTIONS)
     except OSError as error:
         taken.close()
         hint = "choose another with --port" if error.errno in (13, 98, 48) else "check --host"
@@ -210,6 +214,7 @@ class _Server(uvicorn.Server):
         say: Callable[[str], None],
         on_hangup: Callable[[], None] = lambda: None,
     ) -> None:
+        config.backlog = _ACCEPTED_AT_ONCE
         super().__init__(config)
         self._on_hangup = on_hangup
         self._host = host
@@ -235,6 +240,11 @@ class _Server(uvicorn.Server):
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for one in sockets or ():  # asyncio has told the system to hold as few as it takes at once
+            one.listen(_WAITING_CONNECTIONS)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for listening in self.servers:
