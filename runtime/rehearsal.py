@@ -111,19 +111,20 @@ class Rehearsal:
                 if tokens <= self._max_tokens:
                     program.record_next(tokens, rows, keys)
                     yield self._run(_filling(tokens, rows, keys))
+            for tokens, rows, keys in program.large_mixed_shapes():
+                if tokens > self._max_tokens:
+                    break
+                yield self._time(self._even(tokens))
+                if self._launching < _LAUNCHING:
+                    break  # still larger ones are longer on the device, and not to launch
+                program.record_next(tokens, rows, keys)
+                yield self._run(_filling(tokens, rows, keys))
         for rows, keys in program.decode_shapes():
             if (rows, keys) not in first:
                 yield self._run(_Piece((1,) * rows, keys))
         if self._prompts:  # the library's kernels are loaded when they are first launched
             for tokens in (*(n for n in _TOKENS if n < self._max_tokens), self._max_tokens):
                 yield self._run(self._even(tokens), recorded=False)
-            for tokens, rows, keys in program.large_mixed_shapes():
-                if tokens > self._max_tokens:
-                    break
-                yield self._time(self._even(tokens))
-                if self._launching > _LAUNCHING:
-                    program.record_next(tokens, rows, keys)
-                    yield self._run(_filling(tokens, rows, keys))
         while True:
             shape = program.due()
             yield None if shape is None else self._run(_filling(*shape))
