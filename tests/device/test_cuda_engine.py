@@ -67,6 +67,28 @@ def test_greedy_tokens_are_the_references(name: str, expected: list[Any]) -> Non
         assert llm.engine.stats().scheduler.blocks_used == 0
 
 
+def test_what_is_recorded_ahead_gives_the_references_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps with prompts too, of few tokens and of thousands, filled up to what a server records."""
+    monkeypatch.setattr("halyard.runtime.rehearsal._LAUNCHING", 0.0)  # large ones on any host
+    prompts = [[5 + (7 * i + 13 * j + i * j) % 400 for j in range(60 + i)] for i in range(40)]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with LLM("embedded", backend="reference", dtype="float32", kv_blocks=512) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+    options: dict[str, Any] = {"kv_blocks": 512, "host_kv_blocks": 0, "max_batched_tokens": 4096}
+    with LLM("embedded", backend=BACKEND, dtype="float32", **options) as llm:
+        while llm.engine.rehearse():
+            pass
+        program: Any = llm.engine.executor.program
+        assert program.mixed_shape(sum(map(len, prompts)), 40, 40, 100)[0] > 2048
+        for some in (slice(0, 40), slice(0, 1), slice(3, 9)):
+            llm.engine.scheduler.reset()  # no cached prefix
+            found = llm.generate(prompts[some], params, use_tqdm=False)
+            assert [o.outputs[0].token_ids for o in found] == expected[some]
+        llm.engine.check_integrity()
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_grammars_hold_beside_free_rows(overlap: bool) -> None:
     """Half of the rows are guided: masks reach the rows that they are for."""
