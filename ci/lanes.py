@@ -2,9 +2,9 @@
 
 Usage: python ci/lanes.py [--jobs N] [--lane NAME ...] [--seconds S] [--part beside|rest]
 
-`--part beside` runs what needs nothing but the dev tools and only computes, at the lowest priority: beside
-the tests, which often wait. `--part rest` runs the others. Exit status 1 if a lane failed or took too
-long. Reports of the suite go to build/lanes.
+`--part beside` runs what only computes, at the lowest priority: beside the tests, which often wait. The
+packages that it needs and the tests must do without may lie in build/backends. `--part rest` runs the
+others. Exit status 1 if a lane failed or took too long. Reports of the suite go to build/lanes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from matrix import Lane, lanes
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "lanes"
+BACKENDS = ROOT / "build" / "backends"
 
 # Longest first, so that the last ones to run are short.
 _LONG = ("tests-tvm", "cpu", "arm64", "tests-triton", "triton-interpreter", "tvm", "tvm-targets",
          "triton-targets")  # fmt: skip
-_BESIDE = ("arm64",)  # not the suite's: its cells have deadlines
+_BESIDE = ("arm64", "triton-targets", "tvm-targets")  # not the suite's: its cells have deadlines
 _running: set[subprocess.Popen[str]] = set()
 
 
@@ -50,8 +51,9 @@ def run_lane(lane: Lane, seconds: float) -> Outcome:
     command = [sys.executable, *lane.arguments]
     if "conformance" in lane.arguments:
         command += ["--report", str(REPORTS)]
+    path = [ROOT / "pkg", *([BACKENDS] if lane.lane in _BESIDE else [])]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "pkg"), "GOMP_SPINCOUNT": "0", **lane.environment
+        "PYTHONPATH": os.pathsep.join(map(str, path)), "GOMP_SPINCOUNT": "0", **lane.environment
     }  # fmt: skip
     started = time.monotonic()
     with subprocess.Popen(

@@ -41,7 +41,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
 # Rows that nobody can run here: kernels -> what compiles them for their targets.
 _AHEAD: dict[str, tuple[str, ...]] = {
     "triton": ("ci/triton_targets.py", "--dtypes", "bfloat16", "--dims", "128"),
-    "tvm": ("ci/tvm_targets.py",),
+    "tvm": ("ci/tvm_targets.py", "--timeout", "600"),  # beside the tests it waits for most of that
 }
 
 # Tests that need what only the lanes install: here they run, once.

@@ -1,6 +1,7 @@
 """Generates the TVM kernels for every target that TVM has a code generator for, and reports.
 
 Usage: python ci/tvm_targets.py [--json FILE] [--sources DIR] [--timeout S] [--target NAME ...]
+    [--dtype NAME ...]
 
 Exits with 1 if a target's source could not be generated. "generated" means just that: the source
 exists; nobody ran it.
@@ -19,6 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pkg"))
 
 from halyard.hal.kernels.tvm.emit import KERNELS, TARGETS, emit_source
 
+# What a kernel is called in each target's language.
+WORDS = {"cuda": "__global__", "rocm": ".amdhsa_kernel", "metal": "kernel void", "opencl": "__kernel",
+         "webgpu": "@compute"}  # fmt: skip
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
@@ -26,6 +31,7 @@ def main() -> int:
     parser.add_argument("--sources", type=Path, help="write the generated sources there")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one source")
     parser.add_argument("--target", action="append", choices=list(TARGETS))
+    parser.add_argument("--dtype", action="append", help="only this one, where the target has it")
     options = parser.parse_args()
     if find_spec("tvm") is None:
         print('needs TVM: pip install "halyard[tvm]"', file=sys.stderr)
@@ -33,12 +39,16 @@ def main() -> int:
     cells = []
     for target in options.target or TARGETS:
         for dtype in TARGETS[target]:
+            if options.dtype and dtype not in options.dtype:
+                continue
             made = emit_source(target, dtype, options.timeout)
             status = made.status
             reason = made.reason
             if status == "generated" and made.kernels < len(KERNELS):
                 status = "failed"
                 reason = f"only {made.kernels} of {len(KERNELS)} kernels in the source"
+            elif status == "generated" and made.source.count(WORDS[target]) < len(KERNELS):
+                status, reason = "failed", f"{WORDS[target]} is not there for each kernel"
             cells.append(
                 {
                     "target": target,

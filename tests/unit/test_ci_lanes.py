@@ -112,6 +112,15 @@ def test_each_lane_runs_in_one_of_two_parts(
     assert told == {"beside": {"arm64"}, "rest": {"other"}}
 
 
+def test_what_the_tests_do_without_lies_apart(ci: Any) -> None:
+    where = {
+        name: ci.run_lane(ci.Lane(name, ("-c", "import os; print(os.environ['PYTHONPATH'])")), 60.0)
+        for name in ("tvm-targets", "tvm")
+    }
+    assert where["tvm"].output.split() == [str(ROOT / "pkg")]
+    assert where["tvm-targets"].output.strip() == f"{ROOT / 'pkg'}{os.pathsep}{ci.BACKENDS}"
+
+
 def test_a_lane_runs_with_its_own_environment(ci: Any) -> None:
     lane = ci.Lane("own", ("-c", "import os; print(os.environ['TRITON_INTERPRET'])"),
                    {"TRITON_INTERPRET": "1"})  # fmt: skip
