@@ -28,6 +28,7 @@ from halyard.runtime.workloads import WorkloadRequest
 __all__ = ["Goal", "LoadRun", "Timing", "run_load", "summary"]
 
 _Address = tuple[Any, ...]  # as getaddrinfo gives it
+_CONNECT_SECONDS = 5.0  # until the next of a server's addresses is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,7 @@ class LoadRun:
     concurrency: int | None  # requests at once; None: as many as there are
     seconds: float
     timings: tuple[Timing, ...]
-    client_busy: float = (
-        0.0  # part of the time that this process worked: near 1, it is what was measured
-    )
+    client_busy: float = 0.0  # part of the time that this client worked; near 1: it is too slow
 
 
 async def run_load(
@@ -102,9 +101,8 @@ async def run_load(
     if parts.scheme != "http" or not parts.hostname:
         raise ConfigError(f"the load client speaks http:// only, got {url!r}")
     address = (parts.hostname, parts.port or 80)
-    loop = asyncio.get_running_loop()
     try:
-        family, _, _, _, peer = (await loop.getaddrinfo(*address, type=socket.SOCK_STREAM))[0]
+        family, peer = await _reachable(*address)
     except OSError as error:
         raise ConfigError(f"the address of {url!r} can't be found: {error}") from None
     path = parts.path.rstrip("/")
@@ -134,6 +132,21 @@ async def run_load(
     seconds = time.perf_counter() - began
     busy = (time.process_time() - working) / seconds
     return LoadRun(rate, concurrency, seconds, tuple(timings), busy)
+
+
+async def _reachable(host: str, port: int) -> tuple[int, _Address]:
+    """(family, address) of the first of a host's addresses that takes connections; else of the first."""
+    loop = asyncio.get_running_loop()
+    found = [
+        (family, address)
+        for family, _, _, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    ]
+    for family, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as connection:
+            connection.setblocking(False)
+            await asyncio.wait_for(loop.sock_connect(connection, address), _CONNECT_SECONDS)
+            return family, address
+    return found[0]  # each request tells why it can't be reached
 
 
 def _written(

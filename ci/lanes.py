@@ -72,6 +72,14 @@ def run_lane(lane: Lane, seconds: float) -> Outcome:
     return Outcome(lane, process.returncode, time.monotonic() - started, output)
 
 
+def yield_to_others() -> None:
+    """This process and what it starts run when nobody else wants to. (The lowest niceness takes a share.)"""
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.nice(19)
+
+
 def stop_on_signals() -> None:
     """Lanes are sessions of their own: what stops this program must not leave them running."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,7 +110,7 @@ def main() -> int:
     if args.part is not None:
         chosen = [lane for lane in chosen if (lane.lane in _BESIDE) == (args.part == "beside")]
     if args.part == "beside":
-        os.nice(19)
+        yield_to_others()
     chosen.sort(key=lambda lane: _LONG.index(lane.lane) if lane.lane in _LONG else len(_LONG))
     outcomes = []
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:

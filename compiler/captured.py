@@ -32,7 +32,7 @@ __all__ = ["CapturedProgram", "row_buckets"]
 _SHORTEST_REACH = 512  # keys
 _MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 128),
                  *range(1024, 2049, 256))  # fmt: skip
-_LARGE = 0.85  # of the next one's tokens are what a larger one has, about
+_LARGE = 0.85  # tokens of a larger step that is recorded, as a part of the next one's
 _MIXED_ROWS = (8, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_MIXED = 96  # recordings of steps with prompts: each takes a few MiB
 _MOST_AHEAD = 48  # of them, those that may be recorded while nobody waits

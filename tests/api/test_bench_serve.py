@@ -10,6 +10,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -54,6 +55,18 @@ def test_failures_are_counted_and_named(url: str) -> None:
     assert "refused" in str(nobody.timings[0].error)
     with pytest.raises(ConfigError, match="http://"):
         asyncio.run(run_load("https://somewhere", "embedded", REQUESTS))
+
+
+def test_a_host_s_other_address_is_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = socket.getaddrinfo
+
+    def two(host: str, port: int, *more: Any, **named: Any) -> Any:
+        dead, alive = (found(one, port, *more, **named) for one in ("127.0.0.2", "127.0.0.1"))
+        return [*dead, *alive]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    done = asyncio.run(run_load(url.replace("127.0.0.1", "there"), "embedded", REQUESTS[:2]))
+    assert [timing.error for timing in done.timings] == [None, None]
 
 
 def test_a_server_that_is_slow_to_answer_the_connection_or_breaks_off() -> None:
