@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _STARTING = 900.0  # seconds that a server may take to load
+_BUSY = 0.9  # of its time, from where on the client may be slower than the server
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,4 +175,8 @@ def _line(found: dict[str, Any]) -> str:
                 f"{name} ms: p50 {1e3 * at['p50']:.1f}, p90 {1e3 * at['p90']:.1f}, "
                 f"p99 {1e3 * at['p99']:.1f}"
             )
+    if found["client_busy"] > _BUSY:
+        parts.append(
+            f"this client worked {found['client_busy']:.0%} of the time: it may be what was measured"
+        )
     return "; ".join(parts)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live_server import live_server
 
+from halyard.api.cli.bench_serve import _line
 from halyard.api.cli.main import main
 from halyard.api.load import Goal, LoadRun, Timing, run_load, summary
 from halyard.api.stream_reader import StreamReader
@@ -159,6 +160,8 @@ def test_goals_and_percentiles_of_made_up_timings() -> None:
     assert found["ttft"]["p50"] == pytest.approx(0.55)
     assert found["output_tokens_per_second"] == 2.5
     assert found["tokens_per_event"] == 1.0
+    assert "this client" not in _line(found)
+    assert "this client worked 97% of the time" in _line(found | {"client_busy": 0.97})
 
 
 def test_tokens_without_text_count_when_their_ids_are_asked_for(url: str) -> None:
