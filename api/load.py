@@ -28,7 +28,8 @@ from halyard.runtime.workloads import WorkloadRequest
 __all__ = ["Goal", "LoadRun", "Timing", "run_load", "summary"]
 
 _Address = tuple[Any, ...]  # as getaddrinfo gives it
-_CONNECT_SECONDS = 5.0  # until the next of a server's addresses is tried
+_CONNECT_SECONDS = 5.0  # that one of a server's addresses has to answer
+_NEXT_SECONDS = 0.25  # until the next of them is tried beside the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +136,20 @@ async def run_load(
 
 
 async def _reachable(host: str, port: int) -> tuple[int, _Address]:
-    """(family, address) of the first of a host's addresses that takes connections; else of the first."""
-    loop = asyncio.get_running_loop()
-    found = [
-        (family, address)
-        for family, _, _, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    ]
-    for family, address in found:
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as connection:
-            connection.setblocking(False)
-            await asyncio.wait_for(loop.sock_connect(connection, address), _CONNECT_SECONDS)
-            return family, address
-    return found[0]  # each request tells why it can't be reached
+    """(family, address) of one of a host's addresses that takes connections; else of its first."""
+    try:
+        async with asyncio.timeout(_CONNECT_SECONDS):
+            _, writer = await asyncio.open_connection(
+                host, port, happy_eyeballs_delay=_NEXT_SECONDS
+            )
+    except OSError:  # each request tells why
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return found[0][0], found[0][4]
+    connection = writer.get_extra_info("socket")
+    reached = connection.family, connection.getpeername()
+    writer.close()
+    return reached
 
 
 def _written(
@@ -184,13 +187,13 @@ async def _stream(family: int, address: _Address, request: bytes, timing: Timing
     loop = asyncio.get_running_loop()
     connection = socket.socket(family, socket.SOCK_STREAM)
     connection.setblocking(False)
+    answer = _Answer(timing, loop.create_future())
     try:
         sent = await _begin(loop, connection, address, request)
+        transport, _ = await loop.create_connection(lambda: answer, sock=connection)
     except BaseException:
         connection.close()
         raise
-    answer = _Answer(timing, loop.create_future())
-    transport, _ = await loop.create_connection(lambda: answer, sock=connection)
     try:
         if sent < len(request):
             transport.write(request[sent:])

@@ -1,7 +1,6 @@
 """Generates the TVM kernels for every target that TVM has a code generator for, and reports.
 
 Usage: python ci/tvm_targets.py [--json FILE] [--sources DIR] [--timeout S] [--target NAME ...]
-    [--dtype NAME ...]
 
 Exits with 1 if a target's source could not be generated. "generated" means just that: the source
 exists; nobody ran it.
@@ -31,7 +30,6 @@ def main() -> int:
     parser.add_argument("--sources", type=Path, help="write the generated sources there")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one source")
     parser.add_argument("--target", action="append", choices=list(TARGETS))
-    parser.add_argument("--dtype", action="append", help="only this one, where the target has it")
     options = parser.parse_args()
     if find_spec("tvm") is None:
         print('needs TVM: pip install "halyard[tvm]"', file=sys.stderr)
@@ -39,8 +37,6 @@ def main() -> int:
     cells = []
     for target in options.target or TARGETS:
         for dtype in TARGETS[target]:
-            if options.dtype and dtype not in options.dtype:
-                continue
             made = emit_source(target, dtype, options.timeout)
             status = made.status
             reason = made.reason

@@ -89,9 +89,8 @@ def test_a_server_that_is_slow_to_answer_the_connection_or_breaks_off() -> None:
             listener.settimeout(20)
             listener.listen(0)
             filling = stack.enter_context(contextlib.ExitStack())
-            for _ in range(
-                others
-            ):  # more than the system holds here: the next one's handshake waits
+            # More than the system holds here: the next one's handshake waits.
+            for _ in range(others):
                 other = filling.enter_context(socket.socket())
                 other.setblocking(False)
                 other.connect_ex(listener.getsockname())
