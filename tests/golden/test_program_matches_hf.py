@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from tiny_models import SERVED, tiny_model
 from tiny_programs import build_tiny
 
+from halyard.compiler.cache import ArtefactCache
 from halyard.compiler.graphs.eager import EagerCompiler
 from halyard.compiler.program import Program, UnboundProgram
 from halyard.compiler.segments import SegmentCall
@@ -24,8 +27,15 @@ CASES: dict[str, tuple[object, Program, int]] = {}
 
 @cache
 def unbound_of(family: str) -> UnboundProgram:
-    """A tiny model's program, made once."""
-    return build_tiny(family, EagerCompiler())
+    """A tiny model's program, made once, and as a later start of a server has it: read from disk."""
+    compiler, info = EagerCompiler(), CpuDevice().info
+    with TemporaryDirectory() as folder:
+        kept = ArtefactCache(Path(folder))
+        assert kept.store(family, build_tiny(family, compiler), compiler), f"{family} is not kept"
+        found = kept.load(family, compiler, info)
+    assert found is not None
+    assert found.from_cache
+    return found
 
 
 def program_of(family: str, kernels: ReferenceKernels | None = None) -> tuple[object, Program, int]:
