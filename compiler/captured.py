@@ -24,7 +24,7 @@ from torch import Tensor
 
 from halyard.compiler.program import Program
 from halyard.hal import fallbacks
-from halyard.hal.contract import Device
+from halyard.hal.contract import Device, RecordingDevice
 from halyard.hal.types import KVPool, StepBatch
 
 __all__ = ["CapturedProgram", "row_buckets"]
@@ -339,4 +339,9 @@ class CapturedProgram:
                 "decode steps are launched one kernel at a time: the device could not record one",
             )
             return None
-        return replay, made[-1]
+        # Valid until the next call, so what another recording works in may lie there too: with 256 rows
+        # these are 65 MiB each.
+        logits = made.pop()
+        if isinstance(self._device, RecordingDevice) and logits.is_contiguous():
+            logits = self._device.unheld(logits)
+        return replay, logits

@@ -48,11 +48,12 @@ __all__ = [
     "MaskingKernels",
     "OverlappingDevice",
     "PagedKernels",
+    "RecordingDevice",
     "ThriftyDevice",
     "WritingKernels",
 ]
 
-CONTRACT_VERSION = (1, 4)  # a part with another major number is refused by the registry
+CONTRACT_VERSION = (1, 5)  # a part with another major number is refused by the registry
 
 
 @runtime_checkable
@@ -117,6 +118,15 @@ class CopyingDevice(Protocol):
     def beside(self, step: bool) -> AbstractContextManager[None]:
         """Work issued within comes before all that is issued later, and after all that was issued
         earlier; with `step`, only after what was issued before the last mark."""
+
+
+@runtime_checkable
+class RecordingDevice(Protocol):
+    """What a Device may offer besides (1.5), where recordings share the memory they work in."""
+
+    def unheld(self, tensor: Tensor) -> Tensor:
+        """What a recording leaves in `tensor`, for as long as no other is replayed: the memory is not
+        held for it, so that later recordings work in it too. The caller drops `tensor`."""
 
 
 @runtime_checkable

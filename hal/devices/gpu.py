@@ -157,6 +157,9 @@ class GpuDevice:
         replay: Callable[[], None] = graph.replay
         return replay
 
+    def unheld(self, tensor: Tensor) -> Tensor:
+        return torch.as_tensor(_Place(tensor), device=self.torch_device).view(tensor.dtype)
+
     def _free_generator(self) -> None:
         """After a recording that broke off torch's generator of the device would go on refusing: it takes
         the recording to be under way. Whoever draws numbers there next, us or not, would get an error."""
@@ -236,6 +239,20 @@ class GpuDevice:
             f"{free / 2**30:.1f} GiB are free: ask for fewer ({advice}) or a shorter "
             "--max-model-len"
         )
+
+
+class _Place:
+    """Where a contiguous tensor lies, in the words that array libraries hand memory over with: who makes
+    a tensor of it holds this, not the memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        integers = {1: "|i1", 2: "<i2", 4: "<i4", 8: "<i8"}  # they have none for bfloat16
+        self.__cuda_array_interface__ = {
+            "version": 2,
+            "shape": tuple(tensor.shape),
+            "typestr": integers[tensor.element_size()],
+            "data": (tensor.data_ptr(), False),
+        }
 
 
 def _memory_error(error: BaseException) -> BaseException | None:

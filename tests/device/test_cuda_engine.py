@@ -89,6 +89,21 @@ def test_what_is_recorded_ahead_gives_the_references_tokens(
         llm.engine.check_integrity()
 
 
+def test_recordings_hold_no_logits_each() -> None:
+    """What they leave lies where they all work: dozens of them are no dozens of vocabularies."""
+    options: dict[str, Any] = {"kv_blocks": 512, "host_kv_blocks": 0, "max_num_sequences": 256}
+    with LLM("embedded", backend=BACKEND, **options) as llm:
+        engine, program = llm.engine, llm.engine.executor.program
+        held = []
+        while engine.rehearse():
+            held.append(torch.cuda.memory_allocated())
+        logits = 256 * program.vocab_size * 2
+        recordings = len(program._replays)  # type: ignore[union-attr]
+        assert recordings > 20
+        assert max(held) - held[0] < recordings * logits / 4
+        engine.check_integrity()
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_grammars_hold_beside_free_rows(overlap: bool) -> None:
     """Half of the rows are guided: masks reach the rows that they are for."""
