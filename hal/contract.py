@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTRACT_VERSION",
+    "ChangingKernels",
     "CompilingKernels",
     "CopyingDevice",
     "Device",
@@ -206,6 +207,37 @@ class DrawingKernels(Protocol):
         Returns:
             tokens [n] int64 below vocab; bad [n] bool: the row's logits were not numbers; codes [n]
             int64: 2 x token + bad, both in one piece for the host.
+        """
+
+
+@runtime_checkable
+class ChangingKernels(Protocol):
+    """What DrawingKernels may offer besides (1.5): penalties and grammars change logits in one pass."""
+
+    def change(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        penalties: Tensor,
+        slots: Tensor,
+        counts: tuple[Tensor, Tensor] | None,
+        masks: Tensor,
+        allowed: Tensor | None,
+    ) -> Tensor:
+        """Logits [n, vocab] fp32 of n rows, to draw from. Never waits for the device.
+
+        Of a token that was seen a positive logit is divided by the repetition penalty, another is
+        multiplied by it; subtracted are the frequency penalty for each time that it was answered, and
+        the presence penalty if it was; then forbidden tokens get -inf, numbers that are none stay.
+
+        Args:
+            logits: [any, vocab] fp32, fp16 or bf16, last dim contiguous.
+            rows: [n] int64, the logits' rows.
+            penalties: [3, n] fp32: repetition, frequency, presence.
+            slots: [n] int64, the row's line of both counts; -1: it has no penalties.
+            counts: seen [any, vocab] bool and times answered [any, vocab] fp32; None: no row has a slot.
+            masks: [n] int64, the row's line of `allowed`; -1: it may have all tokens.
+            allowed: [any, words] int32, a bit a token, lowest first; None: no row has a mask.
         """
 
 

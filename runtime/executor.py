@@ -215,16 +215,15 @@ class Executor:
         return Batcher(size, self._max_blocks, shape, program.buffer, self._share, mixed)
 
     @torch.inference_mode()
-    def rehearse(self, plan: StepPlan, recorded: bool = True, changed: bool = False) -> float:
+    def rehearse(self, plan: StepPlan, recorded: bool = True) -> float:
         """Run a step of nobody's, with no step in flight, for what that brings about on the device.
 
         Its tokens have no slots, so that no block changes; what it draws is thrown away. Returns the
         part of its time that the host took to launch it.
 
         Args:
-            plan: rows that draw without penalties or grammars; their blocks are read.
+            plan: rows that draw without penalties or grammars, but may have biases; their blocks are read.
             recorded: as a step is run that the device records or has recorded; else launch by launch.
-            changed: draw as from logits that penalties or grammars have changed.
 
         Raises:
             DeviceMemoryError: the device's memory is too small for this step.
@@ -244,8 +243,6 @@ class Executor:
             logits = self.program.run(inputs.input_ids, inputs.logit_indices, inputs.batch)
             launched = time.perf_counter()
             logits = logits[: packed.num_logits]
-            if changed:
-                logits = logits.float()
             self.sampler.draw(logits, self.sampler.prepare(packed.samples))
             self.device.synchronize()
             return (launched - started) / (time.perf_counter() - started)

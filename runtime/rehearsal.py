@@ -52,7 +52,7 @@ class _Piece:
     keys: int
     random: bool = False
     shared: bool = False  # all rows have so many keys, and all of them in common
-    changed: bool = False  # drawn as where penalties or grammars change logits
+    changed: int = 0  # rows whose logits are changed, as by penalties or grammars
 
 
 class Rehearsal:
@@ -133,7 +133,7 @@ class Rehearsal:
         kernels = cast(CompilingKernels, self._executor.kernels)
         with kernels.compiling():
             for piece in self._varieties():
-                self._executor.rehearse(self._plan(piece), recorded=False, changed=piece.changed)
+                self._executor.rehearse(self._plan(piece), recorded=False)
             self._executor.move(copies=[BlockMove(0, 0)])  # what swaps blocks, too
 
     def _varieties(self) -> Iterator[_Piece]:
@@ -158,9 +158,11 @@ class Rehearsal:
             yield _Piece((1,), keys, random=keys in (farthest, _REACHES[0]))
         for number in sorted({min(number, rows) for number in _ROWS}):
             yield _Piece((1,) * number, min(_REACHES[0], most))
-        for number in sorted({min(number, rows) for number in (1, _FEW, _ROWS[-1])}):
+        for number in sorted({min(number, rows) for number in (1, _ROWS[0], _FEW, _ROWS[-1])}):
             for random in (False, True):
-                yield _Piece((1,) * number, min(_REACHES[0], most), random, changed=True)
+                for changed in sorted({1, number}):
+                    keys = min(_REACHES[0], most)
+                    yield _Piece((1,) * number, keys, random, changed=changed)
         # What rows share: many go on from that, the keys of a few are split beside it.
         many, few = min(_ROWS[-1], rows), min(_FEW, rows)
         yield _Piece((1,) * many, min(_REACHES[1], most), random=True, shared=True)
@@ -197,12 +199,15 @@ class Rehearsal:
 
     def _plan(self, piece: _Piece) -> StepPlan:
         blocks, size = self._executor.pool.num_blocks, self._executor.pool.layout.spec.block_size
-        params = SamplingParams(temperature=1.0 if piece.random else 0.0)
+        temperature = 1.0 if piece.random else 0.0
+        params = SamplingParams(temperature=temperature)
+        changed = SamplingParams(temperature=temperature, logit_bias={0: 1.0})
         rows, longest = [], (0,) * piece.keys
         for number, count in enumerate(piece.counts):
             prompt = longest if number == 0 or piece.shared else (0,) * count
             end = len(prompt)
-            request = Request(f"rehearsal-{number}", prompt, params, max_tokens=1)
+            own = changed if number < piece.changed else params
+            request = Request(f"rehearsal-{number}", prompt, own, max_tokens=1)
             sequence = Sequence.first_of(request, -1)
             sequence.status = SequenceStatus.RUNNING
             # Read, never written; different ones, so that the rows have none in common.

@@ -18,7 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halyard.hal.contract import DrawingKernels, GreedyKernels, MaskingKernels
+from halyard.hal.contract import (
+    ChangingKernels,
+    DrawingKernels,
+    GreedyKernels,
+    MaskingKernels,
+)
 from halyard.runtime.batcher import stage
 from halyard.runtime.drawing import choose, uniform
 from halyard.runtime.masks import Allowed, MaskRow, Masks
@@ -60,6 +65,7 @@ class Draw:
     flags: int  # of all rows together
     numbers: NDArray[np.float64] | None  # [rows] in [0, 1); None: all are greedy
     penalised: NDArray[np.int64]  # positions, as those below
+    penalties: NDArray[np.float32]  # [3, penalised rows] repetition, frequency, presence
     counts: CountUpdate | None  # of the penalised rows
     biases: NDArray[np.float64]  # [3, n] (position, token, what is added to its logit)
     forbidden: NDArray[np.int64]  # [2, n] (position, token that may not come yet)
@@ -74,12 +80,20 @@ class Draw:
     def changes_logits(self) -> bool:
         return self.adjusts_logits or bool(self.flags & GUIDED)
 
+    @property
+    def changed(self) -> NDArray[np.int64]:
+        """Positions of the rows whose logits it changes."""
+        rows = self.samples.records["flags"] & (PENALISED | BIASED | GUIDED) != 0
+        rows[self.forbidden[0]] = True
+        found: NDArray[np.int64] = np.flatnonzero(rows)
+        return found
+
 
 class Sampler:
     """Draws for one engine.
 
     Args:
-        kernels: draw on the device, where it has kernels for that.
+        kernels: draw on the device, where it has kernels for that; they may change logits there, too.
         masking: bar what grammars forbid, where there are kernels for that.
         greedy: draw what greedy rows draw, where there are kernels for that alone.
     """
@@ -93,6 +107,7 @@ class Sampler:
     ) -> None:
         self.vocab_size = vocab_size
         self._kernels = kernels
+        self._changing = kernels if isinstance(kernels, ChangingKernels) else None
         self._greedy = greedy
         self._counts = TokenCounts(vocab_size)
         self._masking = masking
@@ -111,8 +126,7 @@ class Sampler:
     def prepare(self, samples: Samples) -> Draw:
         """What doesn't depend on logits; the masks that guided rows lack begin in their thread."""
         flags = int(np.bitwise_or.reduce(samples.records["flags"])) if len(samples) else 0
-        nothing = np.empty(0, np.int64)
-        penalised = samples.having(PENALISED) if flags & PENALISED else nothing
+        penalised = samples.having(PENALISED) if flags & PENALISED else np.empty(0, np.int64)
         counts = None
         if len(penalised):
             counts = self._counts.plan(
@@ -125,6 +139,7 @@ class Sampler:
             flags,
             uniform(samples) if flags & RANDOM else None,
             penalised,
+            _penalties(samples, penalised),
             counts,
             _biases(samples) if flags & BIASED else np.empty((3, 0)),
             _forbidden(samples) if flags & LEAST else np.empty((2, 0), np.int64),
@@ -137,12 +152,11 @@ class Sampler:
         Args:
             before: what the step before sampled, if it is in flight.
         """
+        if self._kernels is not None and (self._changing is not None or not draw.changes_logits):
+            return self._draw_there(self._kernels, logits, draw, before)
         samples, kernels = draw.samples, self._kernels
         scored = samples.having(SCORED) if draw.flags & SCORED else np.empty(0, np.int64)
         failures: dict[int, str] = {}
-        if kernels is not None and not draw.changes_logits and not len(scored):
-            found = self._draw_there(kernels, logits, draw, samples.identity)
-            return SampledTokens(found[0], found[1], scored, None, codes=found[2])
         raw = logits
         if not samples.identity:
             raw = logits[torch.from_numpy(samples.logits_rows).to(logits.device)]
@@ -163,60 +177,126 @@ class Sampler:
                 _free_ends(work, raw, allowed, samples)
         codes: Tensor | None = None
         if kernels is not None:
-            tokens, bad, codes = self._draw_there(kernels, work, draw, True)
+            tokens, bad, codes = kernels.draw(work, None, _columns(draw, work.device))
         else:
             tokens, peaks = choose(work, samples, draw.numbers)
             bad = ~torch.isfinite(raw.amax(dim=-1) if draw.adjusts_logits else peaks)
         scores = None
         if len(scored):
             index = torch.from_numpy(scored).to(raw.device)
-            asked = [samples.sequences[number].request.params.logprobs or 0 for number in scored]
-            scores = score(raw[index], tokens[index], max(asked))
+            scores = score(raw[index], tokens[index], _most_alternatives(samples, scored))
         return SampledTokens(tokens, bad, scored, scores, failures, codes)
+
+    def _draw_there(
+        self, kernels: DrawingKernels, logits: Tensor, draw: Draw, before: Tensor | None
+    ) -> SampledTokens:
+        """By kernels of the device, for which the host never waits. Rows whose logits are changed are
+        drawn from a copy that holds them alone."""
+        samples = draw.samples
+        failures: dict[int, str] = {}
+        if not draw.changes_logits:
+            columns = _columns(draw, logits.device)
+            index = None if samples.identity else stage([samples.logits_rows], logits.device)[0]
+            tokens, bad, codes = kernels.draw(logits, index, columns)
+        else:
+            changed = draw.changed
+            work, failures = self._changed_there(logits, draw, changed, before)
+            if len(changed) == len(samples):
+                tokens, bad, codes = kernels.draw(work, None, _columns(draw, work.device))
+            else:
+                plain = np.setdiff1d(np.arange(len(samples)), changed, assume_unique=True)
+                order = np.empty(len(samples), np.int64)
+                order[plain], order[changed] = (
+                    np.arange(len(plain)),
+                    np.arange(len(plain), len(order)),
+                )
+                index, places = stage([samples.logits_rows[plain], order], logits.device)
+                drawn = (
+                    kernels.draw(logits, index, _columns(draw, logits.device, plain))[2],
+                    kernels.draw(work, None, _columns(draw, logits.device, changed))[2],
+                )
+                codes = torch.cat(drawn).index_select(0, places)
+                tokens, bad = codes >> 1, (codes & 1).bool()
+        scored = samples.having(SCORED) if draw.flags & SCORED else np.empty(0, np.int64)
+        scores = None
+        if len(scored):
+            rows, own = stage([samples.logits_rows[scored], scored], logits.device)
+            raw = logits.index_select(0, rows)
+            width = _most_alternatives(samples, scored)
+            scores = score(raw, tokens.index_select(0, own), width)
+        return SampledTokens(tokens, bad, scored, scores, failures, codes)
+
+    def _changed_there(
+        self, logits: Tensor, draw: Draw, changed: NDArray[np.int64], before: Tensor | None
+    ) -> tuple[Tensor, dict[int, str]]:
+        """Logits [changed rows, vocab] fp32 with penalties, biases, forbidden ends and masks; and which
+        rows' grammars broke down."""
+        assert self._changing is not None
+        samples, device, vocab = draw.samples, logits.device, logits.shape[-1]
+        place = np.zeros(len(samples), np.int64)
+        place[changed] = np.arange(len(changed))
+        penalties = np.zeros((3, len(changed)), np.float32)
+        slots, lines = np.full((2, len(changed)), -1, np.int64)
+        counts: tuple[Tensor, Tensor] | None = None
+        if draw.counts is not None:
+            counts = self._counts.apply(draw.counts, device, before)
+            slots[place[draw.penalised]] = draw.counts.slots
+            penalties[:, place[draw.penalised]] = draw.penalties
+        bits, failures = np.zeros((0, 0), np.int32), {}
+        guided = np.empty(0, np.int64)
+        if draw.masks is not None:
+            allowed = draw.masks.result()
+            self._masks = draw.masks
+            failures, bits = allowed.failures, allowed.bits.view(np.int32)
+            guided = place[allowed.positions]
+            lines[guided] = np.arange(len(bits))
+        biased = place[draw.biases[0].astype(np.int64)] * vocab + draw.biases[1].astype(np.int64)
+        barred = place[draw.forbidden[0]] * vocab + draw.forbidden[1]
+        index, on_slots, on_lines, on_penalties, masks, at, biases, ends = stage(
+            [
+                samples.logits_rows[changed], slots, lines, penalties, bits,
+                biased, draw.biases[2].astype(np.float32), barred,
+            ],
+            device,
+        )  # fmt: skip
+        change = self._changing.change
+        work = change(
+            logits, index, on_penalties, on_slots, counts, on_lines, masks if len(bits) else None
+        )
+        if len(at):
+            work.view(-1).scatter_add_(0, at, biases)  # each token of a row once
+        if len(ends):
+            work.view(-1).index_fill_(0, ends, float("-inf"))
+            short = samples.positions < samples.records["least"]
+            kept = guided[short[changed[guided]]]
+            if len(kept):  # it may have been the one thing that a complete answer allows
+                own_rows = samples.logits_rows[changed[kept]]
+                none = np.full(len(kept), -1, np.int64)
+                at, index, on_slots, on_lines = stage([kept, own_rows, none, lines[kept]], device)
+                free = change(logits, index, on_penalties, on_slots, None, on_lines, masks)
+                left = work.index_select(0, at)
+                dead = ~torch.isfinite(left.amax(dim=-1, keepdim=True))
+                work.index_copy_(0, at, torch.where(dead, free, left))
+        return work, failures
 
     def sample(self, logits: Tensor, rows: Iterable[SampleRow]) -> SampledTokens:
         """`prepare` and `draw` for rows given one by one."""
         return self.draw(logits, self.prepare(Samples.of(rows, logits.shape[0])))
 
-    def _draw_there(
-        self, kernels: DrawingKernels, logits: Tensor, draw: Draw, identity: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        samples, records = draw.samples, draw.samples.records
-        index = None if identity else samples.logits_rows
-        if draw.numbers is None:
-            rows = None if index is None else stage([index], logits.device)[0]
-            return kernels.draw(logits, rows, None)
-        random = (records["flags"] & RANDOM) != 0
-        columns = np.stack(
-            [
-                np.where(random, records["temperature"], 0.0),
-                records["top_p"],
-                records["min_p"],
-                records["top_k"],
-                draw.numbers,
-            ]
-        ).astype(np.float32)
-        columns[4] = np.minimum(columns[4], np.float32(1 - 2.0**-24))  # below 1 when rounded
-        on = stage([columns] if index is None else [columns, index], logits.device)
-        return kernels.draw(logits, None if index is None else on[1], on[0])
-
     def _changed(self, raw: Tensor, draw: Draw, before: Tensor | None = None) -> Tensor:
         """Logits [rows, vocab] with penalties, biases and forbidden ends."""
         logits, device = raw.clone(), raw.device
         if draw.counts is not None:
-            seen, answered = self._counts.apply(draw.counts, device, before)
+            tables = self._counts.apply(draw.counts, device, before)
+            slots = torch.from_numpy(draw.counts.slots).to(device)
+            seen, answered = (table[slots] for table in tables)
             index = torch.from_numpy(draw.penalised).to(device)
-            params = [draw.samples.sequences[n].request.params for n in draw.penalised]
-
-            def column(name: str) -> Tensor:
-                values = [getattr(own, name) for own in params]
-                return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
-            part, repetition = logits[index], column("repetition_penalty")
+            repetition, frequency, presence = torch.from_numpy(draw.penalties).to(device)[..., None]
+            part = logits[index]
             scaled = torch.where(part > 0, part / repetition, part * repetition)
             part = torch.where(seen, scaled, part)
-            part -= column("frequency_penalty") * answered
-            part -= column("presence_penalty") * (answered > 0)
+            part -= frequency * answered
+            part -= presence * (answered > 0)
             logits[index] = part
         if draw.biases.shape[1]:
             positions, tokens = torch.from_numpy(draw.biases[:2].astype(np.int64)).to(device)
@@ -260,6 +340,39 @@ def _forbidden_by(allowed: NDArray[np.uint8], logits: Tensor) -> Tensor:
     places = torch.arange(8, device=logits.device, dtype=torch.uint8)
     bits = packed[:, :, None].bitwise_right_shift(places).bitwise_and_(1)
     return bits.view(len(allowed), -1)[:, : logits.shape[-1]] == 0
+
+
+def _columns(
+    draw: Draw, device: torch.device, which: NDArray[np.int64] | None = None
+) -> Tensor | None:
+    """What DrawingKernels.draw takes of all samples, or of some; None: nothing is random."""
+    if draw.numbers is None:
+        return None
+    records, numbers = draw.samples.records, draw.numbers
+    if which is not None:
+        records, numbers = records[which], numbers[which]
+    random = (records["flags"] & RANDOM) != 0
+    columns = np.stack(
+        [
+            np.where(random, records["temperature"], 0.0),
+            records["top_p"],
+            records["min_p"],
+            records["top_k"],
+            numbers,
+        ]
+    ).astype(np.float32)
+    columns[4] = np.minimum(columns[4], np.float32(1 - 2.0**-24))  # below 1 when rounded
+    return stage([columns], device)[0]
+
+
+def _most_alternatives(samples: Samples, scored: NDArray[np.int64]) -> int:
+    return max(samples.sequences[number].request.params.logprobs or 0 for number in scored)
+
+
+def _penalties(samples: Samples, penalised: NDArray[np.int64]) -> NDArray[np.float32]:
+    params = [samples.sequences[number].request.params for number in penalised]
+    found = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
+    return np.ascontiguousarray(np.array(found, np.float32).reshape(-1, 3).T)
 
 
 def _biases(samples: Samples) -> NDArray[np.float64]:

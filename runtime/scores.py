@@ -12,6 +12,7 @@ from halyard.runtime.plan import TokenLogprob
 
 __all__ = ["Scores", "score", "score_tokens"]
 
+_PIECE = 256  # tokens whose largest is looked at before they are
 _SCORE_ROWS = 256  # rows of log-softmax at a time: bounds memory for prompt log-probabilities
 
 
@@ -50,8 +51,28 @@ def score(logits: Tensor, token_ids: Tensor, width: int) -> Scores:
         part = logits[start : start + _SCORE_ROWS].float().log_softmax(dim=-1)
         own = part.gather(1, token_ids[start : start + _SCORE_ROWS, None])
         ranks = (part > own).sum(dim=-1) + 1
-        parts.append((own[:, 0], ranks, *part.topk(width, dim=-1)))
+        parts.append((own[:, 0], ranks, *_largest(part, width)))
     return Scores(token_ids, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As values.topk(count): [rows, count] the largest of each row [rows, any], best first, and where.
+
+    They are in the `count` pieces whose largest are largest, so a row is read once, and little is sorted.
+    """
+    rows, width = values.shape
+    pieces = width // _PIECE
+    if pieces <= 2 * count:
+        best, where = values.topk(count, dim=-1)
+        return best, where
+    whole = values[:, : pieces * _PIECE].view(rows, pieces, _PIECE)
+    chosen = whole.amax(dim=-1).topk(count, dim=-1).indices
+    inside = torch.arange(_PIECE, device=values.device)
+    places = (chosen[:, :, None] * _PIECE + inside).view(rows, -1)
+    rest = torch.arange(pieces * _PIECE, width, device=values.device).expand(rows, -1)
+    places = torch.cat((places, rest), dim=1)
+    best, at = values.gather(1, places).topk(count, dim=-1)
+    return best, places.gather(1, at)
 
 
 def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> list[TokenLogprob]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from halyard.runtime.batcher import stage
 from halyard.runtime.sequence import Sequence, SequenceStatus
 
 __all__ = ["CountUpdate", "TokenCounts"]
@@ -133,36 +134,39 @@ class TokenCounts:
     def apply(
         self, update: CountUpdate, device: torch.device, before: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Take in an update: (seen [rows, vocab] bool, times answered [rows, vocab] fp32).
+        """Take in an update: (seen [slots, vocab] bool, times answered [slots, vocab] fp32) of all slots.
+        Never waits for the device.
 
         Args:
             before: what the step before sampled, for pending tokens.
         """
-
-        def on(array: NDArray[np.int64]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
         seen, answered = self._counts(update.num_slots, device)
-        one = torch.ones((), device=device)
-        if len(update.blank):
-            blank = on(update.blank)
-            seen[blank] = False
-            answered[blank] = 0.0
-        if update.places.shape[1]:
-            slots, tokens = on(update.places)
-            seen[slots, tokens] = True
-        if update.answers.shape[1]:
-            slots, tokens = on(update.answers)
-            answered.index_put_((slots, tokens), one, accumulate=True)
-        if update.pending.shape[1]:
+        width = self.vocab_size
+        blank, places, answers, slots, sources = stage(
+            [
+                update.blank,
+                update.places[0] * width + update.places[1],
+                update.answers[0] * width + update.answers[1],
+                update.pending[0] * width,
+                np.ascontiguousarray(update.pending[1]),
+            ],
+            device,
+        )
+        if len(blank):
+            seen.index_fill_(0, blank, False)
+            answered.index_fill_(0, blank, 0.0)
+        flat_seen, flat_answered = seen.view(-1), answered.view(-1)
+        if len(places):
+            flat_seen.index_fill_(0, places, True)
+        if len(answers):
+            _count(flat_answered, answers)
+        if len(slots):
             if before is None:
                 raise AssertionError("a token is pending that nobody samples")
-            slots, sources = on(update.pending)
-            tokens = before[sources]
-            seen[slots, tokens] = True
-            answered.index_put_((slots, tokens), one, accumulate=True)
-        chosen = on(update.slots)
-        return seen[chosen], answered[chosen]
+            pending = slots + before.index_select(0, sources)
+            flat_seen.index_fill_(0, pending, True)
+            _count(flat_answered, pending)
+        return seen, answered
 
     def _counts(self, num_slots: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._seen is None or self._answered is None or len(self._seen) < num_slots:
@@ -193,3 +197,9 @@ class TokenCounts:
             if owner is not None and owner.status is SequenceStatus.FINISHED:
                 del self._slots[id(owner)]
                 self._owners[slot] = None
+
+
+def _count(counts: Tensor, places: Tensor) -> None:
+    """One more at each of the places, as often as it is among them: whole numbers, in any order."""
+    one = torch.ones((), dtype=counts.dtype, device=counts.device)
+    counts.scatter_add_(0, places, one.expand(len(places)))

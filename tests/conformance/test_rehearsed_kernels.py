@@ -37,7 +37,7 @@ from halyard.runtime.sampler import Sampler
 from halyard.runtime.sequence import Sequence, SequenceStatus
 
 BLOCKS, SIZE, CORES = 64, 16, 132
-VOCAB = 32000
+VOCAB = 128_256  # a greedy row may be split over as many programs as there are
 SHAPES = {  # heads, kv heads, head dim, hidden, inner
     "1b": (32, 8, 64, 2048, 8192),
     "8b": (32, 8, 128, 4096, 14336),
@@ -147,16 +147,25 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> _Wanted:
     return wanted
 
 
-def _plan(rows: list[tuple[int, int]], drawn: bool, shared: bool) -> StepPlan:
-    """Rows of (keys that are there, tokens that come)."""
+def _plan(
+    rows: list[tuple[int, int]], drawn: bool, shared: bool, changed: int, forked: bool
+) -> StepPlan:
+    """Rows of (keys that are there, tokens that come), so many of them with biases or penalties; with
+    `forked` the last one begins three answers."""
     planned = []
-    params = SamplingParams(temperature=1.0 if drawn else 0.0)
+    temperature = 1.0 if drawn else 0.0
     for number, (start, count) in enumerate(rows):
+        params = SamplingParams(temperature=temperature)
+        if number < changed:
+            repetition = 1.2 if number == 1 else 1.0
+            params = SamplingParams(temperature=temperature, repetition_penalty=repetition,
+                                    logit_bias={1: 2.0})  # fmt: skip
         sequence = Sequence.first_of(Request(f"{number}", (0,) * (start + count), params, 1), -1)
         sequence.status = SequenceStatus.RUNNING
         block = 0 if shared else number % BLOCKS
         sequence.block_ids = array("i", [block] * -(-(start + count) // SIZE))
-        planned.append(PlanRow(sequence, start, count, 1))
+        answers = 3 if forked and number == len(rows) - 1 else 1
+        planned.append(PlanRow(sequence, start, count, answers))
     counts = [count for _, count in rows]
     return StepPlan(
         0, tuple(planned), sum(counts), len(rows), sum(counts) if max(counts) > 1 else 0
@@ -212,15 +221,15 @@ def test_no_step_waits_for_a_compiler(
     assert rehearsal.one()
     ahead = set(wanted.first)
     assert {"paged_decode_kernel", "draw_kernel", "rotate_kernel"} <= {name for name, _ in ahead}
-    changed = random.Random(8)
+    chance = random.Random(8)
     for wanted.step, rows in _steps(most_rows, most_tokens, most_keys):
-        drawn, shared = changed.random() < 0.5, "shared" in wanted.step
-        packed = executor.batcher.pack(_plan(rows, drawn, shared))
+        drawn, shared = chance.random() < 0.5, "shared" in wanted.step
+        changed = chance.choice([0, 0, 1, len(rows) // 2, len(rows)])
+        plan = _plan(rows, drawn, shared, changed, chance.random() < 0.2)
+        packed = executor.batcher.pack(plan)
         inputs = packed.put(device.torch_device)
         logits = captured.run(inputs.input_ids, inputs.logit_indices, inputs.batch)
         logits = logits[: packed.num_logits]
-        if changed.random() < 0.3:  # by penalties or a grammar
-            logits = logits.float()
         executor.sampler.draw(logits, executor.sampler.prepare(packed.samples))
     wanted.step = "a copy"
     executor.move(copies=[BlockMove(3, 5), BlockMove(4, 6)])

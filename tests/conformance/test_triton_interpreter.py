@@ -147,6 +147,12 @@ def test_draws(dtype: str) -> None:
 
 
 @inside
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_changes(dtype: str) -> None:
+    checks.changes(checks.context(CpuDevice(), dtype))  # type: ignore[arg-type]
+
+
+@inside
 def test_draws_of_rows_that_programs_share() -> None:
     checks.split_draws(made())
 

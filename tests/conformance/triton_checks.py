@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from halyard.hal.conformance.case import CaseContext
 from halyard.hal.conformance.sequences import Sequences
@@ -212,6 +213,53 @@ def draws(made: Any, vocab: int = 300) -> None:
             kept = weight.nonzero()[:, 0].tolist()
             assert token in kept
             assert number > 0 or token == kept[0]
+
+
+def changes(made: Any, vocab: int = 9_001) -> None:
+    """Penalties and masks against their definition in fp64: with both, either, none; bad numbers stay."""
+    where, rng = made.device.torch_device, torch.Generator().manual_seed(3)
+    logits = (torch.randn(5, vocab, generator=rng) * 4).to(torch_dtype(made.dtype))
+    logits[2, [3, vocab - 1]], logits[2, 4] = float("nan"), float("inf")
+    words = -(-vocab // 32)
+    seen = torch.rand(3, vocab, generator=rng) < 0.3
+    answered = torch.where(seen, torch.randint(0, 4, (3, vocab), generator=rng), 0).float()
+    allowed = torch.randint(-(2**31), 2**31, (2, words), generator=rng).int()
+    rows = torch.tensor([4, 2, 2, 0, 1, 4])
+    slots = torch.tensor([0, 2, -1, 1, -1, 0])
+    masks = torch.tensor([-1, 1, 0, 0, -1, 1])
+    penalties = torch.tensor([[1.3, 0.7, 1.0, 1.0, 1.0, 2.5], [0.4, 0.0, 0.0, 1.5, 0.0, -0.5],
+                              [0.0, 0.6, 0.0, -2.0, 0.0, 0.25]])  # fmt: skip
+    bits = (allowed.view(torch.uint8)[:, :, None] >> torch.arange(8) & 1).view(2, -1)[:, :vocab]
+
+    def expected(number: int, slot: int, mask: int) -> Tensor:
+        own = logits[rows[number]].double()
+        repetition, frequency, presence = penalties[:, number].double()
+        if slot >= 0:
+            scaled = torch.where(own > 0, own / repetition, own * repetition)
+            own = torch.where(seen[slot], scaled, own)
+            own = own - frequency * answered[slot] - presence * (answered[slot] > 0)
+        if mask >= 0:
+            own = own.masked_fill((bits[mask] == 0) & ~own.isnan(), float("-inf"))
+        return own
+
+    def check(counts: tuple[Tensor, Tensor] | None, mask_bits: Tensor | None) -> None:
+        own_slots = slots if counts is not None else torch.full_like(slots, -1)
+        own_masks = masks if mask_bits is not None else torch.full_like(masks, -1)
+        found = made.kernels.change(
+            logits.to(where), rows.to(where), penalties.to(where), own_slots.to(where),
+            None if counts is None else tuple(table.to(where) for table in counts),
+            own_masks.to(where), None if mask_bits is None else mask_bits.to(where),
+        )  # fmt: skip
+        assert found.dtype == torch.float32
+        pairs = zip(own_slots.tolist(), own_masks.tolist(), strict=True)
+        wanted = torch.stack([expected(number, *pair) for number, pair in enumerate(pairs)])
+        torch.testing.assert_close(
+            found.cpu().double(), wanted, atol=2e-6, rtol=1e-6, equal_nan=True
+        )
+
+    for counts in ((seen, answered), None):
+        for mask_bits in (allowed, None):
+            check(counts, mask_bits)
 
 
 def split_draws(made: Any) -> None:

@@ -91,6 +91,12 @@ def test_draws(device: Any, dtype: DType) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_changes(device: Any, dtype: DType) -> None:
+    checks.changes(checks.context(device, dtype))
+    checks.changes(checks.context(device, dtype), vocab=128_256)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_skinny_linears(device: Any, dtype: DType) -> None:
     checks.skinny_linears(checks.context(device, dtype))
 

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from plain_drawing import PlainDrawing
 
 from halyard.runtime.drawing import uniform
 from halyard.runtime.masks import Allowed
 from halyard.runtime.plan import PlanRow
 from halyard.runtime.request import Request, SamplingParams
-from halyard.runtime.sampler import Sampler
+from halyard.runtime.sampler import Draw, Sampler
 from halyard.runtime.samples import SampleRow, Samples
-from halyard.runtime.scores import score_tokens
+from halyard.runtime.scores import score, score_tokens
 from halyard.runtime.sequence import Sequence
+
+
+@pytest.fixture(autouse=True, params=["torch", "kernels"])
+def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test holds whether torch draws, which sorts what filters leave, or a device's kernels do."""
+    if request.param == "kernels":
+        own = partial(Sampler, kernels=PlainDrawing())
+        monkeypatch.setattr(sys.modules[__name__], "Sampler", own)
+    return bool(request.param == "torch")
+
+
+def changed(sampler: Sampler, logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Logits that are drawn from."""
+    if sampler._changing is None:
+        return sampler._changed(logits, draw)
+    return sampler._changed_there(logits, draw, draw.changed, None)[0]
+
 
 VOCAB = 700  # more than the sampler looks at before it sorts everything
 
@@ -101,15 +121,15 @@ def test_draws_follow_the_filtered_distribution(filters: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_all_allowed_tokens_and_no_others_can_come(
-    filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch, sorts: bool
 ) -> None:
     """Sweep the random number over the middle of every kept token's share."""
     logits = logits_of(1, seed=4)
     own = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
     expected = kept_probabilities(logits[0].numpy(), **own)
     order = np.argsort(-expected, kind="stable")
-    if not {"top_k", "top_p", "min_p"} & filters.keys():
-        order = np.arange(VOCAB)  # without filters nothing is sorted: vocabulary order
+    if not (sorts and {"top_k", "top_p", "min_p"} & filters.keys()):
+        order = np.arange(VOCAB)  # else in the order of the vocabulary
     middles = np.cumsum(expected[order]) - expected[order] / 2
     # Weights are fp32: smaller shares may be missed by a number that is not.
     reachable = expected[order] > 1e-6
@@ -120,14 +140,17 @@ def test_all_allowed_tokens_and_no_others_can_come(
 
 
 @pytest.mark.parametrize("number", [0.0, 1.0 - 2.0**-53])
-def test_the_ends_of_the_random_range(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ends_of_the_random_range(
+    number: float, monkeypatch: pytest.MonkeyPatch, sorts: bool
+) -> None:
     logits = logits_of(1, seed=5)
     monkeypatch.setattr(
         "halyard.runtime.sampler.uniform",
         lambda samples: np.full(len(samples), number),
     )
     token = Sampler(VOCAB).sample(logits, [sample_row(top_k=9)]).token_ids.item()
-    assert token == logits[0].topk(9).indices[0 if number == 0 else 8]
+    kept = logits[0].topk(9).indices
+    assert token == (kept if sorts else kept.sort().values)[0 if number == 0 else 8]
 
 
 def test_greedy_in_every_dtype_and_forks_of_a_row() -> None:
@@ -191,9 +214,9 @@ def test_penalties_against_brute_force() -> None:
         part.row.sequence.token_ids.extend(answer[length:])
         step = SampleRow(PlanRow(row.row.sequence, len(prompt) + length - 1, 1, 1), 0, 0)
         draw = sampler.prepare(Samples.of([step], 1))
-        counted = sampler._changed(logits, draw)[0]
+        counted = changed(sampler, logits, draw)[0]
         fresh = Sampler(VOCAB)
-        anew = fresh._changed(logits, fresh.prepare(Samples.of([step], 1)))[0]
+        anew = changed(fresh, logits, fresh.prepare(Samples.of([step], 1)))[0]
         assert torch.equal(counted, anew)
     assert torch.allclose(counted, expected, atol=1e-6)
 
@@ -264,6 +287,21 @@ def test_prompt_scores_are_the_same_in_pieces() -> None:
     for i in (0, 255, 256, 299):
         assert scored[i].logprob == pytest.approx(own[i, targets[i]].item(), abs=1e-5)
         assert len(scored[i].top) == 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+@pytest.mark.parametrize("vocab", [1, 300, 12_800, 12_999])
+def test_the_most_likely_are_found_wherever_they_are(vocab: int, count: int) -> None:
+    values = torch.randn(6, vocab, generator=torch.Generator().manual_seed(12))
+    values[1, :200], values[2, -3:], values[3] = 9.0, 9.0, float("-inf")
+    token = torch.zeros(6, dtype=torch.int64)
+    found = score(values, token, count)
+    own = values.log_softmax(-1)
+    wanted = own.topk(min(count, vocab)).values
+    torch.testing.assert_close(found.best, wanted, equal_nan=True, atol=0, rtol=0)
+    again = own.gather(1, found.best_ids)
+    torch.testing.assert_close(found.best, again, equal_nan=True, atol=0, rtol=0)
+    assert all(len(set(ids)) == len(ids) for ids in found.best_ids.tolist())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -341,3 +379,17 @@ def test_weights_too_small_for_fp32_never_come() -> None:
     logits[:, 5] = logits[:, 6] = 0.0
     drawn = Sampler(VOCAB).sample(logits, [sample_row(n, seed=n) for n in range(64)])
     assert set(drawn.token_ids.tolist()) == {5, 6}
+
+
+def test_only_rows_that_are_changed_are_copied() -> None:
+    kernels = PlainDrawing()
+    logits = logits_of(9, seed=15)
+    rows = [sample_row(n, seed=n) for n in range(9)]
+    rows[3] = sample_row(3, seed=3, repetition_penalty=1.3)
+    rows[5] = held(Grammar(7, 300), sample_row(5, temperature=0))
+    rows[6] = sample_row(6, temperature=0, min_tokens=4, eos=frozenset({1}))
+    rows[7] = sample_row(6, temperature=0, logit_bias={9: 99.0})
+    drawn = Sampler(VOCAB, kernels=kernels).sample(logits, rows).token_ids.tolist()
+    assert kernels.changed == 4
+    assert drawn == Sampler(VOCAB, kernels=None).sample(logits, rows).token_ids.tolist()
+    assert drawn[7] == 9

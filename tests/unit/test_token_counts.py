@@ -47,8 +47,9 @@ def test_counts_are_those_of_the_tokens_whatever_rows_come_and_wait() -> None:
                 s.token_ids.append(int(before[pending[id(s)]]))
         for number, s in enumerate(rows):
             own = Counter(s.token_ids[s.num_prompt_tokens :])
-            assert answered[number].tolist() == [own[token] for token in range(VOCAB)]
-            assert seen[number].nonzero().flatten().tolist() == sorted(set(s.token_ids))
+            slot = int(update.slots[number])
+            assert answered[slot].tolist() == [own[token] for token in range(VOCAB)]
+            assert seen[slot].nonzero().flatten().tolist() == sorted(set(s.token_ids))
         for s in {id(s): s for s in rows}.values():
             s.token_ids.append(rng.randrange(VOCAB))
     assert fast > 100

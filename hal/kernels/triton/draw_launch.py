@@ -19,6 +19,7 @@ class DrawLauncher:
     def __init__(self, device: Device) -> None:
         self._cores = device.info.num_cores
         self._kernels: Any = importlib.import_module("halyard.hal.kernels.triton.draw")
+        self._change: Any = importlib.import_module("halyard.hal.kernels.triton.change")
         self._parts: Tensor | None = None
         self._tickets: Tensor | None = None
         self._outgrown: list[Tensor] = []  # captured steps still write to them
@@ -44,6 +45,33 @@ class DrawLauncher:
                 num_warps=16 if few else 8,
             )  # fmt: skip
         return tokens, bad.view(torch.bool), codes
+
+    def change(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        penalties: Tensor,
+        slots: Tensor,
+        counts: tuple[Tensor, Tensor] | None,
+        masks: Tensor,
+        allowed: Tensor | None,
+    ) -> Tensor:
+        """As ChangingKernels.change."""
+        num, vocab = len(rows), logits.shape[-1]
+        out = torch.empty((num, vocab), dtype=torch.float32, device=logits.device)
+        # Where no row has counts or a mask, nobody reads what is passed in their place.
+        if counts is None:
+            counts = rows.view(torch.bool), penalties
+        words = allowed.shape[1] if allowed is not None else 0
+        if allowed is None:
+            allowed = rows.view(torch.int32)
+        size = self._change.CHUNK
+        if num:
+            self._change.change_kernel[(num, -(-vocab // size))](
+                logits, rows, out, penalties, slots, counts[0].view(torch.int8), counts[1], masks,
+                allowed, vocab, logits.stride(0), words, num, SIZE=size, num_warps=8,
+            )  # fmt: skip
+        return out
 
     def split(self, num: int, vocab: int) -> tuple[int, int]:
         """(pieces of a greedy row, tokens of a piece): from shapes alone."""

@@ -136,6 +136,18 @@ class TritonKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return self.drawing.draw(logits, rows, columns)
 
+    def change(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        penalties: Tensor,
+        slots: Tensor,
+        counts: tuple[Tensor, Tensor] | None,
+        masks: Tensor,
+        allowed: Tensor | None,
+    ) -> Tensor:
+        return self.drawing.change(logits, rows, penalties, slots, counts, masks, allowed)
+
     def compiling(self) -> AbstractContextManager[None]:
         """As CompilingKernels.compiling."""
         if _interpreting():

@@ -36,13 +36,13 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
            "variants"]  # fmt: skip
 
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
-                     "prefill_features", "write", "move", "draw", "draw_greedy", "decode_shared",
+                     "prefill_features", "write", "move", "draw", "draw_greedy", "change", "decode_shared",
                      "decode_after", "shared", "few_rows", "rows", "gate", "rotate", "prefill_hopper",
                      "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
-    "move", "draw", "draw_greedy", "decode_shared", "decode_after", "shared", "few_rows", "rows", "gate",
-    "rotate", "prefill_hopper", "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper",
+    "move", "draw", "draw_greedy", "change", "decode_shared", "decode_after", "shared", "few_rows", "rows",
+    "gate", "rotate", "prefill_hopper", "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -64,7 +64,7 @@ _STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "cos_
             "source_block", "target_layer", "target_block", "row_stride", "x_row", "w_row", "num_inputs", "num_outputs",
             "split_inputs", "piece", "vocab", "inputs", "outputs")  # fmt: skip
 # Of a draw or a linear nothing depends on a head's dim.
-_ONE_DIM = ("move", "draw", "draw_greedy", "few_rows", "rows", "gate", "gated_hopper")
+_ONE_DIM = ("move", "draw", "draw_greedy", "change", "few_rows", "rows", "gate", "gated_hopper")
 # Hopper alone, and whose heads they take.
 _GLUON: dict[str, Callable[[int], object]] = {
     "prefill_hopper": hopper_tile, "wide_hopper": wide_tile, "shared_hopper": hopper_tile,
@@ -212,6 +212,7 @@ def _source(
     from dataclasses import replace
 
     from halyard.hal.kernels.triton import (
+        change,
         decode,
         draw,
         gate,
@@ -250,6 +251,13 @@ def _source(
     if variant.kernel == "draw":
         constants = {"GATHER": True, "SIZE": draw.FEW_ROWS_CHUNK}
         return draw.draw_kernel, constants, {"num_warps": 16}, f"{draw.FEW_ROWS_CHUNK} tokens"
+    if variant.kernel == "change":
+        return (
+            change.change_kernel,
+            {"SIZE": change.CHUNK},
+            {"num_warps": 8},
+            f"{change.CHUNK} tokens",
+        )
     if variant.kernel in ("few_rows", "rows"):
         rows = 2 if variant.kernel == "few_rows" else MAX_ROWS
         plan = choose_plan(rows, 2048, 8192, 132, item_size, variant.target)
@@ -379,14 +387,14 @@ def _type(name: str, variant: Variant) -> str:
         return f"*{_SHORT[variant.dtype]}"
     if name in ("rows", "tokens", "codes") and variant.kernel != "gated_hopper":
         return "*i64"
-    if name == "bad":
+    if name in ("bad", "seen"):
         return "*i8"
-    if name in ("sinks", "columns"):
+    if name in ("sinks", "columns", "changed", "penalties", "answered"):
         return "*fp32"
     if name in ("block_tables", "seq_lens", "query_start", "row_keys", "tile_rows", "tile_keys",
-                "parts", "tickets"):  # fmt: skip
+                "parts", "tickets", "allowed"):  # fmt: skip
         return "*i32"
-    if name in ("slot_mapping", "source", "target", "pairs"):
+    if name in ("slot_mapping", "source", "target", "pairs", "slots", "masks"):
         return "*i64"
     if name in ("qk_scale", "cap_scale", "eps"):
         return "fp32"
