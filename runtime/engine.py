@@ -15,11 +15,12 @@ from halyard.runtime.plan import StepOutput, StepPlan, TokenEvent
 from halyard.runtime.request import Request
 
 if TYPE_CHECKING:
-    from halyard.runtime.executor import Executor, RunningStep
+    from halyard.runtime.executor import Executor, PreparedStep
     from halyard.runtime.handoff import MovingSequence
     from halyard.runtime.intake import Intake
     from halyard.runtime.metrics import Metrics
     from halyard.runtime.rehearsal import Rehearsal
+    from halyard.runtime.running import RunningStep
     from halyard.runtime.scheduler import Scheduler
     from halyard.runtime.stats import SchedulerStats
 
@@ -52,6 +53,7 @@ class _Flying:
     """A step that was issued and is not committed."""
 
     plan: StepPlan
+    prepared: PreparedStep
     running: RunningStep
 
 
@@ -169,6 +171,8 @@ class Engine:
         if flying is None:
             return events + self._retreat()
         self._flying = None
+        if not self._draw(flying):
+            return events + self._retreat()
         if self.overlap:
             if meanwhile is not None:
                 meanwhile()
@@ -185,12 +189,22 @@ class Engine:
         if plan is None:
             return None
         try:
-            flying = _Flying(plan, self.executor.run(plan, before))
+            flying = _Flying(plan, *self.executor.run(plan, before))
         except DeviceMemoryError as error:
             self._run_short(plan, error)
             return None
         self._lap("run")
         return flying
+
+    def _draw(self, flying: _Flying) -> bool:
+        """Have a step's tokens drawn, if they waited for those of the step before. False: no memory."""
+        try:
+            self.executor.draw(flying.prepared, flying.running)
+        except DeviceMemoryError as error:
+            self._run_short(flying.plan, error)
+            return False
+        self._lap("run")
+        return True
 
     def _finish(self, flying: _Flying) -> list[TokenEvent]:
         """Wait for a step and take in what it computed."""
@@ -213,7 +227,9 @@ class Engine:
         """Have no step in flight."""
         if self._flying is not None:
             flying, self._flying = self._flying, None
-            self._late += self._finish(flying) + self._retreat()
+            if self._draw(flying):
+                self._late += self._finish(flying)
+            self._late += self._retreat()
 
     def _lap(self, phase: str) -> None:
         """The time since the last lap went to a phase."""

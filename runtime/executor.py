@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,31 +25,15 @@ from halyard.hal.contract import (
 from halyard.hal.errors import CapacityError, DeviceMemoryError
 from halyard.hal.memory_errors import is_out_of_memory
 from halyard.hal.types import BlockMove, KVPool
-from halyard.runtime.batcher import Batcher, PackedStep, PooledSpan
-from halyard.runtime.masks import Masks
-from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenLogprob
+from halyard.runtime.batcher import Batcher, PackedStep, PooledSpan, stage
+from halyard.runtime.plan import StepPlan
+from halyard.runtime.running import Drawn, Here, PromptScores, RunningStep, one_line
 from halyard.runtime.sampler import Draw, Sampler
-from halyard.runtime.scores import Scores, score_tokens
+from halyard.runtime.scores import score
 
-__all__ = ["Executor", "PreparedStep", "RunningStep"]
+__all__ = ["Executor", "PreparedStep"]
 
 Moves = Sequence[BlockMove]
-T = TypeVar("T")
-
-NOT_FINITE = "what the model computed is not finite: its weights may be damaged"
-
-
-class _Here:
-    """A tensor that needs no fetching: work is done when it is issued."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def ready(self) -> bool:
-        return True
-
-    def wait(self) -> Tensor:
-        return self._tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,92 +43,6 @@ class PreparedStep:
     plan: StepPlan
     packed: PackedStep
     draw: Draw
-
-
-@dataclass(frozen=True, slots=True)
-class RunningStep:
-    """A step that was issued. `wait` brings its results to the host."""
-
-    plan: StepPlan
-    token_ids: Tensor | None  # [samples] int64 on the device; None: no row reached its end
-    drawn: Fetch | None  # [samples] int64: twice the token, plus one if its logits were bad
-    scored: list[int]  # samples that scores are of
-    scores: list[Fetch]  # the columns of Scores
-    failures: dict[int, str]  # by sample: void, and why
-    prompt_logprobs: dict[int, tuple[TokenLogprob, ...]]  # by plan row
-    pooled_rows: tuple[int, ...]  # plan rows that pool
-    pooled: Fetch | None  # [pooled rows, hidden] fp32, sums
-    masks: Masks | None = None  # of guided rows
-
-    def ready(self) -> bool:
-        """Whether `wait` would return at once."""
-        return all(fetch is None or fetch.ready() for fetch in (self.drawn, self.pooled))
-
-    def wait(self) -> StepOutput:
-        """Raises DeviceMemoryError if the device finds only now that its memory is too small."""
-        try:
-            return self._wait()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DeviceMemoryError(_one_line(error)) from None
-
-    def _wait(self) -> StepOutput:
-        rows = self.plan.rows
-        drawn = self.drawn.wait() if self.drawn is not None else None
-        codes = drawn.tolist() if drawn is not None else []
-        drawn_ids = [code >> 1 for code in codes]
-        if self.masks is not None:
-            self.masks.follow(drawn_ids)
-        tokens = _by_row(rows, drawn_ids)
-        nothing = (None,) * len(rows)
-        logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = nothing
-        if self.scored:
-            logprobs = self._logprobs(len(codes))
-        errors: dict[int, str] = {}
-        if self.failures or any(code & 1 for code in codes):
-            numbers = [number for number, row in enumerate(rows) for _ in range(_num_drawn(row))]
-            errors = {numbers[sample]: text for sample, text in self.failures.items()}
-            errors |= {numbers[sample]: NOT_FINITE for sample, code in enumerate(codes) if code & 1}
-        pooled = {}
-        if self.pooled is not None:
-            for number, vector in zip(self.pooled_rows, self.pooled.wait().numpy(), strict=True):
-                pooled[number] = vector
-                if not np.isfinite(vector).all():
-                    errors[number] = NOT_FINITE
-        prompts = self.prompt_logprobs
-        return StepOutput(
-            token_ids=tokens,
-            logprobs=logprobs,
-            prompt_logprobs=tuple(map(prompts.get, range(len(rows)))) if prompts else nothing,
-            errors=tuple(errors.items()),
-            pooled=pooled,
-        )
-
-    def _logprobs(self, num_samples: int) -> tuple[tuple[TokenLogprob, ...] | None, ...]:
-        rows = self.plan.rows
-        owners = [row.sequence for row in rows for _ in range(_num_drawn(row))]
-        tops = [owners[sample].request.params.logprobs or 0 for sample in self.scored]
-        listed = Scores(*(column.wait() for column in self.scores)).listed(tops)
-        found: list[TokenLogprob | None] = [None] * num_samples
-        for sample, logprob in zip(self.scored, listed, strict=True):
-            found[sample] = logprob
-        return tuple(
-            tuple(logprob for logprob in own if logprob is not None) or None
-            for own in _by_row(rows, found)
-        )
-
-
-def _by_row(rows: tuple[PlanRow, ...], values: list[T]) -> tuple[tuple[T, ...], ...]:
-    """One value a sample -> those of each plan row."""
-    if len(values) == len(rows) and all(_num_drawn(row) == 1 for row in rows):
-        return tuple(zip(values, strict=True))
-    left = iter(values)
-    return tuple(tuple(islice(left, _num_drawn(row))) for row in rows)
-
-
-def _num_drawn(row: PlanRow) -> int:
-    return 0 if row.sequence.pools else row.num_samples
 
 
 def _sums(hidden: Tensor, spans: Sequence[PooledSpan]) -> Tensor:
@@ -249,9 +145,11 @@ class Executor:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise DeviceMemoryError(_one_line(error)) from None
+            raise DeviceMemoryError(one_line(error)) from None
 
-    def run(self, plan: StepPlan, before: RunningStep | None = None) -> RunningStep:
+    def run(
+        self, plan: StepPlan, before: RunningStep | None = None
+    ) -> tuple[PreparedStep, RunningStep]:
         """Issue a step's work. Order: swap out, swap in, copies, rows.
 
         Args:
@@ -262,25 +160,23 @@ class Executor:
         """
         self._moved = False
         try:
-            return self.issue(self.prepare(plan), before)
+            step = self.prepare(plan)
+            return step, self.issue(step, before)
         except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
             if not is_out_of_memory(error):
                 raise
-            raise DeviceMemoryError(_one_line(error), self._moved) from None
+            raise DeviceMemoryError(one_line(error), self._moved) from None
 
     def prepare(self, plan: StepPlan) -> PreparedStep:
         """All that the host does for a step: pack its inputs, draw its random numbers."""
-        self.sampler.lend()
         packed = self.batcher.pack(plan)
         return PreparedStep(plan, packed, self.sampler.prepare(packed.samples))
 
     @torch.inference_mode()
     def issue(self, step: PreparedStep, before: RunningStep | None = None) -> RunningStep:
-        """All that the device does for it.
+        """All that the device does for it, but for the draws of a step that waits for masks: see draw.
 
-        Where the device overlaps, a step of plain rows waits for nothing. Scores of prompts wait for
-        the logits, guided rows for their masks; columns of penalties, biases and least lengths are
-        copied from memory that isn't pinned, which may wait for the work issued before.
+        Where the device overlaps, the host waits for nothing.
         """
         plan, packed = step.plan, step.packed
         if plan.swap_out or plan.swap_in:
@@ -305,14 +201,38 @@ class Executor:
             logits = self.program.run(*arguments)
         logits = logits[: packed.num_logits]
         pooled_rows = tuple(span.plan_row for span in packed.pooled_spans)
-        scored = self._score_prompts(plan, packed, logits) if packed.prompt_spans else {}
-        if not len(packed.samples):
-            return RunningStep(plan, None, None, [], [], {}, scored, pooled_rows, pooled)
-        sampled = self.sampler.draw(
-            logits, step.draw, before.token_ids if before is not None else None
-        )
-        return RunningStep(
-            plan,
+        scores = self._score_prompts(plan, packed, logits) if packed.prompt_spans else {}
+        running = RunningStep(plan, scores, pooled_rows, pooled)
+        if len(packed.samples):
+            tokens = before.token_ids if before is not None else None
+
+            def draw(how: Draw) -> Drawn:
+                return self._draw(logits, how, tokens)
+
+            running.undrawn = draw
+            if not step.draw.waits:
+                running.draw(step.draw)
+        return running
+
+    def draw(self, step: PreparedStep, running: RunningStep) -> None:
+        """Issue the draws of a step that was issued before its guided rows' last tokens were known: they
+        are now. Waits for their masks. Does nothing where the draws were issued with the step.
+
+        Raises:
+            DeviceMemoryError: the device's memory is too small for them.
+        """
+        if step.draw.waits:
+            try:
+                running.draw(self.sampler.complete(step.draw))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise DeviceMemoryError(one_line(error)) from None
+
+    @torch.inference_mode()
+    def _draw(self, logits: Tensor, how: Draw, before: Tensor | None) -> Drawn:
+        sampled = self.sampler.draw(logits, how, before)
+        return Drawn(
             sampled.token_ids,
             self._fetch(
                 sampled.token_ids * 2 + sampled.bad if sampled.codes is None else sampled.codes
@@ -320,10 +240,7 @@ class Executor:
             sampled.scored.tolist(),
             [self._fetch(column) for column in sampled.scores.columns] if sampled.scores else [],
             sampled.failures,
-            scored,
-            pooled_rows,
-            pooled,
-            step.draw.masks,
+            how.masks,
         )
 
     def _beside(self, step: bool) -> AbstractContextManager[None]:
@@ -332,7 +249,7 @@ class Executor:
     def _fetch(self, tensor: Tensor) -> Fetch:
         if self._fetching is not None:
             return self._fetching.fetch(tensor)
-        return _Here(tensor)
+        return Here(tensor)
 
     def close(self) -> None:
         """Give the device back, empty, even where somebody still holds this object."""
@@ -387,7 +304,7 @@ class Executor:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return _one_line(error)
+            return one_line(error)
         return ""
 
     def _empty_cache(self) -> None:
@@ -412,20 +329,12 @@ class Executor:
 
     def _score_prompts(
         self, plan: StepPlan, packed: PackedStep, logits: Tensor
-    ) -> dict[int, tuple[TokenLogprob, ...]]:
-        scored = {}
+    ) -> dict[int, PromptScores]:
+        scores = {}
         for span in packed.prompt_spans:
-            count = len(span.targets)
             num_top = plan.rows[span.plan_row].sequence.request.params.prompt_logprobs or 0
-            scored[span.plan_row] = tuple(
-                score_tokens(
-                    logits[span.first_logits_row : span.first_logits_row + count],
-                    torch.tensor(span.targets, device=logits.device),
-                    [num_top] * count,
-                )
-            )
-        return scored
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+            (targets,) = stage([np.array(span.targets, np.int64)], logits.device)
+            own = logits[span.first_logits_row : span.first_logits_row + len(targets)]
+            columns = score(own, targets, num_top).columns
+            scores[span.plan_row] = PromptScores([self._fetch(one) for one in columns], num_top)
+        return scores

@@ -2,9 +2,8 @@
 
 As soon as a step's tokens are known they go to a thread (`Masks.follow`), where the library reads
 them and makes the masks of what comes after: two calls, which need the interpreter's lock only for
-their first moment. Where the host keeps that lock, the thread gets it before the next step is packed
-(`lend`). `MaskMaker.begin` finds the masks when that step is prepared, and starts those that are
-missing: of answers that begin, or went another way.
+their first moment, which it gets before the host goes on. `MaskMaker.begin` finds the masks when the next
+step is drawn, and starts those that are missing: of answers that begin, or went another way.
 """
 
 from __future__ import annotations
@@ -167,7 +166,6 @@ class Masks:
         self._maker = maker
         self._positions = positions
         self._states = states
-        self._followed: _Batch | None = None  # the masks after these
 
     def result(self) -> Allowed:
         """Wait for them."""
@@ -198,16 +196,11 @@ class Masks:
         return np.stack([_mask(state) for state in states])
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """The step has drawn these [samples]: the masks of what comes after them begin."""
-        self._followed = self._maker.start(
-            self._states, [tokens[position] for position in self._positions]
-        )
+        """The step has drawn these [samples]: the masks of what comes after them begin.
 
-    def lend(self) -> None:
-        """Let the masks that follow begin, if they haven't: the host may keep the interpreter's lock."""
-        if self._followed is not None:
-            self._followed.lend()
-            self._followed = None
+        Returns when their thread has: the host may keep the interpreter's lock from then on.
+        """
+        self._maker.start(self._states, [tokens[position] for position in self._positions]).lend()
 
 
 def _mask(state: _State) -> NDArray[np.int32]:

@@ -11,7 +11,7 @@ work, so that it may run while the host goes on.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ class Draw:
     biases: NDArray[np.float64]  # [3, n] (position, token, what is added to its logit)
     forbidden: NDArray[np.int64]  # [2, n] (position, token that may not come yet)
     masks: Masks | None  # of guided rows
+    waits: bool = False  # its masks begin when the step before has told its tokens: see complete
 
     @property
     def adjusts_logits(self) -> bool:
@@ -111,21 +112,16 @@ class Sampler:
         self._greedy = greedy
         self._counts = TokenCounts(vocab_size)
         self._masking = masking
-        self._masks: Masks | None = None  # of the last step that was drawn
-
-    def lend(self) -> None:
-        """Let the masks after the last step begin."""
-        if self._masks is not None:
-            self._masks.lend()
-            self._masks = None
 
     def forget(self) -> None:
         """Count the tokens of penalised rows anew."""
         self._counts = TokenCounts(self.vocab_size)
 
     def prepare(self, samples: Samples) -> Draw:
-        """What doesn't depend on logits; the masks that guided rows lack begin in their thread."""
+        """What doesn't depend on logits; the masks that guided rows lack begin in their thread, where
+        their last tokens are known."""
         flags = int(np.bitwise_or.reduce(samples.records["flags"])) if len(samples) else 0
+        waits = bool(flags & GUIDED and (samples.sources[samples.having(GUIDED)] >= 0).any())
         penalised = samples.having(PENALISED) if flags & PENALISED else np.empty(0, np.int64)
         counts = None
         if len(penalised):
@@ -143,8 +139,13 @@ class Sampler:
             counts,
             _biases(samples) if flags & BIASED else np.empty((3, 0)),
             _forbidden(samples) if flags & LEAST else np.empty((2, 0), np.int64),
-            _begin_masks(samples) if flags & GUIDED else None,
+            _begin_masks(samples) if flags & GUIDED and not waits else None,
+            waits,
         )
+
+    def complete(self, draw: Draw) -> Draw:
+        """A draw that waits, once the step before has told its tokens: its masks begin."""
+        return replace(draw, masks=_begin_masks(draw.samples), waits=False) if draw.waits else draw
 
     def draw(self, logits: Tensor, draw: Draw, before: Tensor | None = None) -> SampledTokens:
         """Draw a token for each row from logits [num_logits, vocab] of any floating type.
@@ -168,7 +169,6 @@ class Sampler:
         work = self._changed(raw, draw, before) if draw.adjusts_logits else raw
         if draw.masks is not None:
             allowed = draw.masks.result()
-            self._masks = draw.masks
             failures = allowed.failures
             if work is logits or (work is raw and len(scored)):
                 work = work.clone()  # what was given, or is wanted once more, stays
@@ -246,7 +246,6 @@ class Sampler:
         guided = np.empty(0, np.int64)
         if draw.masks is not None:
             allowed = draw.masks.result()
-            self._masks = draw.masks
             failures, bits = allowed.failures, allowed.bits.view(np.int32)
             guided = place[allowed.positions]
             lines[guided] = np.arange(len(bits))

@@ -30,7 +30,6 @@ from halyard.runtime.step_limits import StepLimits
 __all__ = ["Scheduler"]
 
 _ORDER = attrgetter("order")
-_NEEDS_TOKENS = attrgetter("needs_tokens")
 
 
 class Scheduler:
@@ -204,7 +203,7 @@ class Scheduler:
         """
         if len(self._plans) != 1:
             raise AssertionError("a step is planned ahead of exactly one other")
-        if self._short or self._num_reserved or any(map(_NEEDS_TOKENS, self._running)):
+        if self._short or self._num_reserved:
             return None
         rows = self._plan_rows(ahead=True)
         return self._issue(rows) if rows else None

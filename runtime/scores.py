@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halyard.runtime.plan import TokenLogprob
 
-__all__ = ["Scores", "score", "score_tokens"]
+__all__ = ["Scores", "score"]
 
 _PIECE = 256  # tokens whose largest is looked at before they are
 _SCORE_ROWS = 256  # rows of log-softmax at a time: bounds memory for prompt log-probabilities
@@ -73,10 +73,3 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     places = torch.cat((places, rest), dim=1)
     best, at = values.gather(1, places).topk(count, dim=-1)
     return best, places.gather(1, at)
-
-
-def score_tokens(logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> list[TokenLogprob]:
-    """Log-probability and rank of token_ids [rows] under logits [rows, vocab], and the best few."""
-    if not len(token_ids):
-        return []
-    return score(logits, token_ids, max(num_top)).listed(num_top)

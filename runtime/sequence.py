@@ -63,7 +63,6 @@ class Sequence:
     slot: int = -1  # where the batcher keeps its row (row_table.py); of no meaning to the scheduler
     max_len: int = field(init=False)  # tokens at which the answer is as long as it may be
     ends: frozenset[int] = field(init=False)  # tokens that may end it; empty if none does
-    needs_tokens: bool = field(init=False)  # the host must know a token before the next is drawn
     pools: bool = field(init=False)  # it gives an embedding: no token is drawn
     request_id: str = field(init=False)
 
@@ -76,7 +75,6 @@ class Sequence:
         self.ends = request.stop_token_ids
         if not params.ignore_eos:
             self.ends |= request.eos_token_ids
-        self.needs_tokens = request.guidance is not None or params.prompt_logprobs is not None
 
     @classmethod
     def first_of(cls, request: Request, seq_id: int) -> Sequence:

@@ -11,9 +11,11 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from halyard.runtime.executor import Executor, PreparedStep, RunningStep
+from halyard.runtime.executor import Executor, PreparedStep
 from halyard.runtime.llm import LLM
 from halyard.runtime.plan import StepOutput
+from halyard.runtime.running import RunningStep
+from halyard.runtime.sampler import Draw
 
 __all__ = ["make_late"]
 
@@ -21,8 +23,19 @@ __all__ = ["make_late"]
 class _LateStep:
     """A handle that is known before the step has run."""
 
-    def __init__(self, running: Future[RunningStep]) -> None:
+    def __init__(self, running: Future[RunningStep], device: ThreadPoolExecutor) -> None:
         self.running = running
+        self._device = device
+
+    def draw(self, how: Draw) -> None:
+        """Behind all that was issued; what the host knows of it is known now."""
+        running = self.running
+
+        def work() -> RunningStep:
+            running.result().draw(how)
+            return running.result()
+
+        self.running = self._device.submit(work)
 
     def ready(self) -> bool:
         return self.running.done()
@@ -37,17 +50,19 @@ class _LateIssue:
         self._device = ThreadPoolExecutor(1)
         self._random = random.Random(seed)
         self._most_seconds = most_seconds
-        self.issued_behind = 0
+        self.issued = self.issued_behind = 0
 
     def __call__(self, step: PreparedStep, before: Any = None) -> Any:
+        self.issued += 1
         self.issued_behind += before is not None
         pause = self._random.random() * self._most_seconds
+        ahead = before.running if before is not None else None
 
         def work() -> RunningStep:
             time.sleep(pause)
-            return self._issue(step, before.running.result() if before is not None else None)
+            return self._issue(step, ahead.result() if ahead is not None else None)
 
-        return _LateStep(self._device.submit(work))
+        return _LateStep(self._device.submit(work), self._device)
 
 
 def make_late(llm: LLM, most_seconds: float = 0.0005, seed: int = 0) -> _LateIssue:

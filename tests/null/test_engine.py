@@ -22,10 +22,10 @@ from halyard.hal.errors import (
 from halyard.hal.types import KVLayout, KVPool
 from halyard.models.shapes import shape_config
 from halyard.runtime.engine import OUT_OF_MEMORY
-from halyard.runtime.executor import RunningStep
 from halyard.runtime.llm import LLM
 from halyard.runtime.plan import TokenEvent
 from halyard.runtime.request import SamplingParams
+from halyard.runtime.running import RunningStep
 
 Make = Callable[..., LLM]
 

@@ -69,8 +69,6 @@ def test_masks_that_follow_are_those_made_anew(compiler: GrammarCompiler) -> Non
         assert not found.failures
         drawn = [rng.choice(tokens(bits)) for bits in found.bits]
         masks.follow(drawn)
-        if step % 3:
-            masks.lend()
         for (_, answer), token in zip(present, drawn, strict=True):
             answer.append(token)
             if rng.random() < 0.05:

@@ -19,7 +19,7 @@ from halyard.runtime.plan import PlanRow
 from halyard.runtime.request import Request, SamplingParams
 from halyard.runtime.sampler import Draw, Sampler
 from halyard.runtime.samples import SampleRow, Samples
-from halyard.runtime.scores import score, score_tokens
+from halyard.runtime.scores import score
 from halyard.runtime.sequence import Sequence
 
 
@@ -281,7 +281,7 @@ def test_logprobs_come_from_the_model_not_from_the_filters() -> None:
 def test_prompt_scores_are_the_same_in_pieces() -> None:
     logits = logits_of(300, seed=10)  # more rows than are scored at a time
     targets = torch.arange(300) % VOCAB
-    scored = score_tokens(logits, targets, [2] * 300)
+    scored = score(logits, targets, 2).listed([2] * 300)
     own = logits.log_softmax(-1)
     assert len(scored) == 300
     for i in (0, 255, 256, 299):
