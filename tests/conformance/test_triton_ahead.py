@@ -74,8 +74,8 @@ def _draw(num: int, random: bool = False) -> None:
     bad = torch.zeros(num, dtype=torch.int8)
     if random:
         draw.draw_kernel[(num,)](
-            logits, tokens, torch.zeros(5, num), tokens, codes, bad, 1024, 1024, num,
-            GATHER=False, SIZE=1024, num_warps=4,
+            logits, tokens, torch.zeros(5, num), tokens, codes, bad, codes.int(), 1024, 1024, num,
+            GATHER=False, SIZE=1024, MOST=1024, num_warps=4,
         )  # fmt: skip
     else:
         draw.draw_greedy_kernel[(num, 1)](

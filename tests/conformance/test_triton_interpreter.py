@@ -147,6 +147,12 @@ def test_draws(dtype: str) -> None:
 
 
 @inside
+@pytest.mark.parametrize("spread", [0.2, 1.0, 4.0])
+def test_draws_of_long_rows(spread: float) -> None:
+    checks.draws(made(), 5_001, spread)
+
+
+@inside
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_changes(dtype: str) -> None:
     checks.changes(checks.context(CpuDevice(), dtype))  # type: ignore[arg-type]

@@ -155,10 +155,14 @@ def no_slot(made: Any) -> None:
     assert torch.equal(sequences.pool.data.isnan().cpu(), before)
 
 
-def draws(made: Any, vocab: int = 300) -> None:
-    """The drawing kernel against its definition, in every filter, gathered rows and bad rows."""
+def draws(made: Any, vocab: int = 300, spread: float = 2.0) -> None:
+    """The drawing kernel against its definition, in every filter, gathered rows and bad rows.
+
+    spread: of the logits. With little of it filters keep more tokens than are looked at by themselves.
+    """
     where = made.device.torch_device
-    logits = (torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)) * 2).to(where)
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)).to(where) * spread
+    logits[4, 100:200] = logits[4].topk(5).values[-1]  # no filter parts them
     logits = logits.to(torch_dtype(made.dtype))
     tokens, bad, codes = made.kernels.draw(logits, None, None)
     assert tokens.tolist() == logits.float().argmax(-1).tolist()
@@ -174,7 +178,8 @@ def draws(made: Any, vocab: int = 300) -> None:
     assert 0 <= int(tokens.min()) <= int(tokens.max()) < vocab
 
     filters = [(1.0, 1.0, 0.0, 0), (0.5, 0.8, 0.0, 0), (1.0, 1.0, 0.1, 0), (1.5, 1.0, 0.0, 9),
-               (1.0, 0.9, 0.02, 40), (0.0, 1.0, 0.0, 0), (2.0, 1e-6, 0.0, 0)]  # fmt: skip
+               (1.0, 0.9, 0.02, 40), (0.0, 1.0, 0.0, 0), (2.0, 1e-6, 0.0, 0), (1.0, 0.95, 0.0, 7),
+               (0.7, 0.99, 0.0, vocab), (3.0, 0.999, 0.0, vocab - 1)]  # fmt: skip
     rows = torch.arange(len(filters)) % 5
     weights, wanted, numbers = [], [], []
     for row, (temperature, top_p, min_p, top_k) in zip(rows.tolist(), filters, strict=True):

@@ -1,9 +1,11 @@
 """Draws tokens: greedy, or by inverse distribution over what top_k, top_p and min_p leave. No sorting.
 
 Greedy rows are split over programs where rows alone don't fill the chip; the last program of a row
-to finish takes the first of the largest. Random rows have one program each. What a filter keeps is all weights from a least one on, and the least weight is
-found by halving the range of bit patterns between: positive floats are ordered as their bits are.
-Each halving reads the row once, which is in the cache by then.
+to finish takes the first of the largest. Random rows have one program each. What a filter keeps is all
+weights from a least one on, and the least weight is found by halving the range of bit patterns between:
+positive floats are ordered as their bits are. Nearly always a few hundred tokens hold all that a filter
+can keep: these are written down, and the halving looks at them alone. Where it is not so (the model knows
+nothing) each halving reads the whole row.
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["CHUNK", "FEW_ROWS_CHUNK", "draw_greedy_kernel", "draw_kernel"]
+__all__ = [
+    "CANDIDATES", "CHUNK", "FEW_ROWS_RANDOM_CHUNK", "RANDOM_CHUNK", "draw_greedy_kernel", "draw_kernel",
+]  # fmt: skip
 
-CHUNK = 4096  # tokens a program looks at together
-FEW_ROWS_CHUNK = 16384  # where a program has a multiprocessor to itself
+CHUNK = 4096  # tokens of a greedy row that a program looks at together
+RANDOM_CHUNK = 2048  # of another one
+FEW_ROWS_RANDOM_CHUNK = 4096  # where a program has a multiprocessor to itself
+CANDIDATES = 2048  # most tokens that are written down
 _ONE_BITS = tl.constexpr(0x3F800000)  # of 1.0, the weight of the most likely token
 
 
@@ -35,14 +41,117 @@ def _count_from(
     SIZE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """How many weights are at least `least`, and their sum."""
-    count = 0.0
-    mass = 0.0
+    counts = tl.zeros([SIZE], tl.float32)
+    masses = tl.zeros([SIZE], tl.float32)
     for start in range(0, vocab, SIZE):
         weight = _weights(row, start, vocab, peak, scale, SIZE)
         kept = (weight >= least) & (weight > 0.0)
-        count += tl.sum(tl.where(kept, 1.0, 0.0), 0)
-        mass += tl.sum(tl.where(kept, weight, 0.0), 0)
-    return count, mass
+        counts += tl.where(kept, 1.0, 0.0)
+        masses += tl.where(kept, weight, 0.0)
+    return tl.sum(counts, 0), tl.sum(masses, 0)
+
+
+@triton.jit
+def _enough(
+    counts: tl.tensor, masses: tl.tensor, wanted: tl.tensor, share: tl.tensor, MOST: tl.constexpr
+) -> tl.tensor:
+    """Whether what is that likely holds all that the filters can keep, and isn't too much."""
+    count = tl.sum(counts, 0)
+    return (count <= MOST) & (count >= wanted) & (tl.sum(masses, 0) >= share)
+
+
+@triton.jit
+def _bound(
+    row: tl.tensor, vocab: tl.tensor, peak: tl.tensor, scale: tl.tensor, top_k: tl.tensor,
+    top_p: tl.tensor, SIZE: tl.constexpr, MOST: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """A weight from which on there are at most MOST tokens, and all that the filters can keep, 0: none;
+    and the sum of all weights.
+
+    top_k: 0: all. It counts before top_p does, which is of what top_k leaves.
+    """
+    ones = tl.zeros([SIZE], tl.float32)
+    twos, threes, fours, fives = ones, ones, ones, ones
+    one, two, three, four, five, whole = ones, ones, ones, ones, ones, ones
+    for start in range(0, vocab, SIZE):
+        weight = _weights(row, start, vocab, peak, scale, SIZE)
+        whole += weight
+        kept = weight >= 0.5
+        ones += tl.where(kept, 1.0, 0.0)
+        one += tl.where(kept, weight, 0.0)
+        kept = weight >= 0.125
+        twos += tl.where(kept, 1.0, 0.0)
+        two += tl.where(kept, weight, 0.0)
+        kept = weight >= 0.03125
+        threes += tl.where(kept, 1.0, 0.0)
+        three += tl.where(kept, weight, 0.0)
+        kept = weight >= 0.001953125
+        fours += tl.where(kept, 1.0, 0.0)
+        four += tl.where(kept, weight, 0.0)
+        kept = weight >= 3.0517578125e-05
+        fives += tl.where(kept, 1.0, 0.0)
+        five += tl.where(kept, weight, 0.0)
+    # A little more than the share: sums in another order must find theirs among the candidates.
+    total = tl.sum(whole, 0)
+    share = tl.where(top_k > 0.0, 0.0, top_p * total * 1.00001)
+    bound = 0.0
+    bound = tl.where(_enough(fives, five, top_k, share, MOST), 3.0517578125e-05, bound)
+    bound = tl.where(_enough(fours, four, top_k, share, MOST), 0.001953125, bound)
+    bound = tl.where(_enough(threes, three, top_k, share, MOST), 0.03125, bound)
+    bound = tl.where(_enough(twos, two, top_k, share, MOST), 0.125, bound)
+    return tl.where(_enough(ones, one, top_k, share, MOST), 0.5, bound), total
+
+
+@triton.jit
+def _write_down(
+    row: tl.tensor, vocab: tl.tensor, peak: tl.tensor, scale: tl.tensor, bound: tl.tensor,
+    candidates: tl.tensor, SIZE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Tokens of at least that weight, in the vocabulary's order, to `candidates`; how many."""
+    count = 0
+    for start in range(0, vocab, SIZE):
+        weight = _weights(row, start, vocab, peak, scale, SIZE)
+        kept = weight >= bound
+        found = kept.to(tl.int32)
+        here = tl.sum(found, 0)
+        if here > 0:
+            place = count + tl.cumsum(found, 0) - 1
+            tl.store(candidates + place, start + tl.arange(0, SIZE), mask=kept)
+        count += here
+    return count
+
+
+@triton.jit
+def _least(weights: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """The least weight that top_k (0: all) and then top_p keep, of weights [any] that hold all they can.
+
+    total: of all weights, of which these are some.
+    """
+    within = 0.0
+    if top_k > 0.0:
+        low = 0
+        high = _ONE_BITS
+        while low < high:
+            middle = high - (high - low) // 2
+            enough = tl.sum((weights >= _as_weight(middle)).to(tl.int32), 0) >= top_k
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        within = _as_weight(low)
+    least = within
+    if top_p < 1.0:
+        low = 0
+        high = _ONE_BITS
+        whole = total
+        if top_k > 0.0:
+            whole = tl.sum(tl.where(weights >= within, weights, 0.0), 0)
+        while low < high:
+            middle = high - (high - low) // 2
+            weight = tl.maximum(_as_weight(middle), within)
+            enough = tl.sum(tl.where(weights >= weight, weights, 0.0), 0) >= top_p * whole
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        least = tl.maximum(least, _as_weight(low))
+    return least
 
 
 @triton.jit
@@ -61,7 +170,7 @@ def _store(
 
 
 # Where rows and results begin changes with every number of rows; nothing is gained by knowing of it.
-_ANYWHERE = ["rows", "columns", "tokens", "codes", "bad"]
+_ANYWHERE = ["rows", "columns", "tokens", "codes", "bad", "candidates"]
 
 
 @triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
@@ -120,36 +229,104 @@ def draw_greedy_kernel(
         _store(tokens, codes, bad, number, best, is_bad)
 
 
+@triton.jit
+def _peak(row: tl.tensor, vocab: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """The largest logit, the first token that has it, and whether some logit is no number."""
+    inside = tl.arange(0, SIZE)
+    # Each lane keeps its own best; a later one must be larger to take its place.
+    peaks = tl.full([SIZE], float("-inf"), tl.float32)
+    places = inside
+    broken = tl.zeros([SIZE], tl.int32)
+    for start in range(0, vocab, SIZE):
+        token = start + inside
+        logit = tl.load(row + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+        broken |= (logit != logit).to(tl.int32)
+        larger = logit > peaks  # never so for NaN
+        peaks = tl.where(larger, logit, peaks)
+        places = tl.where(larger, token, places)
+    peak = tl.max(peaks, 0)
+    best = tl.min(tl.where(peaks == peak, places, vocab), 0)
+    return peak, tl.minimum(best, vocab - 1), tl.max(broken, 0) > 0
+
+
+@triton.jit
+def _least_of_all(
+    row: tl.tensor, vocab: tl.tensor, peak: tl.tensor, scale: tl.tensor, top_k: tl.tensor,
+    top_p: tl.tensor, SIZE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """As _least, of a whole row."""
+    within = 0.0
+    if top_k > 0.0:
+        low = 0
+        high = _ONE_BITS  # the largest least weight that leaves top_k tokens
+        while low < high:
+            middle = high - (high - low) // 2
+            count, _ = _count_from(row, vocab, peak, scale, _as_weight(middle), SIZE)
+            enough = count >= top_k
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        within = _as_weight(low)
+    least = within
+    if top_p < 1.0:
+        _, whole = _count_from(row, vocab, peak, scale, within, SIZE)
+        low = 0
+        high = _ONE_BITS  # the largest least weight that leaves top_p of what is there
+        while low < high:
+            middle = high - (high - low) // 2
+            weight = tl.maximum(_as_weight(middle), within)
+            _, mass = _count_from(row, vocab, peak, scale, weight, SIZE)
+            enough = mass >= top_p * whole
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        least = tl.maximum(least, _as_weight(low))
+    return least
+
+
+@triton.jit
+def _draw_from_all(
+    row: tl.tensor, vocab: tl.tensor, peak: tl.tensor, scale: tl.tensor, least: tl.tensor,
+    number: tl.tensor, best: tl.tensor, SIZE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The first token whose sum of weights from `least` on is beyond that part of them all; rounding may
+    leave none: then the last."""
+    _, mass = _count_from(row, vocab, peak, scale, least, SIZE)
+    goal = number * mass
+    inside = tl.arange(0, SIZE)
+    passed = 0.0
+    chosen = -1
+    last = best
+    start = 0
+    while (start < vocab) & (chosen < 0):
+        weight = _weights(row, start, vocab, peak, scale, SIZE)
+        kept = (weight >= least) & (weight > 0.0)
+        weight = tl.where(kept, weight, 0.0)
+        until = passed + tl.cumsum(weight, 0)
+        first = tl.min(tl.where(kept & (until > goal), inside, SIZE), 0)
+        chosen = tl.where(first < SIZE, start + first, chosen)
+        end = tl.max(tl.where(kept, inside, -1), 0)
+        last = tl.where(end >= 0, start + end, last)
+        passed += tl.sum(weight, 0)
+        start += SIZE
+    return tl.where(chosen < 0, last, chosen)
+
+
 @triton.jit(do_not_specialize=["num"], do_not_specialize_on_alignment=_ANYWHERE)
 def draw_kernel(
     logits: tl.tensor, rows: tl.tensor, columns: tl.tensor, tokens: tl.tensor, codes: tl.tensor,
-    bad: tl.tensor, vocab: tl.tensor, row_stride: tl.tensor, num: tl.tensor,
-    GATHER: tl.constexpr, SIZE: tl.constexpr,
+    bad: tl.tensor, candidates: tl.tensor, vocab: tl.tensor, row_stride: tl.tensor, num: tl.tensor,
+    GATHER: tl.constexpr, SIZE: tl.constexpr, MOST: tl.constexpr,
 ) -> None:  # fmt: skip
     """logits [any, vocab]; rows [num] int64 if GATHER; columns [5, num] fp32: temperature, top_p,
-    min_p, top_k, number. Written: tokens [num] int64, bad [num] int8, codes [num] int64 = 2 x token +
-    bad. Grid: num.
+    min_p, top_k, number; candidates int32 [num, MOST] is scratch. Written: tokens [num] int64, bad [num]
+    int8, codes [num] int64 = 2 x token + bad. Grid: num.
     """
     number = tl.program_id(0)
     place = number.to(tl.int64)
     if GATHER:
         place = tl.load(rows + number)
     row = logits + place * row_stride
-
-    # The first of the largest; NaN anywhere makes the row bad.
-    peak = float("-inf")
-    best = 0
-    broken = 0
-    for start in range(0, vocab, SIZE):
-        token = start + tl.arange(0, SIZE)
-        logit = tl.load(row + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-        broken += tl.sum((logit != logit).to(tl.int32), 0)
-        logit = tl.where(logit != logit, float("-inf"), logit)
-        top = tl.max(logit, 0)
-        where = tl.argmax(logit, 0, tie_break_left=True)
-        best = tl.where(top > peak, start + where, best)
-        peak = tl.maximum(top, peak)
-    is_bad = (broken > 0) | (peak == float("-inf")) | (peak == float("inf"))
+    peak, best, broken = _peak(row, vocab, SIZE)
+    is_bad = broken | (peak == float("-inf")) | (peak == float("inf"))
     chosen = best
 
     temperature = tl.load(columns + number)
@@ -159,49 +336,33 @@ def draw_kernel(
         top_k = tl.load(columns + 3 * num + number)
         goal = tl.load(columns + 4 * num + number)
         scale = 1.4426950408889634 / temperature
-        least = min_p
-        if (top_k > 0.0) & (top_k < vocab):
-            low = 0
-            high = _ONE_BITS  # the largest least weight that leaves top_k tokens
-            while low < high:
-                middle = high - (high - low) // 2
-                weight = _as_weight(middle)
-                count, mass = _count_from(row, vocab, peak, scale, weight, SIZE)
-                enough = count >= top_k
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle - 1)
-            least = tl.maximum(least, _as_weight(low))
-            within = _as_weight(low)
-        else:
-            within = 0.0
-        if top_p < 1.0:
-            count, whole = _count_from(row, vocab, peak, scale, within, SIZE)
-            low = 0
-            high = _ONE_BITS  # the largest least weight that leaves top_p of what is there
-            while low < high:
-                middle = high - (high - low) // 2
-                weight = tl.maximum(_as_weight(middle), within)
-                count, mass = _count_from(row, vocab, peak, scale, weight, SIZE)
-                enough = mass >= top_p * whole
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle - 1)
-            least = tl.maximum(least, _as_weight(low))
-        count, mass = _count_from(row, vocab, peak, scale, least, SIZE)
-        goal = goal * mass
-        # The first token whose sum is beyond the goal; rounding may leave none: then the last.
-        passed = 0.0
-        chosen = -1
-        last = best
-        for start in range(0, vocab, SIZE):
-            weight = _weights(row, start, vocab, peak, scale, SIZE)
-            kept = (weight >= least) & (weight > 0.0)
+        top_k = tl.where(top_k < vocab, top_k, 0.0)
+        filters = (top_k > 0.0) | (top_p < 1.0)
+        bound = 0.0
+        total = 0.0
+        if filters:
+            bound, total = _bound(row, vocab, peak, scale, top_k, top_p, SIZE, MOST)
+        if bound > 0.0:
+            own = candidates + number.to(tl.int64) * MOST
+            count = _write_down(row, vocab, peak, scale, bound, own, SIZE)
+            tl.debug_barrier()  # written before they are read by other threads
+            inside = tl.arange(0, MOST)
+            there = inside < count
+            token = tl.load(own + inside, mask=there, other=0)
+            logit = tl.load(row + token, mask=there, other=float("-inf")).to(tl.float32)
+            weight = tl.exp2((logit - peak) * scale)
+            least = tl.maximum(_least(weight, top_k, top_p, total), min_p)
+            kept = there & (weight >= least)
             weight = tl.where(kept, weight, 0.0)
-            inside = tl.arange(0, SIZE)
-            until = passed + tl.cumsum(weight, 0)
-            first = tl.min(tl.where(kept & (until > goal), inside, SIZE), 0)
-            chosen = tl.where((chosen < 0) & (first < SIZE), start + first, chosen)
-            end = tl.max(tl.where(kept, inside, -1), 0)
-            last = tl.where(end >= 0, start + end, last)
-            passed += tl.sum(weight, 0)
-        chosen = tl.where(chosen < 0, last, chosen)
+            until = tl.cumsum(weight, 0)
+            first = tl.min(tl.where(kept & (until > goal * tl.sum(weight, 0)), inside, MOST), 0)
+            last = tl.max(tl.where(kept, inside, 0), 0)
+            chosen = tl.sum(tl.where(inside == tl.minimum(first, last), token, 0), 0)
+        else:
+            least = min_p
+            if filters:
+                least = tl.maximum(
+                    _least_of_all(row, vocab, peak, scale, top_k, top_p, SIZE), min_p
+                )
+            chosen = _draw_from_all(row, vocab, peak, scale, least, goal, best, SIZE)
     _store(tokens, codes, bad, number, chosen, is_bad)

@@ -37,11 +37,12 @@ class DrawLauncher:
         if num and columns is None:
             self._greedy(logits, rows, tokens, codes, bad)
         elif num:
-            few = num <= self._cores
+            few, most = num <= self._cores, self._kernels.CANDIDATES
+            scratch = torch.empty(num * most, dtype=torch.int32, device=logits.device)
             self._kernels.draw_kernel[(num,)](
-                logits, tokens if rows is None else rows, columns, tokens, codes, bad,
-                logits.shape[-1], logits.stride(0), num, GATHER=rows is not None,
-                SIZE=self._kernels.FEW_ROWS_CHUNK if few else self._kernels.CHUNK,
+                logits, tokens if rows is None else rows, columns, tokens, codes, bad, scratch,
+                logits.shape[-1], logits.stride(0), num, GATHER=rows is not None, MOST=most,
+                SIZE=self._kernels.FEW_ROWS_RANDOM_CHUNK if few else self._kernels.RANDOM_CHUNK,
                 num_warps=16 if few else 8,
             )  # fmt: skip
         return tokens, bad.view(torch.bool), codes

@@ -249,8 +249,9 @@ def _source(
         constants = {"GATHER": True, "SIZE": draw.CHUNK, "PIECES": 32, "PIECES_PAD": 32}
         return draw.draw_greedy_kernel, constants, {"num_warps": 8}, f"{draw.CHUNK} tokens"
     if variant.kernel == "draw":
-        constants = {"GATHER": True, "SIZE": draw.FEW_ROWS_CHUNK}
-        return draw.draw_kernel, constants, {"num_warps": 16}, f"{draw.FEW_ROWS_CHUNK} tokens"
+        size = draw.FEW_ROWS_RANDOM_CHUNK
+        constants = {"GATHER": True, "SIZE": size, "MOST": draw.CANDIDATES}
+        return draw.draw_kernel, constants, {"num_warps": 16}, f"{size} tokens"
     if variant.kernel == "change":
         return (
             change.change_kernel,
@@ -392,7 +393,7 @@ def _type(name: str, variant: Variant) -> str:
     if name in ("sinks", "columns", "changed", "penalties", "answered"):
         return "*fp32"
     if name in ("block_tables", "seq_lens", "query_start", "row_keys", "tile_rows", "tile_keys",
-                "parts", "tickets", "allowed"):  # fmt: skip
+                "parts", "tickets", "allowed", "candidates"):  # fmt: skip
         return "*i32"
     if name in ("slot_mapping", "source", "target", "pairs", "slots", "masks"):
         return "*i64"
