@@ -360,6 +360,21 @@ def stage(
     return into.views(arrays)
 
 
+def locked(shape: tuple[int, int]) -> NDArray[np.int32]:
+    """Room for int32 that a GPU copies from without the host's help: see send."""
+    made: NDArray[np.int32] = torch.empty(shape, dtype=torch.int32, pin_memory=True).numpy()
+    return made
+
+
+def send(array: NDArray[np.int32], device: torch.device) -> Tensor:
+    """An array on the device. One that is `locked` isn't copied on the host: its owner keeps it as it is
+    until the step that it is for is done."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu" or not tensor.is_pinned():
+        return stage([array], device)[0]
+    return tensor.to(device, non_blocking=True)
+
+
 def _room(array: NDArray[Any]) -> int:
     return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
 

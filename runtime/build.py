@@ -28,6 +28,7 @@ from halyard.models.manifest import MANIFEST, VerifiedFiles, verify
 from halyard.models.source import ModelSource, resolve_source
 from halyard.models.tokenizer import Tokenizer, load_tokenizer
 from halyard.models.weights import load_weights
+from halyard.runtime.batcher import locked
 from halyard.runtime.config import EngineConfig, SchedulerConfig
 from halyard.runtime.engine import Engine
 from halyard.runtime.executor import Executor
@@ -141,7 +142,10 @@ def build_engine(
     grammars = None
     if plan.source is not None and facts.has_tokenizer:
         grammars = GrammarCompiler(
-            _vocabulary(plan.source, tokenizer), limits.vocab_size, limits.eos_token_ids
+            _vocabulary(plan.source, tokenizer),
+            limits.vocab_size,
+            limits.eos_token_ids,
+            locked if executor.overlaps else None,
         )
     engine = Engine(
         scheduler,

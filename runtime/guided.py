@@ -16,7 +16,7 @@ import numpy as np
 
 from halyard.hal.errors import RequestError
 from halyard.runtime.closing import Closer
-from halyard.runtime.masks import Guidance, MaskMaker
+from halyard.runtime.masks import Allocate, Guidance, MaskMaker
 
 if TYPE_CHECKING:
     from halyard.runtime.request import Constraint
@@ -64,7 +64,11 @@ class GrammarCompiler:
     """Compiles constraints for one model. May be called from several threads."""
 
     def __init__(
-        self, vocabulary: Callable[[], Vocabulary], vocab_size: int, eos_token_ids: frozenset[int]
+        self,
+        vocabulary: Callable[[], Vocabulary],
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        allocate: Allocate | None = None,
     ) -> None:
         self.vocab_size = vocab_size  # of the logits; the tokenizer's may be smaller
         self._vocabulary = vocabulary  # called once, when the first constraint is compiled
@@ -73,7 +77,7 @@ class GrammarCompiler:
         self._trie: Any = None  # llguidance's view of the vocabulary: built when first needed
         self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
         closer = Closer(vocabulary, vocab_size, self._eos)
-        self._maker = MaskMaker(vocab_size, self._eos, closer)
+        self._maker = MaskMaker(vocab_size, self._eos, closer, allocate)
 
     def guidance(self, constraint: Constraint) -> Guidance:
         """A constraint, ready for one request.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,9 +24,10 @@ from halyard.runtime.closing import Closer, Lead
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["TOO_COMPLEX", "Allowed", "Guidance", "MaskMaker", "MaskRow", "Masks"]
+__all__ = ["TOO_COMPLEX", "Allocate", "Allowed", "Guidance", "MaskMaker", "MaskRow", "Masks"]
 
 TOO_COMPLEX = "the answer's grammar grew too complex to go on"
+Allocate = Callable[[tuple[int, int]], "NDArray[np.int32]"]
 _MOST_THREADS = 16
 _LENT = 0.001  # seconds, at most
 
@@ -53,11 +54,22 @@ class Allowed:
 class _Batch:
     """Masks that are made together."""
 
-    __slots__ = ("_begun", "_error", "_making", "drawn", "made", "packed", "states", "work")
+    __slots__ = (
+        "_begun",
+        "_error",
+        "_making",
+        "drawn",
+        "empty",
+        "made",
+        "packed",
+        "states",
+        "work",
+    )
 
-    def __init__(self, states: list[_State], num_words: int) -> None:
+    def __init__(self, states: list[_State], packed: NDArray[np.int32]) -> None:
         self.states = states  # of its rows
-        self.packed = np.zeros((len(states), num_words), np.int32)  # a bit a token
+        self.packed = packed  # [rows, words] a bit a token
+        self.empty: NDArray[np.bool_] | None = None  # [rows] nothing is allowed
         self.drawn: list[tuple[Any, int]] = []  # matchers and the tokens that they read first
         self.work: list[tuple[Any, int]] = []  # matchers and their rows, those that go on
         self.made = False  # as far as the engine's thread knows
@@ -76,6 +88,7 @@ class _Batch:
             if self.drawn:
                 executor.consume_token_par(self.drawn)  # what a grammar refuses breaks its matcher
             executor.unsafe_compute_mask_ptr(self.work, *place)
+            self.empty = _empty(packed)
         except Exception as error:  # noqa: BLE001  # whoever waits raises it
             self._error = error
         self.finish()
@@ -169,10 +182,10 @@ class Masks:
 
     def result(self) -> Allowed:
         """Wait for them."""
-        packed, positions, failures = self._packed(), self._positions, {}
-        some = np.bitwise_or.reduce(packed, axis=1)  # any() takes ten times as long
-        if not some.all():  # complete before, or found just now that nothing can follow
-            packed[some == 0] = self._maker.ends
+        packed, empty = self._packed()
+        positions, failures = self._positions, {}
+        if empty.any():  # complete before, or found just now that nothing can follow
+            packed[empty] = self._maker.ends
         for number, state in enumerate(self._states):
             if state.stopped:
                 if state.matcher.is_error():
@@ -186,14 +199,16 @@ class Masks:
                 packed[number].view(np.uint32)[token // 32] = 1 << token % 32
         return Allowed(positions, packed.view(np.uint8), failures)
 
-    def _packed(self) -> NDArray[np.int32]:
-        """[rows, words]: the batch itself if it holds these rows and no others."""
+    def _packed(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """[rows, words], the batch itself if it holds these rows and no others; [rows] which are empty."""
         states = self._states
         batch = states[0].batch
         if batch is not None and batch.states == states:
             batch.wait()
-            return batch.packed
-        return np.stack([_mask(state) for state in states])
+            packed, empty = batch.packed, batch.empty
+        else:
+            packed, empty = np.stack([_mask(state) for state in states]), None
+        return packed, empty if empty is not None else _empty(packed)
 
     def follow(self, tokens: Sequence[int]) -> None:
         """The step has drawn these [samples]: the masks of what comes after them begin.
@@ -201,6 +216,14 @@ class Masks:
         Returns when their thread has: the host may keep the interpreter's lock from then on.
         """
         self._maker.start(self._states, [tokens[position] for position in self._positions]).lend()
+
+
+def _empty(packed: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[rows] of [rows, words]: no bit is set."""
+    found: NDArray[np.bool_] = (
+        np.bitwise_or.reduce(packed, axis=1) == 0
+    )  # any() takes ten times as long
+    return found
 
 
 def _mask(state: _State) -> NDArray[np.int32]:
@@ -218,12 +241,19 @@ class MaskMaker:
         vocab_size: of the logits.
         eos_token_ids: what a complete answer allows.
         closer: finds the ends of answers that must be complete.
+        allocate: makes room for masks, int32 of a shape, whatever is in it; None: anywhere. A device may
+            copy from some memory sooner.
     """
 
     def __init__(
-        self, vocab_size: int, eos_token_ids: Sequence[int], closer: Closer | None = None
+        self,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        closer: Closer | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         self._closer = closer
+        self._allocate: Allocate = allocate or (lambda shape: np.empty(shape, np.int32))
         self._num_words = -(-vocab_size // 32)
         ends = np.zeros(self._num_words, np.uint32)
         for token in eos_token_ids:
@@ -250,7 +280,7 @@ class MaskMaker:
 
     def start(self, states: list[_State], drawn: Sequence[int] | None = None) -> _Batch:
         """Begin the next mask of answers: of those that have none, or that come after a token each."""
-        batch = _Batch(states, self._num_words)
+        batch = _Batch(states, self._allocate((len(states), self._num_words)))
         if drawn is not None:
             for state, token in zip(states, drawn, strict=True):
                 state.settle()
@@ -262,7 +292,9 @@ class MaskMaker:
         work = batch.work
         for number, state in enumerate(states):
             state.batch, state.row = batch, number
-            if not state.stopped:
+            if state.stopped:
+                batch.packed[number] = 0
+            else:
                 work.append((state.matcher, number))
         if not work:
             batch.finish()

@@ -24,7 +24,7 @@ from halyard.hal.contract import (
     GreedyKernels,
     MaskingKernels,
 )
-from halyard.runtime.batcher import stage
+from halyard.runtime.batcher import send, stage
 from halyard.runtime.drawing import choose, uniform
 from halyard.runtime.masks import Allowed, MaskRow, Masks
 from halyard.runtime.samples import (
@@ -242,26 +242,25 @@ class Sampler:
             counts = self._counts.apply(draw.counts, device, before)
             slots[place[draw.penalised]] = draw.counts.slots
             penalties[:, place[draw.penalised]] = draw.penalties
-        bits, failures = np.zeros((0, 0), np.int32), {}
+        masks: Tensor | None = None
+        failures: dict[int, str] = {}
         guided = np.empty(0, np.int64)
         if draw.masks is not None:
             allowed = draw.masks.result()
-            failures, bits = allowed.failures, allowed.bits.view(np.int32)
+            failures, masks = allowed.failures, send(allowed.bits.view(np.int32), device)
             guided = place[allowed.positions]
-            lines[guided] = np.arange(len(bits))
+            lines[guided] = np.arange(len(guided))
         biased = place[draw.biases[0].astype(np.int64)] * vocab + draw.biases[1].astype(np.int64)
         barred = place[draw.forbidden[0]] * vocab + draw.forbidden[1]
-        index, on_slots, on_lines, on_penalties, masks, at, biases, ends = stage(
+        index, on_slots, on_lines, on_penalties, at, biases, ends = stage(
             [
-                samples.logits_rows[changed], slots, lines, penalties, bits,
+                samples.logits_rows[changed], slots, lines, penalties,
                 biased, draw.biases[2].astype(np.float32), barred,
             ],
             device,
         )  # fmt: skip
         change = self._changing.change
-        work = change(
-            logits, index, on_penalties, on_slots, counts, on_lines, masks if len(bits) else None
-        )
+        work = change(logits, index, on_penalties, on_slots, counts, on_lines, masks)
         if len(at):
             work.view(-1).scatter_add_(0, at, biases)  # each token of a row once
         if len(ends):
