@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain sampling": {},
     "top-p 0.9": {"top_p": 0.9},
     "top-k 50": {"top_k": 50},
+    "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
     "penalties, greedy": {"temperature": 0.0, "presence_penalty": 0.5, "repetition_penalty": 1.1},
 }
 CONTEXT = 1024  # tokens of each sequence, half of them the answer

@@ -147,7 +147,7 @@ def test_draws(dtype: str) -> None:
 
 
 @inside
-@pytest.mark.parametrize("spread", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize("spread", [0.2, 1.0, 4.0, 15.0])
 def test_draws_of_long_rows(spread: float) -> None:
     checks.draws(made(), 5_001, spread)
 

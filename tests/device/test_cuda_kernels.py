@@ -87,7 +87,7 @@ def test_mixed(device: Any, dtype: DType, name: str) -> None:
 def test_draws(device: Any, dtype: DType) -> None:
     if dtype == "float32":  # in 16 bits tokens tie: that is what the next one looks at
         checks.draws(checks.context(device, dtype))
-        for spread in (0.2, 1.0, 4.0):
+        for spread in (0.2, 1.0, 4.0, 15.0):
             checks.draws(checks.context(device, dtype), 9_001, spread)
     checks.split_draws(checks.context(device, dtype))
 

@@ -40,24 +40,19 @@ def _count_from(
     row: tl.tensor, vocab: tl.tensor, peak: tl.tensor, scale: tl.tensor, least: tl.tensor,
     SIZE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """How many weights are at least `least`, and their sum."""
+    """How many weights are at least `least`, their sum, the least of them and the largest of the others."""
     counts = tl.zeros([SIZE], tl.float32)
     masses = tl.zeros([SIZE], tl.float32)
+    above = tl.full([SIZE], 1.0, tl.float32)
+    below = tl.zeros([SIZE], tl.float32)
     for start in range(0, vocab, SIZE):
         weight = _weights(row, start, vocab, peak, scale, SIZE)
         kept = (weight >= least) & (weight > 0.0)
         counts += tl.where(kept, 1.0, 0.0)
         masses += tl.where(kept, weight, 0.0)
-    return tl.sum(counts, 0), tl.sum(masses, 0)
-
-
-@triton.jit
-def _enough(
-    counts: tl.tensor, masses: tl.tensor, wanted: tl.tensor, share: tl.tensor, MOST: tl.constexpr
-) -> tl.tensor:
-    """Whether what is that likely holds all that the filters can keep, and isn't too much."""
-    count = tl.sum(counts, 0)
-    return (count <= MOST) & (count >= wanted) & (tl.sum(masses, 0) >= share)
+        above = tl.where(kept, tl.minimum(above, weight), above)
+        below = tl.where(kept, below, tl.maximum(below, weight))
+    return tl.sum(counts, 0), tl.sum(masses, 0), tl.min(above, 0), tl.max(below, 0)
 
 
 @triton.jit
@@ -65,41 +60,61 @@ def _bound(
     row: tl.tensor, vocab: tl.tensor, peak: tl.tensor, scale: tl.tensor, top_k: tl.tensor,
     top_p: tl.tensor, SIZE: tl.constexpr, MOST: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """A weight from which on there are at most MOST tokens, and all that the filters can keep, 0: none;
-    and the sum of all weights.
+    """A weight from which on there are at most MOST tokens, and all that the filters can keep, 0: none
+    was found; and the sum of all weights.
 
     top_k: 0: all. It counts before top_p does, which is of what top_k leaves.
     """
-    ones = tl.zeros([SIZE], tl.float32)
-    twos, threes, fours, fives = ones, ones, ones, ones
-    one, two, three, four, five, whole = ones, ones, ones, ones, ones, ones
-    for start in range(0, vocab, SIZE):
-        weight = _weights(row, start, vocab, peak, scale, SIZE)
-        whole += weight
-        kept = weight >= 0.5
-        ones += tl.where(kept, 1.0, 0.0)
-        one += tl.where(kept, weight, 0.0)
-        kept = weight >= 0.125
-        twos += tl.where(kept, 1.0, 0.0)
-        two += tl.where(kept, weight, 0.0)
-        kept = weight >= 0.03125
-        threes += tl.where(kept, 1.0, 0.0)
-        three += tl.where(kept, weight, 0.0)
-        kept = weight >= 0.001953125
-        fours += tl.where(kept, 1.0, 0.0)
-        four += tl.where(kept, weight, 0.0)
-        kept = weight >= 3.0517578125e-05
-        fives += tl.where(kept, 1.0, 0.0)
-        five += tl.where(kept, weight, 0.0)
-    # A little more than the share: sums in another order must find theirs among the candidates.
-    total = tl.sum(whole, 0)
-    share = tl.where(top_k > 0.0, 0.0, top_p * total * 1.00001)
+    # Negative powers of two that are tried together: what is far from the peak is sparse or a crowd.
+    first, second, third, fourth, fifth = 2.0, 5.0, 10.0, 17.0, 26.0
+    few = 0.0  # there are too few tokens down to that one
+    crowd = 126.0  # and too many down to that one
     bound = 0.0
-    bound = tl.where(_enough(fives, five, top_k, share, MOST), 3.0517578125e-05, bound)
-    bound = tl.where(_enough(fours, four, top_k, share, MOST), 0.001953125, bound)
-    bound = tl.where(_enough(threes, three, top_k, share, MOST), 0.03125, bound)
-    bound = tl.where(_enough(twos, two, top_k, share, MOST), 0.125, bound)
-    return tl.where(_enough(ones, one, top_k, share, MOST), 0.5, bound), total
+    total = 0.0
+    turn = 0
+    while (bound == 0.0) & (turn < 2):
+        counts = tl.zeros([SIZE], tl.float32)
+        count1, count2, count3, count4, count5 = counts, counts, counts, counts, counts
+        mass1, mass2, mass3, mass4, mass5, whole = counts, counts, counts, counts, counts, counts
+        least1, least2, least3 = tl.exp2(-first), tl.exp2(-second), tl.exp2(-third)
+        least4, least5 = tl.exp2(-fourth), tl.exp2(-fifth)
+        for start in range(0, vocab, SIZE):
+            weight = _weights(row, start, vocab, peak, scale, SIZE)
+            whole += weight
+            count1 += tl.where(weight >= least1, 1.0, 0.0)
+            mass1 += tl.where(weight >= least1, weight, 0.0)
+            count2 += tl.where(weight >= least2, 1.0, 0.0)
+            mass2 += tl.where(weight >= least2, weight, 0.0)
+            count3 += tl.where(weight >= least3, 1.0, 0.0)
+            mass3 += tl.where(weight >= least3, weight, 0.0)
+            count4 += tl.where(weight >= least4, 1.0, 0.0)
+            mass4 += tl.where(weight >= least4, weight, 0.0)
+            count5 += tl.where(weight >= least5, 1.0, 0.0)
+            mass5 += tl.where(weight >= least5, weight, 0.0)
+        total = tl.sum(whole, 0)
+        # A little more than the share: sums in another order must find theirs among the candidates.
+        share = tl.where(top_k > 0.0, 0.0, top_p * total * 1.00001)
+        for number in tl.static_range(5):
+            if number == 0:
+                counts, masses, power = count1, mass1, first
+            elif number == 1:
+                counts, masses, power = count2, mass2, second
+            elif number == 2:
+                counts, masses, power = count3, mass3, third
+            elif number == 3:
+                counts, masses, power = count4, mass4, fourth
+            else:
+                counts, masses, power = count5, mass5, fifth
+            count = tl.sum(counts, 0)
+            holds = (count >= top_k) & (tl.sum(masses, 0) >= share)
+            bound = tl.where((bound == 0.0) & holds & (count <= MOST), tl.exp2(-power), bound)
+            few = tl.where(holds, few, tl.maximum(few, power))
+            crowd = tl.where(count > MOST, tl.minimum(crowd, power), crowd)
+        step = (crowd - few) / 6
+        first, second, third = few + step, few + 2 * step, few + 3 * step
+        fourth, fifth = few + 4 * step, few + 5 * step
+        turn += 1
+    return bound, total
 
 
 @triton.jit
@@ -250,34 +265,39 @@ def _peak(row: tl.tensor, vocab: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _as_bits(weight: tl.tensor) -> tl.tensor:
+    return weight.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def _least_of_all(
     row: tl.tensor, vocab: tl.tensor, peak: tl.tensor, scale: tl.tensor, top_k: tl.tensor,
     top_p: tl.tensor, SIZE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """As _least, of a whole row."""
+    """As _least, of a whole row. Both ends of the range move to weights that are there: of 16-bit logits
+    there are some hundred."""
     within = 0.0
     if top_k > 0.0:
         low = 0
         high = _ONE_BITS  # the largest least weight that leaves top_k tokens
         while low < high:
             middle = high - (high - low) // 2
-            count, _ = _count_from(row, vocab, peak, scale, _as_weight(middle), SIZE)
+            count, _, above, below = _count_from(row, vocab, peak, scale, _as_weight(middle), SIZE)
             enough = count >= top_k
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle - 1)
+            low = tl.where(enough, _as_bits(above), low)
+            high = tl.where(enough, high, tl.maximum(_as_bits(below), low))
         within = _as_weight(low)
     least = within
     if top_p < 1.0:
-        _, whole = _count_from(row, vocab, peak, scale, within, SIZE)
-        low = 0
+        _, whole, _, _ = _count_from(row, vocab, peak, scale, within, SIZE)
+        low = _as_bits(within)
         high = _ONE_BITS  # the largest least weight that leaves top_p of what is there
         while low < high:
             middle = high - (high - low) // 2
-            weight = tl.maximum(_as_weight(middle), within)
-            _, mass = _count_from(row, vocab, peak, scale, weight, SIZE)
+            _, mass, above, below = _count_from(row, vocab, peak, scale, _as_weight(middle), SIZE)
             enough = mass >= top_p * whole
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle - 1)
+            low = tl.where(enough, _as_bits(above), low)
+            high = tl.where(enough, high, tl.maximum(_as_bits(below), low))
         least = tl.maximum(least, _as_weight(low))
     return least
 
@@ -289,7 +309,7 @@ def _draw_from_all(
 ) -> tl.tensor:  # fmt: skip
     """The first token whose sum of weights from `least` on is beyond that part of them all; rounding may
     leave none: then the last."""
-    _, mass = _count_from(row, vocab, peak, scale, least, SIZE)
+    _, mass, _, _ = _count_from(row, vocab, peak, scale, least, SIZE)
     goal = number * mass
     inside = tl.arange(0, SIZE)
     passed = 0.0
