@@ -86,6 +86,8 @@ class GpuDevice:
             arch=self.arch_of(properties),
         )
         self._graph_pool: Any = None  # one for all captured steps
+        # The stream that they are captured on. Of each stream it is called on cuBLAS keeps 32 MiB.
+        self._recording: Any = None
         self._registered: list[Tensor] = []  # kept until close: freed pages must not stay locked
         self._side: Any = None  # the stream of moves
         self._marked: Any = None  # an event before the last step's work
@@ -130,7 +132,9 @@ class GpuDevice:
     def capture(self, fn: Callable[[], None]) -> Callable[[], None] | None:
         """`fn` runs once to warm up (compilers, workspaces) and once to be recorded."""
         current = _gpu.current_stream()
-        stream = _gpu.Stream()
+        if self._recording is None:
+            self._recording = _gpu.Stream()
+        stream = self._recording
         stream.wait_stream(current)
         with _gpu.stream(stream):
             fn()
@@ -209,7 +213,7 @@ class GpuDevice:
         for data in self._registered:
             _gpu.cudart().cudaHostUnregister(data.data_ptr())
         self._registered.clear()
-        self._graph_pool = self._side = self._marked = None
+        self._graph_pool = self._side = self._marked = self._recording = None
         _gpu.empty_cache()
 
     def _pin(self, data: Tensor) -> None:

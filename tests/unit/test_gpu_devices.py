@@ -229,7 +229,7 @@ def test_a_recording_that_memory_is_too_small_for_is_no_step_that_cannot_be_reco
     monkeypatch.setattr(gpu, "_gpu", fake)
     monkeypatch.setattr(torch, "Generator", FakeGenerator)
     device = CudaDevice.__new__(CudaDevice)
-    device._graph_pool = None
+    device._graph_pool = device._recording = None
     device.torch_device = torch.device("cuda", 0)
 
     def step() -> None:
