@@ -91,7 +91,8 @@ class _Compiled:
             return None
         return least
 
-    def add(self, matcher: Any) -> _Template:
+    def add(self, matcher: Any, seconds: float) -> _Template:
+        self.seconds = seconds
         self._templates.append(_Template(matcher))
         return self._templates[-1]
 
@@ -125,9 +126,7 @@ class GrammarCompiler:
             compiled = self._compiled.pop(constraint, None) or _Compiled()
             template = compiled.least_used()
             if template is None:
-                started = time.perf_counter()
-                template = compiled.add(self._compile(constraint))
-                compiled.seconds = time.perf_counter() - started
+                template = compiled.add(*self._compile(constraint))
             self._compiled[constraint] = compiled
             if len(self._compiled) > _CACHED:
                 self._compiled.popitem(last=False)
@@ -135,7 +134,8 @@ class GrammarCompiler:
             template.users.add(guidance)
         return guidance
 
-    def _compile(self, constraint: Constraint) -> Any:
+    def _compile(self, constraint: Constraint) -> tuple[Any, float]:
+        """A matcher, and the seconds that it took, without what is done once for all constraints."""
         param = constraint.param
         try:
             library: Any = importlib.import_module("llguidance")
@@ -150,6 +150,7 @@ class GrammarCompiler:
         _check_size(constraint)
         if self._trie is None:
             self._trie = self._build_trie(library)
+        started = time.perf_counter()
         try:
             matcher = library.LLMatcher(
                 self._trie,
@@ -163,7 +164,7 @@ class GrammarCompiler:
             self._try(constraint, matcher.deep_copy())
         if matcher.is_error():
             raise _refusal(constraint, matcher.get_error())
-        return matcher
+        return matcher, time.perf_counter() - started
 
     def _try(self, constraint: Constraint, matcher: Any) -> None:
         """Take a few steps: what is impossible or explodes should be refused before it runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from typing import Any
 
@@ -203,3 +204,20 @@ def test_many_answers_of_a_constraint_share_few_locks(
     slow = Constraint.regex("(ef|gh)+")
     others = [compiler.guidance(slow) for _ in range(40)]
     assert len({id(one.template) for one in others}) == 1
+
+
+def test_what_is_done_once_makes_no_constraint_slow(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halyard.runtime.guided.mask_threads", lambda: 8)
+    monkeypatch.setattr("halyard.runtime.guided._QUICK", 1.0)
+    fresh = GrammarCompiler(compiler._vocabulary, compiler.vocab_size, frozenset({END}))
+    build = fresh._build_trie
+
+    def slowly(library: Any) -> Any:
+        time.sleep(1.0)
+        return build(library)
+
+    monkeypatch.setattr(fresh, "_build_trie", slowly)
+    held = [fresh.guidance(Constraint.regex("(ab|cd)+")) for _ in range(40)]
+    assert len({id(one.template) for one in held}) == 3
