@@ -11,7 +11,9 @@ work, so that it may run while the host goes on.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,7 +179,8 @@ class Sampler:
                 _free_ends(work, raw, allowed, samples)
         codes: Tensor | None = None
         if kernels is not None:
-            tokens, bad, codes = kernels.draw(work, None, _columns(draw, work.device))
+            columns = None if draw.numbers is None else stage([_columns(draw)], work.device)[0]
+            tokens, bad, codes = kernels.draw(work, None, columns)
         else:
             tokens, peaks = choose(work, samples, draw.numbers)
             bad = ~torch.isfinite(raw.amax(dim=-1) if draw.adjusts_logits else peaks)
@@ -192,54 +195,60 @@ class Sampler:
     ) -> SampledTokens:
         """By kernels of the device, for which the host never waits. Rows whose logits are changed are
         drawn from a copy that holds them alone."""
-        samples = draw.samples
+        samples, device = draw.samples, logits.device
         failures: dict[int, str] = {}
         if not draw.changes_logits:
-            columns = _columns(draw, logits.device)
-            index = None if samples.identity else stage([samples.logits_rows], logits.device)[0]
+            index = None if samples.identity else stage([samples.logits_rows], device)[0]
+            columns = None if draw.numbers is None else stage([_columns(draw)], device)[0]
             tokens, bad, codes = kernels.draw(logits, index, columns)
         else:
             changed = draw.changed
-            work, failures = self._changed_there(logits, draw, changed, before)
-            if len(changed) == len(samples):
-                tokens, bad, codes = kernels.draw(work, None, _columns(draw, work.device))
-            else:
-                plain = np.setdiff1d(np.arange(len(samples)), changed, assume_unique=True)
-                order = np.empty(len(samples), np.int64)
-                order[plain], order[changed] = (
-                    np.arange(len(plain)),
-                    np.arange(len(plain), len(order)),
-                )
-                index, places = stage([samples.logits_rows[plain], order], logits.device)
-                drawn = (
-                    kernels.draw(logits, index, _columns(draw, logits.device, plain))[2],
-                    kernels.draw(work, None, _columns(draw, logits.device, changed))[2],
-                )
-                codes = torch.cat(drawn).index_select(0, places)
+            rows = np.ones(len(samples), bool)
+            rows[changed] = False
+            plain = np.flatnonzero(rows)
+            # One piece goes up: of the plain rows and the changed ones what is drawn by, and what is
+            # drawn of both in the rows' order.
+            order = np.empty(len(samples), np.int64)
+            order[plain] = np.arange(len(plain))
+            order[changed] = np.arange(len(plain), len(order))
+            arrays: list[NDArray[Any]] = [samples.logits_rows[plain], order]
+            if draw.numbers is not None:
+                arrays += [_columns(draw, plain), _columns(draw, changed)]
+            work, failures, staged = self._changed_there(logits, draw, changed, before, arrays)
+            index, places = staged[:2]
+            by_plain, by_changed = staged[2:] or (None, None)
+            tokens, bad, codes = kernels.draw(work, None, by_changed)
+            if len(plain):
+                others = kernels.draw(logits, index, by_plain)[2]
+                codes = torch.cat((others, codes)).index_select(0, places)
                 tokens, bad = codes >> 1, (codes & 1).bool()
         scored = samples.having(SCORED) if draw.flags & SCORED else np.empty(0, np.int64)
         scores = None
         if len(scored):
-            rows, own = stage([samples.logits_rows[scored], scored], logits.device)
-            raw = logits.index_select(0, rows)
+            index, own = stage([samples.logits_rows[scored], scored], device)
             width = _most_alternatives(samples, scored)
-            scores = score(raw, tokens.index_select(0, own), width)
+            scores = score(logits.index_select(0, index), tokens.index_select(0, own), width)
         return SampledTokens(tokens, bad, scored, scores, failures, codes)
 
     def _changed_there(
-        self, logits: Tensor, draw: Draw, changed: NDArray[np.int64], before: Tensor | None
-    ) -> tuple[Tensor, dict[int, str]]:
-        """Logits [changed rows, vocab] fp32 with penalties, biases, forbidden ends and masks; and which
-        rows' grammars broke down."""
+        self,
+        logits: Tensor,
+        draw: Draw,
+        changed: NDArray[np.int64],
+        before: Tensor | None,
+        arrays: Rows[NDArray[Any]] = (),
+    ) -> tuple[Tensor, dict[int, str], list[Tensor]]:
+        """Logits [changed rows, vocab] fp32 with penalties, biases, forbidden ends and masks; which rows'
+        grammars broke down; and the arrays, which go up with what this needs."""
         assert self._changing is not None
         samples, device, vocab = draw.samples, logits.device, logits.shape[-1]
         place = np.zeros(len(samples), np.int64)
         place[changed] = np.arange(len(changed))
         penalties = np.zeros((3, len(changed)), np.float32)
         slots, lines = np.full((2, len(changed)), -1, np.int64)
-        counts: tuple[Tensor, Tensor] | None = None
+        counted: list[NDArray[np.int64]] = []
         if draw.counts is not None:
-            counts = self._counts.apply(draw.counts, device, before)
+            counted = self._counts.places(draw.counts)
             slots[place[draw.penalised]] = draw.counts.slots
             penalties[:, place[draw.penalised]] = draw.penalties
         masks: Tensor | None = None
@@ -252,13 +261,15 @@ class Sampler:
             lines[guided] = np.arange(len(guided))
         biased = place[draw.biases[0].astype(np.int64)] * vocab + draw.biases[1].astype(np.int64)
         barred = place[draw.forbidden[0]] * vocab + draw.forbidden[1]
-        index, on_slots, on_lines, on_penalties, at, biases, ends = stage(
-            [
-                samples.logits_rows[changed], slots, lines, penalties,
-                biased, draw.biases[2].astype(np.float32), barred,
-            ],
-            device,
-        )  # fmt: skip
+        own = [samples.logits_rows[changed], slots, lines, penalties,
+               biased, draw.biases[2].astype(np.float32), barred]  # fmt: skip
+        staged = stage([*own, *counted, *arrays], device)
+        index, on_slots, on_lines, on_penalties, at, biases, ends = staged[: len(own)]
+        del staged[: len(own)]
+        counts: tuple[Tensor, Tensor] | None = None
+        if draw.counts is not None:
+            counts = self._counts.apply(draw.counts, staged[: len(counted)], before)
+            del staged[: len(counted)]
         change = self._changing.change
         work = change(logits, index, on_penalties, on_slots, counts, on_lines, masks)
         if len(at):
@@ -275,7 +286,7 @@ class Sampler:
                 left = work.index_select(0, at)
                 dead = ~torch.isfinite(left.amax(dim=-1, keepdim=True))
                 work.index_copy_(0, at, torch.where(dead, free, left))
-        return work, failures
+        return work, failures, staged
 
     def sample(self, logits: Tensor, rows: Iterable[SampleRow]) -> SampledTokens:
         """`prepare` and `draw` for rows given one by one."""
@@ -285,7 +296,8 @@ class Sampler:
         """Logits [rows, vocab] with penalties, biases and forbidden ends."""
         logits, device = raw.clone(), raw.device
         if draw.counts is not None:
-            tables = self._counts.apply(draw.counts, device, before)
+            places = stage(self._counts.places(draw.counts), device)
+            tables = self._counts.apply(draw.counts, places, before)
             slots = torch.from_numpy(draw.counts.slots).to(device)
             seen, answered = (table[slots] for table in tables)
             index = torch.from_numpy(draw.penalised).to(device)
@@ -340,15 +352,10 @@ def _forbidden_by(allowed: NDArray[np.uint8], logits: Tensor) -> Tensor:
     return bits.view(len(allowed), -1)[:, : logits.shape[-1]] == 0
 
 
-def _columns(
-    draw: Draw, device: torch.device, which: NDArray[np.int64] | None = None
-) -> Tensor | None:
-    """What DrawingKernels.draw takes of all samples, or of some; None: nothing is random."""
-    if draw.numbers is None:
-        return None
-    records, numbers = draw.samples.records, draw.numbers
-    if which is not None:
-        records, numbers = records[which], numbers[which]
+def _columns(draw: Draw, which: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
+    """What DrawingKernels.draw takes of all samples, or of some, where some are random."""
+    assert draw.numbers is not None
+    records, numbers = draw.samples.records[which], draw.numbers[which]
     random = (records["flags"] & RANDOM) != 0
     columns = np.stack(
         [
@@ -360,7 +367,7 @@ def _columns(
         ]
     ).astype(np.float32)
     columns[4] = np.minimum(columns[4], np.float32(1 - 2.0**-24))  # below 1 when rounded
-    return stage([columns], device)[0]
+    return columns
 
 
 def _most_alternatives(samples: Samples, scored: NDArray[np.int64]) -> int:

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halyard.runtime.batcher import stage
 from halyard.runtime.sequence import Sequence, SequenceStatus
 
 __all__ = ["CountUpdate", "TokenCounts"]
@@ -131,33 +130,35 @@ class TokenCounts:
             np.stack([slots[waits], before[waits]]),
         )
 
+    def places(self, update: CountUpdate) -> list[NDArray[np.int64]]:
+        """What `apply` needs of an update where the counts lie: lines of them, and places within."""
+        width = self.vocab_size
+        return [
+            update.blank,
+            update.places[0] * width + update.places[1],
+            update.answers[0] * width + update.answers[1],
+            update.pending[0] * width,
+            update.pending[1],
+        ]
+
     def apply(
-        self, update: CountUpdate, device: torch.device, before: Tensor | None
+        self, update: CountUpdate, places: Rows[Tensor], before: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Take in an update: (seen [slots, vocab] bool, times answered [slots, vocab] fp32) of all slots.
         Never waits for the device.
 
         Args:
+            places: as `places` gives them, where logits are.
             before: what the step before sampled, for pending tokens.
         """
-        seen, answered = self._counts(update.num_slots, device)
-        width = self.vocab_size
-        blank, places, answers, slots, sources = stage(
-            [
-                update.blank,
-                update.places[0] * width + update.places[1],
-                update.answers[0] * width + update.answers[1],
-                update.pending[0] * width,
-                np.ascontiguousarray(update.pending[1]),
-            ],
-            device,
-        )
+        blank, tokens, answers, slots, sources = places
+        seen, answered = self._counts(update.num_slots, blank.device)
         if len(blank):
             seen.index_fill_(0, blank, False)
             answered.index_fill_(0, blank, 0.0)
         flat_seen, flat_answered = seen.view(-1), answered.view(-1)
-        if len(places):
-            flat_seen.index_fill_(0, places, True)
+        if len(tokens):
+            flat_seen.index_fill_(0, tokens, True)
         if len(answers):
             _count(flat_answered, answers)
         if len(slots):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from plain_drawing import PlainDrawing
 
+from halyard.runtime.batcher import Arena, stage
 from halyard.runtime.drawing import uniform
 from halyard.runtime.masks import Allowed
 from halyard.runtime.plan import PlanRow
@@ -29,6 +30,12 @@ def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     if request.param == "kernels":
         own = partial(Sampler, kernels=PlainDrawing())
         monkeypatch.setattr(sys.modules[__name__], "Sampler", own)
+
+        def in_one_piece(arrays: Any, device: torch.device) -> list[torch.Tensor]:
+            """As they come to a GPU."""
+            return stage(arrays, device, Arena(torch.empty(1 << 20, dtype=torch.uint8)))
+
+        monkeypatch.setattr("halyard.runtime.sampler.stage", in_one_piece)
     return bool(request.param == "torch")
 
 

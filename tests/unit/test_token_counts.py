@@ -41,7 +41,8 @@ def test_counts_are_those_of_the_tokens_whatever_rows_come_and_wait() -> None:
         ]
         fast += list(rows) == counts._last
         update = counts.plan(list(rows), positions, sources)
-        seen, answered = counts.apply(update, torch.device("cpu"), before)
+        places = [torch.from_numpy(one) for one in counts.places(update)]
+        seen, answered = counts.apply(update, places, before)
         for s in {id(s): s for s in rows}.values():  # what the step before sampled is told now
             if id(s) in pending:
                 s.token_ids.append(int(before[pending[id(s)]]))
