@@ -1,6 +1,6 @@
 """Answers held to a grammar, compiled with the checkpoint's tokenizer. No torch.
 
-A constraint compiles to a matcher that is copied for each answer; masks.py has the rest.
+A constraint compiles once to a matcher that is copied for each answer; masks.py has the rest.
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 import importlib
 import json
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakSet
 
 import numpy as np
 
 from halyard.hal.errors import RequestError
 from halyard.runtime.closing import Closer
-from halyard.runtime.masks import Allocate, Guidance, MaskMaker, mask_threads
+from halyard.runtime.masks import Allocate, Guidance, MaskMaker
 
 if TYPE_CHECKING:
     from halyard.runtime.request import Constraint
@@ -44,9 +42,6 @@ _LIMITS = {
 _LONGEST = {"time": 24, "date-time": 35}
 _DATA = frozenset({"const", "enum", "default", "examples"})  # hold values of a schema, no schemas
 _TRIED_STEPS = 3
-_MOST_TEMPLATES = 4  # of a constraint: each may come to hold 200 MB
-_TOGETHER = 16  # requests of a template, until there is another
-_QUICK = 0.02  # seconds of compiling, during which no step runs
 
 
 class Vocabulary(Protocol):
@@ -65,38 +60,6 @@ class Vocabulary(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
-class _Template:
-    """A matcher at its start, and the requests whose answers' matchers are copies of it."""
-
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
-        self.users: WeakSet[Guidance] = WeakSet()
-
-
-class _Compiled:
-    """A constraint's templates. Copies of one share a lexer, and with it a lock: the masks of many are
-    made one after the other, however many threads there are. So many requests get several."""
-
-    def __init__(self) -> None:
-        self._templates: list[_Template] = []
-        self.seconds = 0.0  # that the last one took
-
-    def least_used(self) -> _Template | None:
-        """What the next request is to use; None: another is to be compiled."""
-        if not self._templates:
-            return None
-        least = min(self._templates, key=lambda template: len(template.users))
-        most = min(_MOST_TEMPLATES, mask_threads())
-        if len(least.users) >= _TOGETHER and len(self._templates) < most and self.seconds < _QUICK:
-            return None
-        return least
-
-    def add(self, matcher: Any, seconds: float) -> _Template:
-        self.seconds = seconds
-        self._templates.append(_Template(matcher))
-        return self._templates[-1]
-
-
 class GrammarCompiler:
     """Compiles constraints for one model. May be called from several threads."""
 
@@ -112,7 +75,7 @@ class GrammarCompiler:
         self._eos = sorted(token for token in eos_token_ids if token < vocab_size)
         self._lock = threading.Lock()
         self._trie: Any = None  # llguidance's view of the vocabulary: built when first needed
-        self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
+        self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
         closer = Closer(vocabulary, vocab_size, self._eos)
         self._maker = MaskMaker(vocab_size, self._eos, closer, allocate)
 
@@ -123,19 +86,15 @@ class GrammarCompiler:
             RequestError: it is malformed, impossible or too complex; the text says where.
         """
         with self._lock:
-            compiled = self._compiled.pop(constraint, None) or _Compiled()
-            template = compiled.least_used()
-            if template is None:
-                template = compiled.add(*self._compile(constraint))
-            self._compiled[constraint] = compiled
+            matcher = self._compiled.pop(constraint, None)
+            if matcher is None:
+                matcher = self._compile(constraint)
+            self._compiled[constraint] = matcher
             if len(self._compiled) > _CACHED:
                 self._compiled.popitem(last=False)
-            guidance = Guidance(self._maker, template.matcher)
-            template.users.add(guidance)
-        return guidance
+        return Guidance(self._maker, matcher)
 
-    def _compile(self, constraint: Constraint) -> tuple[Any, float]:
-        """A matcher, and the seconds that it took, without what is done once for all constraints."""
+    def _compile(self, constraint: Constraint) -> Any:
         param = constraint.param
         try:
             library: Any = importlib.import_module("llguidance")
@@ -150,7 +109,6 @@ class GrammarCompiler:
         _check_size(constraint)
         if self._trie is None:
             self._trie = self._build_trie(library)
-        started = time.perf_counter()
         try:
             matcher = library.LLMatcher(
                 self._trie,
@@ -164,7 +122,7 @@ class GrammarCompiler:
             self._try(constraint, matcher.deep_copy())
         if matcher.is_error():
             raise _refusal(constraint, matcher.get_error())
-        return matcher, time.perf_counter() - started
+        return matcher
 
     def _try(self, constraint: Constraint, matcher: Any) -> None:
         """Take a few steps: what is impossible or explodes should be refused before it runs."""

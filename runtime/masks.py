@@ -24,16 +24,7 @@ from halyard.runtime.closing import Closer, Lead
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "TOO_COMPLEX",
-    "Allocate",
-    "Allowed",
-    "Guidance",
-    "MaskMaker",
-    "MaskRow",
-    "Masks",
-    "mask_threads",
-]
+__all__ = ["TOO_COMPLEX", "Allocate", "Allowed", "Guidance", "MaskMaker", "MaskRow", "Masks"]
 
 TOO_COMPLEX = "the answer's grammar grew too complex to go on"
 Allocate = Callable[[tuple[int, int]], "NDArray[np.int32]"]
@@ -161,7 +152,7 @@ class _State:
                 self.lead.follow(self.matcher, room, closer)
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True)
 class Guidance:
     """One request's constraint and the state of its answers. Belongs to the engine's thread."""
 
@@ -315,17 +306,13 @@ class MaskMaker:
         if self._batches is None:
             batches: SimpleQueue[_Batch | None] = SimpleQueue()
             self._batches = batches
-            executor = importlib.import_module("llguidance").LLExecutor(mask_threads())
+            threads = max(1, min(num_threads() - 1, _MOST_THREADS))
+            executor = importlib.import_module("llguidance").LLExecutor(threads)
             threading.Thread(
                 target=_work, args=(batches, executor), name="halyard-masks", daemon=True
             ).start()
             weakref.finalize(self, batches.put, None)
         return self._batches
-
-
-def mask_threads() -> int:
-    """How many make masks at once."""
-    return max(1, min(num_threads() - 1, _MOST_THREADS))
 
 
 def _work(batches: SimpleQueue[_Batch | None], executor: Any) -> None:

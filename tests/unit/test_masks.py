@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -181,43 +179,3 @@ def test_without_room_for_the_form_it_is_cut_off(compiler: GrammarCompiler) -> N
     bits = guidance.maker.begin([MaskRow(0, guidance, 0, [], 0)]).result().bits
     fresh = compiler.guidance(Constraint.json_schema(LIST))
     assert bits.tolist() == fresh.maker.begin([MaskRow(0, fresh, 0, [], 0)]).result().bits.tolist()
-
-
-def test_many_answers_of_a_constraint_share_few_locks(
-    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Copies of a template take turns; a few templates are compiled where many answers come at once."""
-    monkeypatch.setattr("halyard.runtime.guided.mask_threads", lambda: 8)
-    monkeypatch.setattr("halyard.runtime.guided._QUICK", 60.0)
-    constraint = Constraint.regex("(ab|cd)+")
-    few = [compiler.guidance(constraint) for _ in range(16)]
-    assert len({id(one.template) for one in few}) == 1
-    many = [compiler.guidance(constraint) for _ in range(84)]
-    counts = Counter(id(one.template) for one in few + many)
-    assert len(counts) == 4
-    assert max(counts.values()) == min(counts.values()) == 25
-    masks = compiler.guidance(constraint).maker.begin(rows_of([(one, []) for one in few + many]))
-    bits = masks.result().bits
-    assert bits.any()
-    assert (bits == bits[0]).all()
-    monkeypatch.setattr("halyard.runtime.guided._QUICK", 0.0)  # steps would wait for it
-    slow = Constraint.regex("(ef|gh)+")
-    others = [compiler.guidance(slow) for _ in range(40)]
-    assert len({id(one.template) for one in others}) == 1
-
-
-def test_what_is_done_once_makes_no_constraint_slow(
-    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("halyard.runtime.guided.mask_threads", lambda: 8)
-    monkeypatch.setattr("halyard.runtime.guided._QUICK", 1.0)
-    fresh = GrammarCompiler(compiler._vocabulary, compiler.vocab_size, frozenset({END}))
-    build = fresh._build_trie
-
-    def slowly(library: Any) -> Any:
-        time.sleep(1.0)
-        return build(library)
-
-    monkeypatch.setattr(fresh, "_build_trie", slowly)
-    held = [fresh.guidance(Constraint.regex("(ab|cd)+")) for _ in range(40)]
-    assert len({id(one.template) for one in held}) == 3
