@@ -1,10 +1,10 @@
-"""Tells whether an error means that memory ran out, whatever library noticed it."""
+"""Tells whether an error means that memory ran out, whatever library noticed it, and what it said."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["is_out_of_memory"]
+__all__ = ["is_out_of_memory", "one_line"]
 
 # Allocators that raise a plain RuntimeError: torch's on the CPU, cuBLAS' workspaces, ONNX Runtime's.
 _WORDS = (
@@ -21,3 +21,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text, or its name if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -23,7 +23,17 @@ from halyard.runtime.samples import Samples
 from halyard.runtime.sequence import Sequence
 from halyard.runtime.shared_rows import filled_up, find_shared_rows
 
-__all__ = ["Arena", "Batcher", "PackedStep", "PooledSpan", "PromptSpan", "StepInputs", "stage"]
+__all__ = [
+    "Arena",
+    "Batcher",
+    "PackedStep",
+    "PooledSpan",
+    "PromptSpan",
+    "StepInputs",
+    "locked",
+    "send",
+    "stage",
+]
 
 _ALIGNMENT = 16  # bytes: kernels read aligned vectors
 _MOST_VIEWS = 1024  # kept; they are small

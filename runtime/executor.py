@@ -23,11 +23,11 @@ from halyard.hal.contract import (
     ThriftyDevice,
 )
 from halyard.hal.errors import CapacityError, DeviceMemoryError
-from halyard.hal.memory_errors import is_out_of_memory
+from halyard.hal.memory_errors import is_out_of_memory, one_line
 from halyard.hal.types import BlockMove, KVPool
 from halyard.runtime.batcher import Batcher, PackedStep, PooledSpan, stage
 from halyard.runtime.plan import StepPlan
-from halyard.runtime.running import Drawn, Here, PromptScores, RunningStep, one_line
+from halyard.runtime.running import Drawn, Here, PromptScores, RunningStep
 from halyard.runtime.sampler import Draw, Sampler
 from halyard.runtime.scores import score
 
@@ -176,7 +176,7 @@ class Executor:
     def issue(self, step: PreparedStep, before: RunningStep | None = None) -> RunningStep:
         """All that the device does for it, but for the draws of a step that waits for masks: see draw.
 
-        Where the device overlaps, the host waits for nothing.
+        Where the device overlaps, the host waits for nothing but masks that began with the step.
         """
         plan, packed = step.plan, step.packed
         if plan.swap_out or plan.swap_in:

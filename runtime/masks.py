@@ -220,9 +220,8 @@ class Masks:
 
 def _empty(packed: NDArray[np.int32]) -> NDArray[np.bool_]:
     """[rows] of [rows, words]: no bit is set."""
-    found: NDArray[np.bool_] = (
-        np.bitwise_or.reduce(packed, axis=1) == 0
-    )  # any() takes ten times as long
+    # any() takes ten times as long.
+    found: NDArray[np.bool_] = np.bitwise_or.reduce(packed, axis=1) == 0
     return found
 
 

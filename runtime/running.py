@@ -12,13 +12,13 @@ from torch import Tensor
 
 from halyard.hal.contract import Fetch
 from halyard.hal.errors import DeviceMemoryError
-from halyard.hal.memory_errors import is_out_of_memory
+from halyard.hal.memory_errors import is_out_of_memory, one_line
 from halyard.runtime.masks import Masks
 from halyard.runtime.plan import PlanRow, StepOutput, StepPlan, TokenLogprob
 from halyard.runtime.sampler import Draw
 from halyard.runtime.scores import Scores
 
-__all__ = ["Drawn", "Here", "PromptScores", "RunningStep", "one_line"]
+__all__ = ["Drawn", "Here", "PromptScores", "RunningStep"]
 
 T = TypeVar("T")
 
@@ -167,8 +167,3 @@ def _by_row(rows: tuple[PlanRow, ...], values: list[T]) -> tuple[tuple[T, ...], 
 
 def _num_drawn(row: PlanRow) -> int:
     return 0 if row.sequence.pools else row.num_samples
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text, or its name if it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from halyard import LLM, SamplingParams
 from halyard.hal.kernels.native.library import find_compiler
@@ -78,5 +79,30 @@ def test_overlap_changes_no_answer(blocks: int, kernels: bool) -> None:
         late = make_late(llm)
         assert told(llm.generate(texts, asked)) == expected
         assert late.issued_behind > late.issued / 2
+        llm.engine.check_integrity()
+        assert llm.engine.stats().scheduler.blocks_used == 0
+
+
+def test_a_guided_step_that_does_not_fit_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out when it is drawn: it was issued before that, and another is in flight."""
+    texts, asked = TEXTS, params()
+    with LLM("embedded", backend=BACKEND, kv_blocks=64, max_model_len=128) as llm:
+        expected = told(llm.generate(texts, asked))
+        make_late(llm)
+        sampler, calls = llm.engine.executor.sampler, []
+        complete = sampler.complete
+
+        def short(draw: Any) -> Any:
+            calls.append(draw)
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return complete(draw)
+
+        monkeypatch.setattr(sampler, "complete", short)
+        # Tokens: what is computed again, in other batches, has the last bits of its scores otherwise.
+        assert [one[:4] for one in told(llm.generate(texts, asked))] == [
+            one[:4] for one in expected
+        ]
+        assert len(calls) > 3
         llm.engine.check_integrity()
         assert llm.engine.stats().scheduler.blocks_used == 0

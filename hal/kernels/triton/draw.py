@@ -184,6 +184,28 @@ def _store(
     tl.store(bad + number, is_bad)
 
 
+@triton.jit
+def _peak(
+    row: tl.tensor, first: tl.tensor, end: tl.tensor, vocab: tl.tensor, SIZE: tl.constexpr
+) -> tl.tensor:
+    """Of the logits from `first` to before `end`: the largest, the first token that has it, and 1 if some
+    logit is no number."""
+    inside = tl.arange(0, SIZE)
+    # Each lane keeps its own best; a later one must be larger to take its place.
+    peaks = tl.full([SIZE], float("-inf"), tl.float32)
+    places = first + inside
+    broken = tl.zeros([SIZE], tl.int32)
+    for start in range(first, end, SIZE):
+        token = start + inside
+        logit = tl.load(row + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+        broken |= (logit != logit).to(tl.int32)
+        larger = logit > peaks  # never so for NaN
+        peaks = tl.where(larger, logit, peaks)
+        places = tl.where(larger, token, places)
+    peak = tl.max(peaks, 0)
+    return peak, tl.min(tl.where(peaks == peak, places, vocab), 0), tl.max(broken, 0)
+
+
 # Where rows and results begin changes with every number of rows; nothing is gained by knowing of it.
 _ANYWHERE = ["rows", "columns", "tokens", "codes", "bad", "candidates"]
 
@@ -206,21 +228,7 @@ def draw_greedy_kernel(
         place = tl.load(rows + number)
     row = logits + place * row_stride
     first = own * piece
-    inside = tl.arange(0, SIZE)
-    # Each lane keeps its own best; a later one must be larger to take its place.
-    peaks = tl.full([SIZE], float("-inf"), tl.float32)
-    places = first + inside
-    broken = tl.zeros([SIZE], tl.int32)
-    for start in range(first, tl.minimum(first + piece, vocab), SIZE):
-        token = start + inside
-        logit = tl.load(row + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-        broken |= (logit != logit).to(tl.int32)
-        larger = logit > peaks  # never so for NaN
-        peaks = tl.where(larger, logit, peaks)
-        places = tl.where(larger, token, places)
-    peak = tl.max(peaks, 0)
-    best = tl.min(tl.where(peaks == peak, places, vocab), 0)
-    is_broken = tl.max(broken, 0)
+    peak, best, is_broken = _peak(row, first, tl.minimum(first + piece, vocab), vocab, SIZE)
     finishes = True
     if PIECES > 1:
         part = parts + number * (2 * PIECES)
@@ -242,26 +250,6 @@ def draw_greedy_kernel(
             tl.store(tickets + number, 0)
         is_bad = (is_broken > 0) | (peak == float("-inf")) | (peak == float("inf"))
         _store(tokens, codes, bad, number, best, is_bad)
-
-
-@triton.jit
-def _peak(row: tl.tensor, vocab: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
-    """The largest logit, the first token that has it, and whether some logit is no number."""
-    inside = tl.arange(0, SIZE)
-    # Each lane keeps its own best; a later one must be larger to take its place.
-    peaks = tl.full([SIZE], float("-inf"), tl.float32)
-    places = inside
-    broken = tl.zeros([SIZE], tl.int32)
-    for start in range(0, vocab, SIZE):
-        token = start + inside
-        logit = tl.load(row + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-        broken |= (logit != logit).to(tl.int32)
-        larger = logit > peaks  # never so for NaN
-        peaks = tl.where(larger, logit, peaks)
-        places = tl.where(larger, token, places)
-    peak = tl.max(peaks, 0)
-    best = tl.min(tl.where(peaks == peak, places, vocab), 0)
-    return peak, tl.minimum(best, vocab - 1), tl.max(broken, 0) > 0
 
 
 @triton.jit
@@ -345,8 +333,9 @@ def draw_kernel(
     if GATHER:
         place = tl.load(rows + number)
     row = logits + place * row_stride
-    peak, best, broken = _peak(row, vocab, SIZE)
-    is_bad = broken | (peak == float("-inf")) | (peak == float("inf"))
+    peak, best, broken = _peak(row, 0, vocab, vocab, SIZE)
+    best = tl.minimum(best, vocab - 1)
+    is_bad = (broken > 0) | (peak == float("-inf")) | (peak == float("inf"))
     chosen = best
 
     temperature = tl.load(columns + number)
