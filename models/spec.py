@@ -51,6 +51,7 @@ class ModelSpec:
     hidden_size: int
     intermediate_size: int
     num_experts: int  # 1: the feed-forward layers are whole
+    experts_per_token: int
     expert_size: int  # intermediate size of an expert, or of the whole
     num_layers: int
     num_heads: int  # query heads
@@ -180,6 +181,7 @@ class ModelSpec:
             num_experts=getattr(text, "num_local_experts", None)
             or getattr(text, "num_experts", None)
             or 1,
+            experts_per_token=getattr(text, "num_experts_per_tok", None) or 1,
             expert_size=getattr(text, "moe_intermediate_size", None) or width,
             num_layers=num_layers,
             num_heads=num_heads,

@@ -30,7 +30,7 @@ def work_of(step: StepPlan, llm: LLM) -> Work:
 
     Weights count once a step as they are held, but an input embedding that isn't tied counts by the
     rows that are looked up; every row's keys and values are read once and the new ones written.
-    Experts that no token chooses aren't known: all count, as read and as computed with.
+    Which experts tokens choose isn't known: as many count as an even choice reaches.
     """
     plan, executor = llm.plan, llm.engine.executor
     spec, kv_bytes = (
@@ -46,9 +46,14 @@ def work_of(step: StepPlan, llm: LLM) -> Work:
     if not spec.tied:
         read -= embedding * ITEM_SIZE[plan.dtype]
     matrices = max(0, plan.num_parameters - embedding * (1 if spec.tied else 2))
+    experts = 3 * spec.hidden_size * spec.expert_size * spec.num_experts * spec.num_layers
+    experts = min(experts, matrices) if spec.num_experts > 1 else 0
+    chosen = min(1.0, spec.experts_per_token / spec.num_experts)
+    unread = experts * ITEM_SIZE[plan.dtype] * (1.0 - chosen) ** step.num_tokens
+    active = matrices - experts * (1.0 - chosen)
     return Work(
-        bytes=float(max(read, 0) + kv_bytes * (keys + step.num_tokens)),
-        flops=2.0 * matrices * step.num_tokens
+        bytes=max(read - unread, 0.0) + float(kv_bytes * (keys + step.num_tokens)),
+        flops=2.0 * active * step.num_tokens
         + 2.0 * embedding * step.num_samples
         + 4.0 * width * spec.num_layers * met,
     )

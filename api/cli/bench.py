@@ -72,7 +72,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", help="folder or Hugging Face id (or give --shape instead)"
     )
     parser.add_argument(
-        "--shape", choices=sorted(SHAPES), help="a Llama of this shape with random weights"
+        "--shape", choices=sorted(SHAPES), help="a model of this shape with random weights"
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from halyard.api.profile_page import profile_page
 from halyard.hal.devices.cpu import CpuDevice
 from halyard.hal.errors import ConfigError
+from halyard.hal.types import ITEM_SIZE
 from halyard.models.shapes import shape_config
 from halyard.runtime.bench import measure_throughput, report
 from halyard.runtime.latency import measure_steps, percentiles
@@ -101,6 +102,27 @@ def test_arithmetic_is_the_models_not_that_of_bytes_held(llm: LLM) -> None:
     assert found[0].flops == found[1].flops
     tables = spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2)
     assert found[0].flops > 2 * 10 * (llm.plan.num_parameters - tables)
+
+
+def test_experts_count_as_far_as_tokens_choose_them(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    with watched_plans(llm, plans.append):
+        llm.generate([[1] * 10], SamplingParams(max_tokens=2, temperature=0))
+    spec, whole = llm.plan.spec, 10**9
+    monkeypatch.setattr(llm.engine.executor.program, "weight_bytes", whole)
+    before = [work_of(step, llm) for step in plans[:2]]  # ten tokens, then one
+    mixture = replace(
+        spec, num_experts=8, experts_per_token=2, expert_size=spec.intermediate_size // 8
+    )
+    monkeypatch.setattr(llm, "plan", replace(llm.plan, spec=mixture))
+    after = [work_of(step, llm) for step in plans[:2]]
+    experts = 3 * spec.hidden_size * (spec.intermediate_size // 8) * 8 * spec.num_layers
+    for tokens, one, other in zip((10, 1), before, after, strict=True):
+        assert one.flops - other.flops == pytest.approx(2 * tokens * experts * 6 / 8)
+        unread = experts * ITEM_SIZE[llm.plan.dtype] * (6 / 8) ** tokens
+        assert one.bytes - other.bytes == pytest.approx(unread)
 
 
 def test_steps_of_one_shape(llm: LLM) -> None:
