@@ -8,8 +8,10 @@ from pathlib import Path
 from halyard.compiler.graph import ModelGraph
 from halyard.compiler.passes.add_in_linears import add_in_linears
 from halyard.compiler.passes.drop_no_ops import drop_no_ops
+from halyard.compiler.passes.experts_apart import experts_apart
 from halyard.compiler.passes.fuse_linears_of_one_input import fuse_linears_of_one_input
 from halyard.compiler.passes.gate_linears import gate_linears
+from halyard.compiler.passes.largest_of_few import largest_of_few
 from halyard.compiler.passes.merge_equal_nodes import merge_equal_nodes
 from halyard.compiler.passes.prepack_linears import prepack_linears
 from halyard.compiler.passes.quantize_linears import (
@@ -33,6 +35,8 @@ PASSES: dict[str, Callable[[ModelGraph], None]] = {
     "add_in_linears": add_in_linears,  # behind it: residual adds happen in the products
     "gate_linears": gate_linears,  # behind those: a feed-forward part's gate, within the product
     "rotate_heads": rotate_heads,  # queries and keys that come from a product: one rotation for both
+    "largest_of_few": largest_of_few,  # a router's choice of experts: one kernel
+    "experts_apart": experts_apart,  # what they chose is added up with what follows
 }
 
 

@@ -28,7 +28,7 @@ _LAST_AXIS = frozenset({_aten.linear, _aten.layer_norm, _aten.rms_norm, _aten.na
 _OURS = frozenset({
     "halyard::packed_linear", "halyard::gated_linear", "halyard::quantized_linear", "halyard::experts",
     "halyard::skinny_linear", "halyard::linear_add", "halyard::gated_product",
-    "halyard::rotate_pair",
+    "halyard::rotate_pair", "halyard::largest", "halyard::expert_parts",
 })  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from halyard.hal.contract import (
     PagedKernels,
 )
 from halyard.hal.errors import RequestError
+from halyard.hal.kernels import experts as _experts  # noqa: F401 - cached programs call its operator
 from halyard.hal.registry import load_part
-from halyard.models import experts as _experts  # noqa: F401 - its operator is called by cached programs
 from halyard.models.manifest import MANIFEST, VerifiedFiles, verify
 from halyard.models.source import ModelSource, resolve_source
 from halyard.models.tokenizer import Tokenizer, load_tokenizer

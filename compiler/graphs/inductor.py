@@ -87,8 +87,9 @@ class InductorCompiler:
         passes = ("drop_no_ops", "merge_equal_nodes", "fuse_linears_of_one_input")
         more = {
             "cpu": ("prepack_linears", "gate_linears"),
-            "cuda": ("skinny_linears", "add_in_linears", "gate_linears", "rotate_heads"),
-        }
+            "cuda": ("skinny_linears", "add_in_linears", "gate_linears", "rotate_heads",
+                     "largest_of_few", "experts_apart"),
+        }  # fmt: skip
         return (*passes, *more.get(device.kind, ()))
 
     def fingerprint(self) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from halyard.hal.kernels.triton import gated as _gated  # noqa: F401 - stored segments call it
+from halyard.hal.kernels.triton import largest as _largest  # noqa: F401 - and this
 from halyard.hal.kernels.triton import rotary as _rotary  # noqa: F401 - and this
 from halyard.hal.kernels.triton.skinny import linear_add, linear_add_  # and these
 

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
-from halyard.compiler.graphs.onnx_graph import OnnxGraph
-from halyard.compiler.graphs.onnx_translate import Translator, handler, result
+from halyard.compiler.graphs.onnx_graph import OnnxGraph, numpy_dtype
+from halyard.compiler.graphs.onnx_translate import Translator, argument, handler, result
 from halyard.hal.errors import ModelError
+from halyard.hal.kernels.experts import CLAMPED
 
 __all__: list[str] = []
 
 
 @handler("halyard.experts.default")
 def _experts(t: Translator, node: fx.Node) -> str:
-    """hidden [tokens, h], gate_up [e, 2w, h], down [e, h, w], ids and weights [tokens, k]."""
+    """Arguments as hal/kernels/experts.py has them."""
     from onnx import helper
 
     dtype = result(node).dtype
     hidden, gate_up, down, ids = (t.tensor(arg) for arg in node.args[:4])
-    weights, activation = t.tensor(node.args[4], dtype), node.args[5]
-    width = int(result(node.args[2]).shape[2])
-    size = int(result(node.args[1]).shape[2])
+    weights = t.tensor(node.args[4], dtype)
+    gate = _Gate(
+        str(node.args[5]), *(argument(node, *where) for where in
+                             ((9, "interleaved", False), (10, "alpha", 1.0), (11, "limit", 0.0)))
+    )  # fmt: skip
+    biases = [argument(node, 6, "gate_up_bias"), argument(node, 7, "down_bias")]
+    transposed = argument(node, 8, "transposed", False)
+    size = int(result(node.args[0]).shape[1])
     flat = t.op("Reshape", ids, t.ints([-1]))
     chosen = t.graph.ops("Unique", flat, num_outputs=1, sorted=1)[0]
     count = t.op("Squeeze", t.op("Shape", chosen), t.ints([0]))
@@ -34,14 +42,19 @@ def _experts(t: Translator, node: fx.Node) -> str:
     going = body.add_input(body.name("going"), torch.bool, [])
     total = body.add_input(body.name("total"), dtype, ["tokens", size])
     expert = body.op("Gather", chosen, number, axis=0)
+
+    def product(rows: str, matrices: str, bias: fx.Node | None) -> str:
+        inputs = [rows, body.op("Gather", matrices, expert, axis=0)]
+        if bias is not None:
+            inputs.append(body.op("Gather", t.tensor(bias), expert, axis=0))
+        return body.op("Gemm", *inputs, transB=int(not transposed))
+
     # [2, pairs]: which token, and its how-manieth choice this expert is
     where = body.op("NonZero", body.op("Equal", ids, expert))
     tokens = body.op("Gather", where, body.constant(0), axis=0)
-    rows = body.op("Gather", hidden, tokens, axis=0)
-    both = body.op("Gemm", rows, body.op("Gather", gate_up, expert, axis=0), transB=1)
-    gate, up = body.ops("Split", both, body.constant([width, width]), num_outputs=2, axis=1)
-    inner = body.op("Mul", _activate(body, gate, activation), up)
-    made = body.op("Gemm", inner, body.op("Gather", down, expert, axis=0), transB=1)
+    both = product(body.op("Gather", hidden, tokens, axis=0), gate_up, biases[0])
+    width = int(result(node.args[2]).shape[1 if transposed else 2])
+    made = product(gate.apply(body, both, width, numpy_dtype(dtype)), down, biases[1])
     pairs = body.op("Transpose", where, perm=[1, 0])
     scale = body.op("Unsqueeze", body.op("GatherND", weights, pairs), body.constant([1]))
     targets = body.op("Unsqueeze", tokens, body.constant([1]))
@@ -49,16 +62,46 @@ def _experts(t: Translator, node: fx.Node) -> str:
     body.add_output(going, body.name("going_on"), torch.bool, [])
     body.add_output(summed, body.name("summed"), dtype, ["tokens", size])
 
+    always = t.graph.constant(
+        True, np.bool_
+    )  # may be left out, but ONNX's own evaluator then never loops
     output = t.graph.name("experts")
     t.graph.nodes.append(
-        helper.make_node("Loop", [count, "", start], [output], output, body=body.body("expert"))
+        helper.make_node("Loop", [count, always, start], [output], output, body=body.body("expert"))
     )
     return output
 
 
-def _activate(body: OnnxGraph, gate: str, activation: Any) -> str:
-    if activation == "silu":
-        return body.op("Mul", gate, body.op("Sigmoid", gate))
-    if activation in ("gelu", "relu"):
-        return body.op({"gelu": "Gelu", "relu": "Relu"}[activation], gate)
-    raise ModelError(f"ONNX graphs can't hold experts with the activation {activation} yet")
+@dataclass(frozen=True, slots=True)
+class _Gate:
+    """What becomes of a first product: as hal/kernels/experts.py `gated`."""
+
+    activation: str
+    interleaved: bool
+    alpha: float
+    limit: float
+
+    def apply(self, body: OnnxGraph, both: str, width: int, dtype: Any) -> str:
+        """[pairs, 2 * width] -> [pairs, width]."""
+        if self.interleaved:
+            turns = body.op("Reshape", both, body.constant([-1, width, 2]))
+            gate, up = (body.op("Gather", turns, body.constant(at), axis=2) for at in (0, 1))
+        else:
+            gate, up = body.ops("Split", both, body.constant([width, width]), num_outputs=2, axis=1)
+        if self.activation == "silu":
+            return body.op("Mul", up, body.op("Mul", gate, body.op("Sigmoid", gate)))
+        if self.activation == "relu":
+            return body.op("Mul", up, body.op("Relu", gate))
+        if self.activation in ("gelu", "gelu_tanh"):
+            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+            return body.op("Mul", up, body.op("Gelu", gate, approximate=approximate))
+        if self.activation != CLAMPED:
+            raise ModelError(
+                f"ONNX graphs can't hold experts with the activation {self.activation} yet"
+            )
+        most = body.constant(self.limit, dtype)
+        gate = body.op("Min", gate, most)
+        up = body.op("Clip", up, body.constant(-self.limit, dtype), most)
+        slope = body.op("Sigmoid", body.op("Mul", gate, body.constant(self.alpha, dtype)))
+        more = body.op("Add", up, body.constant(1.0, dtype))
+        return body.op("Mul", more, body.op("Mul", gate, slope))

@@ -177,6 +177,18 @@ def test_gates(dtype: str) -> None:
 
 @inside
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_experts(dtype: str) -> None:
+    checks.experts(made(dtype))
+
+
+@inside
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_largest(dtype: str) -> None:
+    checks.largest(made(dtype))
+
+
+@inside
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rotations(dtype: str) -> None:
     checks.rotations(made(dtype))
 

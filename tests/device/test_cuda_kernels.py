@@ -99,6 +99,16 @@ def test_changes(device: Any, dtype: DType) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_experts(device: Any, dtype: DType) -> None:
+    checks.experts(checks.context(device, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_largest(device: Any, dtype: DType) -> None:
+    checks.largest(checks.context(device, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_skinny_linears(device: Any, dtype: DType) -> None:
     checks.skinny_linears(checks.context(device, dtype))
 

@@ -19,16 +19,25 @@ from halyard.compiler.graphs.inductor_gpu import add_in_place, compile_artefact
 from halyard.compiler.program import Program, UnboundProgram
 from halyard.hal.contract import Executable
 from halyard.hal.devices.cpu import CpuDevice
+from halyard.hal.kernels.experts import expert_parts, experts
 from halyard.hal.kernels.native.library import find_compiler
 from halyard.hal.kernels.reference.kernels import ReferenceKernels
 from halyard.hal.kernels.triton.gated import gated_product
+from halyard.hal.kernels.triton.largest import largest
 from halyard.hal.kernels.triton.rotary import rotate_pair
 from halyard.hal.kernels.triton.skinny import linear_add, linear_add_
 from halyard.hal.types import DeviceInfo
 from halyard.models.spec import ModelSpec
 
 DEVICE = CpuDevice()
-PASSES = ("skinny_linears", "add_in_linears", "gate_linears", "rotate_heads")
+PASSES = (
+    "skinny_linears",
+    "add_in_linears",
+    "gate_linears",
+    "rotate_heads",
+    "largest_of_few",
+    "experts_apart",
+)
 # Qwen 3 and Gemma 3 norm their heads first, gpt-oss and DeepSeek turn them by another form.
 ROTATED = frozenset({"llama", "llama-tied", "qwen2", "mistral", "gemma2", "phi3", "mixtral",
                      "qwen2-mixed-windows", "rope-linear", "rope-llama3"})  # fmt: skip
@@ -78,9 +87,9 @@ def bound(family: str, unbound: UnboundProgram) -> Program:
 
 @pytest.mark.parametrize("family", SERVED)
 def test_few_wanted_tokens_go_on_alone_on_gpus_too(family: str) -> None:
-    """Their operators are known to go row by row; two families' experts regroup tokens."""
+    """Their operators are known to go row by row; one family's routing regroups tokens."""
     compiler, program = as_on_gpus(family)
-    assert (program.token_axes is None) == (family in ("gpt-oss", "deepseek-v3"))
+    assert (program.token_axes is None) == (family == "deepseek-v3")
     # The first segment and what all layers behind it share.
     assert compiler.targets.count(rotate_pair) == (2 if family in ROTATED else 0)
     if family in ROTATED:
@@ -106,6 +115,19 @@ def test_logits_stay(family: str, in_place: int, gated: int) -> None:
     everything = Batch([sequence]).step(program, {0: 20})[0]
     last = Batch([sequence]).step(program, {0: 20}, wanted=[19])[0]
     torch.testing.assert_close(last, everything[[19]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "chosen"), [("mixtral", 2), ("qwen3-moe", 2), ("gpt-oss", 2), ("deepseek-v3", 3)]
+)
+def test_experts_are_chosen_and_added_up_by_ours(family: str, chosen: int) -> None:
+    """In each segment that has experts; deepseek's groups are chosen by sums of their best two."""
+    compiler, unbound = as_on_gpus(family)
+    assert torch.ops.aten.topk.default not in compiler.targets
+    assert compiler.targets.count(largest) >= chosen
+    assert compiler.targets.count(expert_parts) >= 2
+    assert experts not in compiler.targets
+    check(family, bound(family, unbound))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "phi3", "mixtral"])

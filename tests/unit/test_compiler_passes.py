@@ -109,6 +109,31 @@ def test_linears_become_skinny_ones_on_the_weights_as_they_are() -> None:
         torch.testing.assert_close(run(graph, layer, x, table), layer(x, table))
 
 
+class Router(nn.Module):
+    """topk in the forms that routers have, and in others."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        wide = torch.cat([x] * 80, -1) + torch.arange(640) * 1e-3
+        return (
+            *x.topk(3, dim=-1), *x.topk(2, dim=1, sorted=False), *x.topk(2),
+            *wide.topk(2), *x.topk(2, largest=False), *x[:1].topk(1, dim=0),
+        )  # fmt: skip
+
+
+def test_routers_choose_by_one_kernel() -> None:
+    tokens = torch.export.Dim("ntok", min=2, max=64)
+    exported = torch.export.export(
+        Router(), (torch.randn(3, 8),), dynamic_shapes=({0: tokens},), strict=False
+    )
+    graph = ModelGraph(exported.graph_module, {})
+    run_passes(graph, ("largest_of_few",))
+    assert count(graph, torch.ops.halyard.largest.default) == 3
+    assert count(graph, aten.topk.default) == 3  # too wide, the least, along another axis
+    x = torch.randn(5, 8)
+    for found, expected in zip(graph.module(x), Router()(x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_no_ops_go() -> None:
     graph, _ = traced(bias=False)
     products = count(graph, aten.mul.Tensor)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-import halyard.models.experts  # noqa: F401 - registers the operator
+import halyard.hal.kernels.experts  # noqa: F401 - registers the operator
 from halyard.hal.kernels.native import library
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 24, 256, 512, 6, 2

@@ -102,16 +102,23 @@ def test_as_torch(name: str) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
-def test_experts(top_k: int, activation: str) -> None:
-    import halyard.models.experts  # noqa: F401 - registers the operator
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "clamped"])
+@pytest.mark.parametrize("form", ["plain", "biased", "transposed", "interleaved"])
+def test_experts(top_k: int, activation: str, form: str) -> None:
+    import halyard.hal.kernels.experts  # noqa: F401 - registers the operator
 
     def function(x: Tensor, ids: Tensor) -> Tensor:
         gate_up = torch.arange(5 * 16 * 12, dtype=torch.float32).sin().view(5, 16, 12)
         down = torch.arange(5 * 12 * 8, dtype=torch.float32).cos().view(5, 12, 8)
+        biases = [gate_up.sin().sum(-1), down.sum(-1)] if form != "plain" else [None, None]
+        if form == "transposed":
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         # The fifth expert is never chosen.
         weights, chosen = x[0, :, :4].softmax(-1).topk(top_k, dim=-1)
-        return torch.ops.halyard.experts(x[0], gate_up, down, chosen, weights, activation)
+        return torch.ops.halyard.experts(
+            x[0], gate_up, down, chosen, weights, activation, *biases, form == "transposed",
+            form == "interleaved", 1.7, 0.9,
+        )  # fmt: skip
 
     check(function)
 

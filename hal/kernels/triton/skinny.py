@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_ROWS", "Plan", "SkinnyLinears", "choose_plan", "linear_add", "linear_add_",
+__all__ = ["MAX_ROWS", "Plan", "SkinnyLinears", "arch_of", "choose_plan", "linear_add", "linear_add_",
            "skinny_linear"]  # fmt: skip
 
 MAX_ROWS = 16
@@ -165,13 +165,19 @@ class SkinnyLinears:
 
 
 @cache
+def arch_of(device: torch.device) -> str:
+    """As DeviceInfo.arch, of a GPU of torch."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName.split(":")[0])
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
 def _on(device: torch.device) -> tuple[SkinnyLinears, int, str]:
     """A device's launcher, number of cores and architecture."""
     properties: Any = torch.cuda.get_device_properties(device)
-    arch = f"sm_{properties.major}{properties.minor}"
-    if torch.version.hip:
-        arch = properties.gcnArchName.split(":")[0]
-    return SkinnyLinears(), properties.multi_processor_count, arch
+    return SkinnyLinears(), properties.multi_processor_count, arch_of(device)
 
 
 @torch.library.impl(_library, "skinny_linear", "CPU")

@@ -38,11 +38,13 @@ __all__ = ["HEAD_DIMS", "KERNELS", "TARGETS", "CompileReport", "Variant", "compi
 KernelName = Literal["decode", "decode_split", "decode_features", "merge", "prefill",
                      "prefill_features", "write", "move", "draw", "draw_greedy", "change", "decode_shared",
                      "decode_after", "shared", "few_rows", "rows", "gate", "rotate", "prefill_hopper",
-                     "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper"]  # fmt: skip
+                     "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper",
+                     "sort_pairs", "experts_few", "experts_many", "experts_second", "largest"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
     "move", "draw", "draw_greedy", "change", "decode_shared", "decode_after", "shared", "few_rows", "rows",
     "gate", "rotate", "prefill_hopper", "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper",
+    "sort_pairs", "experts_few", "experts_many", "experts_second", "largest",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -62,9 +64,10 @@ _SHORT: dict[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf1
 _MATRIX = re.compile(r"\b(wgmma|tcgen05|mma|v_s?w?mma|v_s?mfma)[._]\w[\w.]*")
 _STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "cos_token", "sin_token", "source_layer",
             "source_block", "target_layer", "target_block", "row_stride", "x_row", "w_row", "num_inputs", "num_outputs",
-            "split_inputs", "piece", "vocab", "inputs", "outputs")  # fmt: skip
+            "split_inputs", "piece", "vocab", "inputs", "outputs", "w_expert", "w_output")  # fmt: skip
 # Of a draw or a linear nothing depends on a head's dim.
-_ONE_DIM = ("move", "draw", "draw_greedy", "change", "few_rows", "rows", "gate", "gated_hopper")
+_ONE_DIM = ("move", "draw", "draw_greedy", "change", "few_rows", "rows", "gate", "gated_hopper", "sort_pairs",
+            "experts_few", "experts_many", "experts_second", "largest")  # fmt: skip
 # Hopper alone, and whose heads they take.
 _GLUON: dict[str, Callable[[int], object]] = {
     "prefill_hopper": hopper_tile, "wide_hopper": wide_tile, "shared_hopper": hopper_tile,
@@ -117,7 +120,7 @@ class CompileReport:
         if self.variant.dtype != "float32" and self.spills > allowed:
             found.append(f"{self.spills} registers spilled")
         dots = self.variant.kernel.startswith(
-            ("decode", "prefill", "shared", "rows", "gated", "wide")
+            ("decode", "prefill", "shared", "rows", "gated", "wide", "experts")
         )
         if dots and self.variant.dtype != "float32" and not self.matrix:
             found.append("no matrix instructions")
@@ -215,8 +218,11 @@ def _source(
         change,
         decode,
         draw,
+        experts,
+        experts_kernel,
         gate,
         gated,
+        largest_kernel,
         linear,
         moves,
         prefill,
@@ -274,6 +280,26 @@ def _source(
             return linear.rows_kernel, constants, options, str(plan)
         constants |= {"STAGES": plan.stages, "NORM": True, "GATED": True}
         return linear.few_rows_kernel, constants, {"num_warps": plan.num_warps}, str(plan)
+    if variant.kernel == "sort_pairs":
+        constants = {"EXPERTS": 128, "BINS": 256, "BLOCK": 4096, "BLOCK_M": 128}
+        return experts_kernel.sort_pairs_kernel, constants, {"num_warps": 8}, "4096 pairs"
+    if variant.kernel.startswith("experts"):
+        pairs = 128 if variant.kernel == "experts_few" else 1 << 16
+        tiles = experts.choose_tiles(pairs, 128, item_size, variant.target)
+        second = variant.kernel == "experts_second"
+        piece = tiles[1] if second else tiles[0]
+        constants = {
+            "CHOICES": 1 if second else 8, "EVEN": True, "INTERLEAVED": False, "BIAS": False,
+            "ACTIVATION": "" if second else "silu", "WEIGHTED": second, "w_input": 1,
+            "WHOLE": True, "TRANSPOSED": False,
+            "BLOCK_M": piece.block_m, "BLOCK_N": piece.block_n, "BLOCK_K": piece.block_k,
+            "GROUP_M": piece.group_m,
+        }  # fmt: skip
+        options = {"num_warps": piece.num_warps, "num_stages": piece.num_stages}
+        return experts_kernel.experts_kernel, constants, options, str(piece)
+    if variant.kernel == "largest":
+        constants = {"COLUMNS": 128, "PAD": 128, "MOST": 8, "ROWS": 8}
+        return largest_kernel.largest_kernel, constants, {"num_warps": 4}, "8 of 128"
     if variant.kernel == "gate":
         return gate.gate_kernel, {"BLOCK": 1024, "GELU": True}, {"num_warps": 4}, "1024 columns"
     if variant.kernel == "rotate":
@@ -390,14 +416,14 @@ def _type(name: str, variant: Variant) -> str:
         return "*i64"
     if name in ("bad", "seen"):
         return "*i8"
-    if name in ("sinks", "columns", "changed", "penalties", "answered"):
+    if name in ("sinks", "columns", "changed", "penalties", "answered", "weights"):
         return "*fp32"
     if name in ("block_tables", "seq_lens", "query_start", "row_keys", "tile_rows", "tile_keys",
-                "parts", "tickets", "allowed", "candidates"):  # fmt: skip
+                "parts", "tickets", "allowed", "candidates", "order", "tile_expert"):  # fmt: skip
         return "*i32"
-    if name in ("slot_mapping", "source", "target", "pairs", "slots", "masks"):
+    if name in ("slot_mapping", "source", "target", "pairs", "slots", "masks", "ids", "places"):
         return "*i64"
-    if name in ("qk_scale", "cap_scale", "eps"):
+    if name in ("qk_scale", "cap_scale", "eps", "alpha", "limit"):
         return "fp32"
     return "i32"
 
