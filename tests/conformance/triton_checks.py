@@ -531,11 +531,11 @@ def largest(made: Any) -> None:
         (3, 512, 16),
         (5, 1, 1),
     ):
-        # All different, in fp16 too, beside more columns that are others'.
+        # All different, in 16 bits too, beside more columns that are others'.
         order = [torch.randperm(columns, generator=generator) for _ in range(rows)]
         x = torch.full((rows, columns + 3), 9e3, dtype=dtype, device=where)[:, :columns]
         if rows:
-            x.copy_(torch.stack(order).to(dtype) - columns / 2)
+            x.copy_(torch.stack(order) - columns / 2)
         values, places = largest_of_rows(x, k)
         expected = x.topk(k, dim=-1)
         assert torch.equal(values, expected.values)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from halyard.hal import fallbacks
 from halyard.hal.devices.cuda import CudaDevice
 from halyard.hal.devices.rocm import RocmDevice
+from halyard.models.tiny import save_tiny_model
 from halyard.runtime.llm import LLM
 from halyard.runtime.request import Constraint, SamplingParams
 
@@ -87,6 +90,28 @@ def test_what_is_recorded_ahead_gives_the_references_tokens(
             found = llm.generate(prompts[some], params, use_tqdm=False)
             assert [o.outputs[0].token_ids for o in found] == expected[some]
         llm.engine.check_integrity()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3"])
+def test_mixtures_of_experts_are_recorded_and_give_the_references_tokens(
+    family: str, tmp_path: Path
+) -> None:
+    save_tiny_model(family, tmp_path)
+    prompts = [[(7 * i + 13 * j + i * j) % 128 for j in range(3 + 5 * i)] for i in range(12)]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    options: dict[str, Any] = {"dtype": "float32", "kv_blocks": 256}
+    with LLM(tmp_path, backend="reference", **options) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+    before = fallbacks.counts()
+    with LLM(tmp_path, backend=BACKEND, host_kv_blocks=0, **options) as llm:
+        while llm.engine.rehearse():
+            pass
+        for some in (slice(0, 12), slice(4, 5)):
+            found = llm.generate(prompts[some], params, use_tqdm=False)
+            assert [o.outputs[0].token_ids for o in found] == expected[some]
+        assert llm.engine.executor.program._replays  # type: ignore[union-attr]
+        llm.engine.check_integrity()
+    assert fallbacks.counts() == before
 
 
 def test_recordings_hold_no_logits_each() -> None:
