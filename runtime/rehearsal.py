@@ -30,6 +30,7 @@ logger = logging.getLogger("halyard.rehearsal")
 
 _PROMPT = 40  # tokens of a short prompt
 _MANY_PROMPTS = 128  # tokens of each, in as large a step as there are
+_PROMPTS = (64, 128, 256, 512)  # of so many tokens, where products of experts have other tiles
 _LONG_PROMPTS = 1100  # two of them are more than is recorded, and long enough to be attended apart
 _SPARE = 0.03  # of the device's memory, and at least:
 _SPARE_BYTES = 512 << 20  # recordings ahead of need take none of the last
@@ -144,6 +145,9 @@ class Rehearsal:
         if self._prompts:
             long, each = self._long(), min(_MANY_PROMPTS, most)
             yield _Piece((min(_PROMPT, most),), min(_PROMPT, most))
+            for tokens in _PROMPTS:
+                if tokens <= min(most, self._max_tokens):
+                    yield _Piece((tokens,), tokens)
             yield _Piece((long,) * 2, long)
             yield _Piece((each,) * max(1, min(rows, self._max_tokens // each)), each)
             # Prompts, short and long, beside a few rows that decode and beside many.

@@ -26,7 +26,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from halyard.compiler.captured import CapturedProgram
-from halyard.hal.kernels.triton import gated, rotary, skinny
+from halyard.hal.kernels.triton import experts, gated, largest, rotary, skinny
 from halyard.hal.kernels.triton.kernels import TritonKernels
 from halyard.hal.types import AttentionLayer, BlockMove, KVPool, KVSpec, Probe, StepBatch
 from halyard.runtime.executor import Executor
@@ -41,7 +41,17 @@ VOCAB = 128_256  # a greedy row may be split over as many programs as there are
 SHAPES = {  # heads, kv heads, head dim, hidden, inner
     "1b": (32, 8, 64, 2048, 8192),
     "8b": (32, 8, 128, 4096, 14336),
+    "30b-a3b": (32, 4, 128, 2048, 768),
+    "20b-a4b": (64, 8, 64, 2880, 2880),
+    "8x7b": (32, 8, 128, 4096, 14336),
+    "16b-a3b": (16, 16, 128, 2048, 1408),
 }
+EXPERTS = {
+    "30b-a3b": (128, 8),
+    "20b-a4b": (32, 4),
+    "8x7b": (8, 2),
+    "16b-a3b": (64, 6),
+}  # of a token
 
 
 class _Driver:
@@ -87,6 +97,11 @@ class _Program:
         sides = {"qkv": (heads * self.dim, self.hidden), "o": (self.hidden, self.heads * self.dim),
                  "gate": (2 * inner, self.hidden), "down": (self.hidden, inner),
                  "logits": (VOCAB, self.hidden)}  # fmt: skip
+        self.experts = EXPERTS.get(shape)
+        if self.experts is not None:  # of these as many, which nobody touches
+            sides["gate"], sides["down"] = (
+                (self.experts[0], *sides[name]) for name in ("gate", "down")
+            )
         self.weights = {name: self.empty(*side) for name, side in sides.items()}
 
     def empty(self, *shape: int) -> Tensor:
@@ -105,8 +120,13 @@ class _Program:
         q, k = rotary.rotate(q, k, angles, angles)
         attended = self.kernels.attend(q, k, v, self.pool, self.layer, batch)
         few(attended.view(count, -1), weights["o"], residual=x, out=x)
-        gate: Any = gated._gated_product_gpu
-        few(gate(x, weights["gate"], False), weights["down"], residual=x, out=x)
+        if self.experts is not None:
+            _, chosen = largest.largest_of_rows(self.empty(count, self.experts[0]), self.experts[1])
+            scales = self.empty(*chosen.shape)
+            experts.expert_parts(x, weights["gate"], weights["down"], chosen, scales, "silu")
+        else:
+            gate: Any = gated._gated_product_gpu
+            few(gate(x, weights["gate"], False), weights["down"], residual=x, out=x)
         few(x[indices], weights["logits"])
         return self.empty(len(indices), VOCAB)
 
@@ -138,6 +158,7 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> _Wanted:
     linears = skinny.SkinnyLinears()
     monkeypatch.setattr(skinny, "_on", lambda device: (linears, CORES, "sm_90"))
     monkeypatch.setattr(gated, "_cores", lambda device: CORES)
+    monkeypatch.setattr(experts, "arch_of", lambda device: "sm_90")
 
     def product(x: Tensor, weight: Tensor, bias: None) -> Tensor:
         skinny._by_few_rows(x, weight)
@@ -201,7 +222,7 @@ def _steps(most_rows: int, most_tokens: int, most_keys: int) -> Iterator[tuple[s
 @pytest.mark.parametrize(
     ("shape", "window", "most_rows", "most_tokens", "most_keys"),
     [("1b", 0, 256, 8192, 8192), ("8b", 0, 256, 8192, 8192), ("8b", 0, 512, 2048, 20000),
-     ("8b", 1024, 64, 2048, 4096)],
+     ("8b", 1024, 64, 2048, 4096), *((name, 0, 64, 2048, 4096) for name in EXPERTS)],
 )  # fmt: skip
 def test_no_step_waits_for_a_compiler(
     wanted: _Wanted, shape: str, window: int, most_rows: int, most_tokens: int, most_keys: int

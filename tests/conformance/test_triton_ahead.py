@@ -18,7 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 
 from halyard.hal.kernels.triton import draw
-from halyard.hal.kernels.triton.ahead import compiling_only
+from halyard.hal.kernels.triton.ahead import compiling_only, launching
+from halyard.hal.kernels.triton.largest import largest_of_rows
 
 
 class _Utils:
@@ -160,3 +161,14 @@ def test_one_that_does_not_compile_is_left_for_its_launch(
     ]
     with pytest.raises(RuntimeError, match="no such instruction"):
         _draw(3, random=True)
+
+
+def test_places_are_of_a_column_when_nothing_is_launched() -> None:
+    """The library's kernels run, and look at them: a router's choice is another one's index."""
+    memory = torch.full((64, 8), 1 << 40)  # what new memory may hold
+    del memory
+    with compiling_only():
+        assert not launching()
+        _, places = largest_of_rows(torch.randn(64, 128), 8)
+    assert launching()
+    assert places.tolist() == [[0] * 8] * 64

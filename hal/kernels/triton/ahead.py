@@ -17,11 +17,12 @@ from typing import Any
 import triton
 from triton.runtime.jit import JITFunction
 
-__all__ = ["compiling_only"]
+__all__ = ["compiling_only", "launching"]
 
 log = logging.getLogger(__name__)
 
 _MOST_THREADS = 16
+_compiling = 0  # contexts that are entered
 
 
 class _Loader(ThreadPoolExecutor):
@@ -47,6 +48,7 @@ def compiling_only() -> Iterator[None]:
     """Launches within it compile what they would launch, and launch nothing: results are left as they
     are. On leaving all is compiled. One that can't be is left to fail where it is launched.
     """
+    global _compiling
     run = JITFunction.run
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -55,8 +57,17 @@ def compiling_only() -> Iterator[None]:
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     with _Loader(threads, "halyard-kernels") as executor:
         JITFunction.run = only_compile
+        _compiling += 1
         try:
             with triton.AsyncCompileMode(executor, ignore_errors=True):
                 yield
         finally:
+            _compiling -= 1
             JITFunction.run = run
+
+
+def launching() -> bool:
+    """Whether kernels write their results. Else places that others look at are to be made up: what isn't
+    Triton's own is launched all the same.
+    """
+    return not _compiling

@@ -35,6 +35,9 @@ def largest_of_rows(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
             x, out, places, rows, x.stride(0), COLUMNS=columns, PAD=padded, MOST=k, ROWS=each,
             num_warps=4,
         )  # fmt: skip
+        ahead: Any = importlib.import_module("halyard.hal.kernels.triton.ahead")
+        if not ahead.launching():
+            places.zero_()
     return out, places
 
 
