@@ -42,12 +42,12 @@ class Clock:
     def __call__(self, plan: Any, before: Any = None) -> Any:
         options, prompts = self._options, plan.num_tokens > _WITH_PROMPTS
         began = time.perf_counter() + 0.001  # the first kernel
-        running = self._run(plan, before)
+        step, running = self._run(plan, before)
         wait_until(time.perf_counter() + (options.launch / 1e3 if prompts else _DECODE_LAUNCH))
         self.idle += max(0.0, began - self._free) if self._free else 0.0
         takes = plan.num_tokens / options.rate if prompts else options.decode / 1e3
         self._free = max(max(self._free, began) + takes, time.perf_counter())
-        return Late(running, self._free)
+        return step, Late(running, self._free)
 
 
 class Late:
@@ -55,6 +55,9 @@ class Late:
 
     def __init__(self, running: Any, done: float) -> None:
         self._running, self._done = running, done
+
+    def ready(self) -> bool:
+        return time.perf_counter() >= self._done
 
     def wait(self) -> Any:
         wait_until(self._done)
