@@ -106,7 +106,7 @@ def cell(
     options: dict[str, Any] = {"activation": "silu"}
     if shape.oss:
         options = {
-            "activation": "clamped",
+            "activation": "swigluoai",
             "transposed": True,
             "interleaved": True,
             "alpha": 1.702,

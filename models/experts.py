@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halyard.hal.errors import ModelError
-from halyard.hal.kernels.experts import ACTIVATIONS, CLAMPED, experts, gated
+from halyard.hal.kernels.experts import ACTIVATIONS, SWIGLUOAI, experts, gated
 
 __all__ = ["NAME", "install"]
 
@@ -36,16 +36,22 @@ def _gate_of(module: Any) -> _Gate | None:
     Raises:
         ModelError: it is the usual one, with an activation that nobody knows.
     """
-    probe = torch.tensor([[-9.0, -1.5, -0.3, 0.7, 2.0, 9.0, 0.5, -0.8]], device="cpu")
-    forms = [_Gate(name) for name in ACTIVATIONS]
-    limit = getattr(module, "limit", None)
-    if limit is not None:
-        alpha = float(getattr(module, "alpha", 1.0))
-        forms += [_Gate(CLAMPED, interleaved, alpha, float(limit)) for interleaved in (True, False)]
+    # Numbers beyond any limit, too: one that isn't seen would be left out.
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-1, 4, 24, device="cpu")[:, None]
+    probe = torch.randn(24, 64, generator=generator, device="cpu") * scales
+    limits = {float(getattr(module, name, None) or 0.0) for name in ("limit", "swiglu_limit")}
+    alpha = getattr(module, "alpha", None) or getattr(module, "swiglu_alpha", None) or 1.0
+    forms = [
+        _Gate(name, interleaved, float(alpha) if name == SWIGLUOAI else 1.0, limit)
+        for name in (*ACTIVATIONS, SWIGLUOAI)
+        for interleaved in (False, True)
+        for limit in sorted({0.0, *limits})
+    ]
     found = module._apply_gate(probe)
     for form in forms:
         wanted = gated(probe, form.activation, form.interleaved, form.alpha, form.limit)
-        if torch.allclose(found, wanted, atol=1e-6):
+        if torch.allclose(found, wanted, rtol=1e-4, atol=1e-6):
             return form
     if type(module)._apply_gate.__name__ == "_default_apply_gate":
         raise ModelError(f"experts with activation {module.act_fn} can't be served yet")

@@ -12,7 +12,7 @@ from torch import fx
 from halyard.compiler.graphs.onnx_graph import OnnxGraph, numpy_dtype
 from halyard.compiler.graphs.onnx_translate import Translator, argument, handler, result
 from halyard.hal.errors import ModelError
-from halyard.hal.kernels.experts import CLAMPED
+from halyard.hal.kernels.experts import SWIGLUOAI
 
 __all__: list[str] = []
 
@@ -88,6 +88,14 @@ class _Gate:
             gate, up = (body.op("Gather", turns, body.constant(at), axis=2) for at in (0, 1))
         else:
             gate, up = body.ops("Split", both, body.constant([width, width]), num_outputs=2, axis=1)
+        if self.limit > 0:
+            most = body.constant(self.limit, dtype)
+            gate = body.op("Min", gate, most)
+            up = body.op("Clip", up, body.constant(-self.limit, dtype), most)
+        if self.activation == SWIGLUOAI:
+            slope = body.op("Sigmoid", body.op("Mul", gate, body.constant(self.alpha, dtype)))
+            more = body.op("Add", up, body.constant(1.0, dtype))
+            return body.op("Mul", more, body.op("Mul", gate, slope))
         if self.activation == "silu":
             return body.op("Mul", up, body.op("Mul", gate, body.op("Sigmoid", gate)))
         if self.activation == "relu":
@@ -95,13 +103,6 @@ class _Gate:
         if self.activation in ("gelu", "gelu_tanh"):
             approximate = "tanh" if self.activation == "gelu_tanh" else "none"
             return body.op("Mul", up, body.op("Gelu", gate, approximate=approximate))
-        if self.activation != CLAMPED:
-            raise ModelError(
-                f"ONNX graphs can't hold experts with the activation {self.activation} yet"
-            )
-        most = body.constant(self.limit, dtype)
-        gate = body.op("Min", gate, most)
-        up = body.op("Clip", up, body.constant(-self.limit, dtype), most)
-        slope = body.op("Sigmoid", body.op("Mul", gate, body.constant(self.alpha, dtype)))
-        more = body.op("Add", up, body.constant(1.0, dtype))
-        return body.op("Mul", more, body.op("Mul", gate, slope))
+        raise ModelError(
+            f"ONNX graphs can't hold experts with the activation {self.activation} yet"
+        )

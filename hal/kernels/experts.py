@@ -20,10 +20,10 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from halyard.hal import fallbacks
 from halyard.hal.ops import NAMESPACE
 
-__all__ = ["ACTIVATIONS", "CLAMPED", "expert_parts", "experts", "gated"]
+__all__ = ["ACTIVATIONS", "SWIGLUOAI", "expert_parts", "experts", "gated"]
 
-CLAMPED = "clamped"
-"""The one that is no function of the gate alone: see `gated`."""
+SWIGLUOAI = "swigluoai"
+"""gpt-oss's, the one that is no function of the gate alone: see `gated`."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -50,14 +50,15 @@ _library.define(f"expert_parts({_ARGUMENTS}) -> Tensor")
 def gated(both: Tensor, activation: str, interleaved: bool, alpha: float, limit: float) -> Tensor:
     """act(gate) * up of [..., 2 * width], in its dtype.
 
-    "clamped": gate and up are held below `limit` (up above -limit, too), and the result is
-    gate * sigmoid(alpha * gate) * (up + 1).
+    "swigluoai": gate * sigmoid(alpha * gate) * (up + 1). With a limit above 0 gate and up are held below
+    it first, and up above its negative.
     """
     gate, up = (both[..., ::2], both[..., 1::2]) if interleaved else both.chunk(2, dim=-1)
-    if activation != CLAMPED:
-        return ACTIVATIONS[activation](gate) * up
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation == SWIGLUOAI:
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    return ACTIVATIONS[activation](gate) * up
 
 
 @dataclass(frozen=True, slots=True)

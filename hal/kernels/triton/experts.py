@@ -152,7 +152,7 @@ def product(
         pairs.order, pairs.tile_expert, pairs.count, pairs.num_tiles, inputs, outputs,
         x.stride(0), *w.stride(), alpha, limit, CHOICES=choices,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-        EVEN=inputs % tile.block_k == 0, ACTIVATION=activation, INTERLEAVED=interleaved,
+        EVEN=inputs % tile.block_k == 0, ACTIVATION=activation, CLAMPED=limit > 0, INTERLEAVED=interleaved,
         BIAS=bias is not None, WEIGHTED=weights is not None,
         WHOLE=w.shape[1] % tile.block_n == 0, TRANSPOSED=w.stride(2) != 1,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -56,9 +56,13 @@ def sort_pairs_kernel(
 
 @triton.jit
 def _activated(
-    gate: tl.tensor, up: tl.tensor, alpha: tl.tensor, limit: tl.tensor, ACTIVATION: tl.constexpr
-) -> tl.tensor:
+    gate: tl.tensor, up: tl.tensor, alpha: tl.tensor, limit: tl.tensor,
+    ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """As hal/kernels/experts.py `gated`, in fp32."""
+    if CLAMPED:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
     if ACTIVATION == "silu":
         result = gate / (1.0 + tl.exp(-gate)) * up
     elif ACTIVATION == "gelu":
@@ -69,9 +73,7 @@ def _activated(
     elif ACTIVATION == "relu":
         result = tl.maximum(gate, 0.0) * up
     else:
-        tl.static_assert(ACTIVATION == "clamped")
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
+        tl.static_assert(ACTIVATION == "swigluoai")
         result = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
     return result
 
@@ -83,8 +85,8 @@ def experts_kernel(
     num_inputs: tl.tensor, num_outputs: tl.tensor, x_row: tl.tensor,
     w_expert: tl.tensor, w_output: tl.tensor, w_input: tl.tensor, alpha: tl.tensor, limit: tl.tensor,
     CHOICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ) -> None:  # fmt: skip
     """y[pair] = x[pair / CHOICES] @ w[its expert]^T (+ bias[expert]) (* weights[pair]).
 
@@ -148,7 +150,7 @@ def experts_kernel(
         ]
     if GATED:
         gate, up = tl.split(tl.reshape(sums, [BLOCK_M, WIDTH, 2]))
-        result = _activated(gate, up, alpha, limit, ACTIVATION)
+        result = _activated(gate, up, alpha, limit, ACTIVATION, CLAMPED)
     else:
         result = sums
     if WEIGHTED:

@@ -290,7 +290,7 @@ def _source(
         piece = tiles[1] if second else tiles[0]
         constants = {
             "CHOICES": 1 if second else 8, "EVEN": True, "INTERLEAVED": False, "BIAS": False,
-            "ACTIVATION": "" if second else "silu", "WEIGHTED": second, "w_input": 1,
+            "ACTIVATION": "" if second else "silu", "CLAMPED": False, "WEIGHTED": second, "w_input": 1,
             "WHOLE": True, "TRANSPOSED": False,
             "BLOCK_M": piece.block_m, "BLOCK_N": piece.block_n, "BLOCK_K": piece.block_k,
             "GROUP_M": piece.group_m,
