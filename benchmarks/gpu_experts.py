@@ -30,7 +30,7 @@ from halyard.hal.kernels.experts import _experts
 from halyard.hal.kernels.triton import ahead
 from halyard.hal.kernels.triton.experts import (
     ProductTile,
-    choose_tiles,
+    choose_tile,
     expert_parts,
     plan_pairs,
     product,
@@ -123,16 +123,16 @@ def cell(
             with open(args.out, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def ours(tiles: tuple[ProductTile, ProductTile]) -> list[Callable[[], object]]:
+    def ours(tile: ProductTile) -> list[Callable[[], object]]:
         def layer(own: tuple[Tensor, ...]) -> Callable[[], object]:
             biases = own[2:] or (None, None)
             more = {"gate_up_bias": biases[0], "down_bias": biases[1], **options}
-            return lambda: expert_parts(x, own[0], own[1], ids, scale, tiles=tiles, **more).sum(1)
+            return lambda: expert_parts(x, own[0], own[1], ids, scale, tile=tile, **more).sum(1)
 
         return [layer(own) for own in layers]
 
-    tiles = choose_tiles(pairs, shape.experts, 2, arch_of(x.device))
-    tell(f"ours {tiles[0]} | {tiles[1]}", clocked(ours(tiles), args.seconds))
+    tile = choose_tile(pairs, shape.experts, 2, arch_of(x.device))
+    tell(f"ours {tile}", clocked(ours(tile), args.seconds))
     if args.sweep:
         sweep(args, shape, x, ids, scale, layers, options, tell)
         return

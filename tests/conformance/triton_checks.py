@@ -461,7 +461,7 @@ def experts(made: Any) -> None:
         return torch.randn(shape, generator=generator).to(dtype).to(where)
 
     def check(
-        tokens: int, choices: int, count: int, size: int, width: int, tiles: tuple[ProductTile, ProductTile],
+        tokens: int, choices: int, count: int, size: int, width: int, tile: ProductTile,
         activation: str = "silu", limit: float = 0.0, biased: bool = False, transposed: bool = False,
         interleaved: bool = False,
     ) -> None:  # fmt: skip
@@ -499,16 +499,15 @@ def experts(made: Any) -> None:
             1.7,
             limit,
         )
-        found = expert_parts(*given, tiles).sum(1)
+        found = expert_parts(*given, tile).sum(1)
         error = (found.double() - truth).abs().max() / truth.abs().max()
         assert found.dtype == dtype
         assert found.shape == hidden.shape
         assert error <= most, (tokens, choices, count, activation, float(error))
-        again = expert_parts(*given, tiles).sum(1)
+        again = expert_parts(*given, tile).sum(1)
         assert torch.equal(again, found)
 
-    small = (ProductTile(16, 32, 32, 4, 2, 2), ProductTile(16, 16, 16, 4, 2, 2))
-    large = (ProductTile(32, 64, 32, 4, 2, 8), ProductTile(32, 64, 32, 4, 2, 8))
+    small, large = ProductTile(16, 32, 16, 4, 2, 2), ProductTile(32, 64, 32, 4, 2, 8)
     check(1, 2, 4, 48, 40, small)
     check(1, 1, 3, 40, 24, large, "relu")
     check(37, 3, 6, 72, 40, small, "gelu")

@@ -15,9 +15,10 @@ from halyard.hal.kernels.triton import experts_kernel as kernels
 from halyard.hal.kernels.triton.skinny import arch_of
 from halyard.hal.kernels.triton.tiles import SHARED_LIMITS, family
 
-__all__ = ["Pairs", "ProductTile", "choose_tiles", "expert_parts", "plan_pairs", "product"]
+__all__ = ["Pairs", "ProductTile", "choose_tile", "expert_parts", "plan_pairs", "product"]
 
 _SORTED = ((128, 4), (1024, 4), (4096, 8))  # pairs that a program sorts at once, its warps
+_SPARE_BYTES = 8 << 10  # of shared memory, for what else a program keeps there
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,42 +53,30 @@ class Pairs:
     num_tiles: int  # as many as there may be
 
 
-def choose_tiles(
-    pairs: int, experts: int, item_size: int, arch: str
-) -> tuple[ProductTile, ProductTile]:
-    """For the first and the second product; both have tiles of as many pairs."""
-    each = pairs / min(
-        experts, pairs
-    )  # of an expert, if all are as popular: few have twice as many
-    rows = next((size for size in (16, 32, 64) if 2 * each <= size), 128)
+# By pairs of a tile. On an H200: benchmarks/results/h200_experts.txt.
+_NVIDIA = {
+    16: ProductTile(16, 128, 128, 4, 4),
+    32: ProductTile(32, 128, 128, 4, 3),
+    64: ProductTile(64, 128, 64, 4, 4),
+    128: ProductTile(128, 256, 64, 8, 4),
+}
+_AMD = {  # compiled, never run
+    16: ProductTile(16, 64, 128, 4, 2),
+    32: ProductTile(32, 64, 128, 4, 2),
+    64: ProductTile(64, 128, 64, 4, 2),
+    128: ProductTile(128, 128, 64, 8, 2),
+}
+
+
+def choose_tile(pairs: int, experts: int, item_size: int, arch: str) -> ProductTile:
+    """For both products. Few experts have more than twice as many pairs as all have on average."""
+    average = pairs / min(experts, pairs)
+    rows = next((size for size in (16, 32, 64) if 2 * average <= size), 128)
     if item_size == 4:  # exact, not quick: no matrix units
-        tile = ProductTile(min(rows, 32), 64, 32, 4, 2)
-        return tile, tile
-    if arch.startswith("sm_"):
-        first = {
-            16: ProductTile(16, 128, 128, 4, 4),
-            32: ProductTile(32, 128, 128, 4, 3),
-            64: ProductTile(64, 128, 64, 4, 4),
-            128: ProductTile(128, 256, 64, 8, 4),
-        }[rows]
-        second = first
-    else:
-        first = {
-            16: ProductTile(16, 64, 128, 4, 2),
-            32: ProductTile(32, 64, 128, 4, 2),
-            64: ProductTile(64, 128, 64, 4, 2),
-            128: ProductTile(128, 128, 64, 8, 2),
-        }[rows]
-        second = first
-    return _fitting(first, item_size, arch), _fitting(second, item_size, arch)
-
-
-def _fitting(tile: ProductTile, item_size: int, arch: str) -> ProductTile:
-    """With fewer stages where shared memory is small."""
-    limit = SHARED_LIMITS[family(arch)] - (8 << 10)
-    stages = tile.num_stages
-    while stages > 2 and tile.stage_bytes(item_size) * stages > limit:
-        stages -= 1
+        return ProductTile(min(rows, 32), 64, 32, 4, 2)
+    tile = (_NVIDIA if arch.startswith("sm_") else _AMD)[rows]
+    room = SHARED_LIMITS[family(arch)] - _SPARE_BYTES
+    stages = min(tile.num_stages, max(2, room // tile.stage_bytes(item_size)))
     return replace(tile, num_stages=stages)
 
 
@@ -104,24 +93,24 @@ def expert_parts(
     interleaved: bool = False,
     alpha: float = 1.0,
     limit: float = 0.0,
-    tiles: tuple[ProductTile, ProductTile] | None = None,
+    tile: ProductTile | None = None,
 ) -> Tensor:
-    """halyard::expert_parts; tiles: None for those of `choose_tiles`."""
+    """halyard::expert_parts; tile: None for that of `choose_tile`."""
     (tokens, choices), experts = expert_ids.shape, gate_up.shape[0]
     parts = hidden.new_empty((tokens * choices, hidden.shape[1]))
     if not parts.numel():
         return parts.view(tokens, choices, -1)
-    if tiles is None:
+    if tile is None:
         arch = arch_of(hidden.device)
-        tiles = choose_tiles(tokens * choices, experts, hidden.element_size(), arch)
-    pairs = plan_pairs(expert_ids, experts, tiles[0].block_m)
+        tile = choose_tile(tokens * choices, experts, hidden.element_size(), arch)
+    pairs = plan_pairs(expert_ids, experts, tile.block_m)
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
     if transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     inner = hidden.new_empty((pairs.count, gate_up.shape[1] // 2))
-    product(tiles[0], hidden, gate_up, gate_up_bias, None, inner, choices, pairs,
+    product(tile, hidden, gate_up, gate_up_bias, None, inner, choices, pairs,
             activation, interleaved, alpha, limit)  # fmt: skip
-    product(tiles[1], inner, down, down_bias, weights.contiguous(), parts, 1, pairs)
+    product(tile, inner, down, down_bias, weights.contiguous(), parts, 1, pairs)
     return parts.view(tokens, choices, -1)
 
 

@@ -39,12 +39,12 @@ KernelName = Literal["decode", "decode_split", "decode_features", "merge", "pref
                      "prefill_features", "write", "move", "draw", "draw_greedy", "change", "decode_shared",
                      "decode_after", "shared", "few_rows", "rows", "gate", "rotate", "prefill_hopper",
                      "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper",
-                     "sort_pairs", "experts_few", "experts_many", "experts_second", "largest"]  # fmt: skip
+                     "sort_pairs", "experts_few", "experts_many", "largest"]  # fmt: skip
 KERNELS: tuple[KernelName, ...] = (
     "decode", "decode_split", "decode_features", "merge", "prefill", "prefill_features", "write",
     "move", "draw", "draw_greedy", "change", "decode_shared", "decode_after", "shared", "few_rows", "rows",
     "gate", "rotate", "prefill_hopper", "wide_hopper", "shared_hopper", "wide_shared_hopper", "gated_hopper",
-    "sort_pairs", "experts_few", "experts_many", "experts_second", "largest",
+    "sort_pairs", "experts_few", "experts_many", "largest",
 )  # fmt: skip
 HEAD_DIMS = (64, 80, 128, 256)
 
@@ -67,7 +67,7 @@ _STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "cos_
             "split_inputs", "piece", "vocab", "inputs", "outputs", "w_expert", "w_output")  # fmt: skip
 # Of a draw or a linear nothing depends on a head's dim.
 _ONE_DIM = ("move", "draw", "draw_greedy", "change", "few_rows", "rows", "gate", "gated_hopper", "sort_pairs",
-            "experts_few", "experts_many", "experts_second", "largest")  # fmt: skip
+            "experts_few", "experts_many", "largest")  # fmt: skip
 # Hopper alone, and whose heads they take.
 _GLUON: dict[str, Callable[[int], object]] = {
     "prefill_hopper": hopper_tile, "wide_hopper": wide_tile, "shared_hopper": hopper_tile,
@@ -283,15 +283,12 @@ def _source(
     if variant.kernel == "sort_pairs":
         constants = {"EXPERTS": 128, "BINS": 256, "BLOCK": 4096, "BLOCK_M": 128}
         return experts_kernel.sort_pairs_kernel, constants, {"num_warps": 8}, "4096 pairs"
-    if variant.kernel.startswith("experts"):
+    if variant.kernel.startswith("experts"):  # the first product: the second one has less in it
         pairs = 128 if variant.kernel == "experts_few" else 1 << 16
-        tiles = experts.choose_tiles(pairs, 128, item_size, variant.target)
-        second = variant.kernel == "experts_second"
-        piece = tiles[1] if second else tiles[0]
+        piece = experts.choose_tile(pairs, 128, item_size, variant.target)
         constants = {
-            "CHOICES": 1 if second else 8, "EVEN": True, "INTERLEAVED": False, "BIAS": False,
-            "ACTIVATION": "" if second else "silu", "CLAMPED": False, "WEIGHTED": second, "w_input": 1,
-            "WHOLE": True, "TRANSPOSED": False,
+            "CHOICES": 8, "EVEN": True, "WHOLE": True, "TRANSPOSED": False, "INTERLEAVED": False,
+            "BIAS": True, "ACTIVATION": "silu", "CLAMPED": False, "WEIGHTED": True, "w_input": 1,
             "BLOCK_M": piece.block_m, "BLOCK_N": piece.block_n, "BLOCK_K": piece.block_k,
             "GROUP_M": piece.group_m,
         }  # fmt: skip
