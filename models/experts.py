@@ -6,31 +6,20 @@ token (not affordable).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halyard.hal.errors import ModelError
-from halyard.hal.kernels.experts import ACTIVATIONS, SWIGLUOAI, experts, gated
+from halyard.hal.kernels.experts import ACTIVATIONS, SWIGLUOAI, Gate, experts, gated
 
 __all__ = ["NAME", "install"]
 
 NAME = "halyard_experts"
 
 
-@dataclass(frozen=True, slots=True)
-class _Gate:
-    """What becomes of a first product, as the operator takes it."""
-
-    activation: str
-    interleaved: bool = False
-    alpha: float = 1.0
-    limit: float = 0.0
-
-
-def _gate_of(module: Any) -> _Gate | None:
+def _gate_of(module: Any) -> Gate | None:
     """Which known gate is the experts', found by its values. None: it is another one.
 
     Raises:
@@ -43,7 +32,7 @@ def _gate_of(module: Any) -> _Gate | None:
     limits = {float(getattr(module, name, None) or 0.0) for name in ("limit", "swiglu_limit")}
     alpha = getattr(module, "alpha", None) or getattr(module, "swiglu_alpha", None) or 1.0
     forms = [
-        _Gate(name, interleaved, float(alpha) if name == SWIGLUOAI else 1.0, limit)
+        Gate(name, interleaved, float(alpha) if name == SWIGLUOAI else 1.0, limit)
         for name in (*ACTIVATIONS, SWIGLUOAI)
         for interleaved in (False, True)
         for limit in sorted({0.0, *limits})
@@ -61,7 +50,7 @@ def _gate_of(module: Any) -> _Gate | None:
 def _forward(
     module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    gate: _Gate | None = getattr(module, "_halyard_gate", None)
+    gate: Gate | None = getattr(module, "_halyard_gate", None)
     if gate is None or getattr(module, "has_post_expert_norm", False):
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -70,15 +59,6 @@ def _forward(
         )
         return general
     biased = getattr(module, "has_bias", False)
-    more: dict[str, Any] = {
-        "gate_up_bias": module.gate_up_proj_bias if biased else None,
-        "down_bias": module.down_proj_bias if biased else None,
-        "transposed": getattr(module, "is_transposed", False),
-        "interleaved": gate.interleaved,
-        "alpha": gate.alpha,
-        "limit": gate.limit,
-    }
-    defaults = {argument.name: argument.default_value for argument in experts._schema.arguments}
     out: Tensor = experts(
         hidden,
         module.gate_up_proj,
@@ -86,11 +66,12 @@ def _forward(
         top_k_index,
         top_k_weights,
         gate.activation,
-        **{
-            name: value
-            for name, value in more.items()
-            if isinstance(value, Tensor) or value != defaults[name]
-        },
+        gate_up_bias=module.gate_up_proj_bias if biased else None,
+        down_bias=module.down_proj_bias if biased else None,
+        transposed=getattr(module, "is_transposed", False),
+        interleaved=gate.interleaved,
+        alpha=gate.alpha,
+        limit=gate.limit,
     )
     return out
 

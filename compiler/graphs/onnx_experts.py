@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import fx
 from halyard.compiler.graphs.onnx_graph import OnnxGraph, numpy_dtype
 from halyard.compiler.graphs.onnx_translate import Translator, argument, handler, result
 from halyard.hal.errors import ModelError
-from halyard.hal.kernels.experts import SWIGLUOAI
+from halyard.hal.kernels.experts import SWIGLUOAI, Gate
 
 __all__: list[str] = []
 
@@ -25,9 +24,9 @@ def _experts(t: Translator, node: fx.Node) -> str:
     dtype = result(node).dtype
     hidden, gate_up, down, ids = (t.tensor(arg) for arg in node.args[:4])
     weights = t.tensor(node.args[4], dtype)
-    gate = _Gate(
-        str(node.args[5]), *(argument(node, *where) for where in
-                             ((9, "interleaved", False), (10, "alpha", 1.0), (11, "limit", 0.0)))
+    gate = Gate(
+        str(node.args[5]), argument(node, 9, "interleaved", False), argument(node, 10, "alpha", 1.0),
+        argument(node, 11, "limit", 0.0),
     )  # fmt: skip
     biases = [argument(node, 6, "gate_up_bias"), argument(node, 7, "down_bias")]
     transposed = argument(node, 8, "transposed", False)
@@ -54,7 +53,7 @@ def _experts(t: Translator, node: fx.Node) -> str:
     tokens = body.op("Gather", where, body.constant(0), axis=0)
     both = product(body.op("Gather", hidden, tokens, axis=0), gate_up, biases[0])
     width = int(result(node.args[2]).shape[1 if transposed else 2])
-    made = product(gate.apply(body, both, width, numpy_dtype(dtype)), down, biases[1])
+    made = product(_gated(body, both, gate, width, numpy_dtype(dtype)), down, biases[1])
     pairs = body.op("Transpose", where, perm=[1, 0])
     scale = body.op("Unsqueeze", body.op("GatherND", weights, pairs), body.constant([1]))
     targets = body.op("Unsqueeze", tokens, body.constant([1]))
@@ -62,9 +61,8 @@ def _experts(t: Translator, node: fx.Node) -> str:
     body.add_output(going, body.name("going_on"), torch.bool, [])
     body.add_output(summed, body.name("summed"), dtype, ["tokens", size])
 
-    always = t.graph.constant(
-        True, np.bool_
-    )  # may be left out, but ONNX's own evaluator then never loops
+    # It may be left out, but ONNX's own evaluator never loops then.
+    always = t.graph.constant(True, np.bool_)
     output = t.graph.name("experts")
     t.graph.nodes.append(
         helper.make_node("Loop", [count, always, start], [output], output, body=body.body("expert"))
@@ -72,37 +70,26 @@ def _experts(t: Translator, node: fx.Node) -> str:
     return output
 
 
-@dataclass(frozen=True, slots=True)
-class _Gate:
-    """What becomes of a first product: as hal/kernels/experts.py `gated`."""
-
-    activation: str
-    interleaved: bool
-    alpha: float
-    limit: float
-
-    def apply(self, body: OnnxGraph, both: str, width: int, dtype: Any) -> str:
-        """[pairs, 2 * width] -> [pairs, width]."""
-        if self.interleaved:
-            turns = body.op("Reshape", both, body.constant([-1, width, 2]))
-            gate, up = (body.op("Gather", turns, body.constant(at), axis=2) for at in (0, 1))
-        else:
-            gate, up = body.ops("Split", both, body.constant([width, width]), num_outputs=2, axis=1)
-        if self.limit > 0:
-            most = body.constant(self.limit, dtype)
-            gate = body.op("Min", gate, most)
-            up = body.op("Clip", up, body.constant(-self.limit, dtype), most)
-        if self.activation == SWIGLUOAI:
-            slope = body.op("Sigmoid", body.op("Mul", gate, body.constant(self.alpha, dtype)))
-            more = body.op("Add", up, body.constant(1.0, dtype))
-            return body.op("Mul", more, body.op("Mul", gate, slope))
-        if self.activation == "silu":
-            return body.op("Mul", up, body.op("Mul", gate, body.op("Sigmoid", gate)))
-        if self.activation == "relu":
-            return body.op("Mul", up, body.op("Relu", gate))
-        if self.activation in ("gelu", "gelu_tanh"):
-            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            return body.op("Mul", up, body.op("Gelu", gate, approximate=approximate))
-        raise ModelError(
-            f"ONNX graphs can't hold experts with the activation {self.activation} yet"
-        )
+def _gated(body: OnnxGraph, both: str, gate_of: Gate, width: int, dtype: Any) -> str:
+    """As hal/kernels/experts.py `gated`: [pairs, 2 * width] -> [pairs, width]."""
+    if gate_of.interleaved:
+        turns = body.op("Reshape", both, body.constant([-1, width, 2]))
+        gate, up = (body.op("Gather", turns, body.constant(at), axis=2) for at in (0, 1))
+    else:
+        gate, up = body.ops("Split", both, body.constant([width, width]), num_outputs=2, axis=1)
+    if gate_of.limit > 0:
+        most = body.constant(gate_of.limit, dtype)
+        gate = body.op("Min", gate, most)
+        up = body.op("Clip", up, body.constant(-gate_of.limit, dtype), most)
+    if gate_of.activation == SWIGLUOAI:
+        slope = body.op("Sigmoid", body.op("Mul", gate, body.constant(gate_of.alpha, dtype)))
+        more = body.op("Add", up, body.constant(1.0, dtype))
+        return body.op("Mul", more, body.op("Mul", gate, slope))
+    if gate_of.activation == "silu":
+        return body.op("Mul", up, body.op("Mul", gate, body.op("Sigmoid", gate)))
+    if gate_of.activation == "relu":
+        return body.op("Mul", up, body.op("Relu", gate))
+    if gate_of.activation in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if gate_of.activation == "gelu_tanh" else "none"
+        return body.op("Mul", up, body.op("Gelu", gate, approximate=approximate))
+    raise ModelError(f"ONNX graphs can't hold experts with the activation {gate_of.activation} yet")

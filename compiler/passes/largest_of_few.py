@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from halyard.compiler.graph import ModelGraph
-from halyard.hal.kernels.triton.largest import MOST, MOST_COLUMNS, largest
+from halyard.hal.kernels.triton.largest import largest, takes
 
 __all__ = ["largest_of_few"]
 
@@ -21,10 +21,8 @@ def largest_of_few(graph: ModelGraph) -> None:
         x, k, *rest = node.args
         options = dict(zip(("dim", "largest", "sorted"), rest, strict=False)) | node.kwargs
         value = x.meta["val"]
-        columns = value.shape[-1]
         last = options.get("dim", -1) % value.dim() == value.dim() - 1
-        small = isinstance(columns, int) and columns <= MOST_COLUMNS and k <= MOST
-        if not (last and small and options.get("largest", True)) or not _plain(value):
+        if not (last and options.get("largest", True) and takes(value.shape[-1], k, value.dtype)):
             continue
         with fx_graph.inserting_before(node):
             new = fx_graph.call_function(largest, (x, k))
@@ -32,7 +30,3 @@ def largest_of_few(graph: ModelGraph) -> None:
         node.replace_all_uses_with(new)
         fx_graph.erase_node(node)
     graph.clean()
-
-
-def _plain(value: torch.Tensor) -> bool:
-    return value.dtype in (torch.float32, torch.float16, torch.bfloat16)

@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from halyard.hal import fallbacks
 from halyard.hal.ops import NAMESPACE
 
-__all__ = ["ACTIVATIONS", "SWIGLUOAI", "expert_parts", "experts", "gated"]
+__all__ = ["ACTIVATIONS", "SWIGLUOAI", "Gate", "expert_parts", "experts", "gated"]
 
 SWIGLUOAI = "swigluoai"
 """gpt-oss's, the one that is no function of the gate alone: see `gated`."""
@@ -45,6 +45,16 @@ _ARGUMENTS = (
 )
 _library.define(f"experts({_ARGUMENTS}) -> Tensor")
 _library.define(f"expert_parts({_ARGUMENTS}) -> Tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What becomes of a first product: the arguments of `gated`."""
+
+    activation: str
+    interleaved: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
 
 
 def gated(both: Tensor, activation: str, interleaved: bool, alpha: float, limit: float) -> Tensor:

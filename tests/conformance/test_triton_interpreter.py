@@ -29,6 +29,7 @@ CELLS = [
 
 if INTERPRETING:
     import triton_checks as checks
+    import triton_expert_checks as expert_checks
 
     from halyard.hal.devices.cpu import CpuDevice
     from halyard.hal.kernels.triton.moves import index_moves
@@ -178,13 +179,13 @@ def test_gates(dtype: str) -> None:
 @inside
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_experts(dtype: str) -> None:
-    checks.experts(made(dtype))
+    expert_checks.experts(made(dtype))
 
 
 @inside
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_largest(dtype: str) -> None:
-    checks.largest(made(dtype))
+    expert_checks.largest(made(dtype))
 
 
 @inside

@@ -38,6 +38,7 @@ if PROBE.available:
     pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
 
 import triton_checks as checks  # noqa: E402
+import triton_expert_checks as expert_checks  # noqa: E402
 
 from halyard.hal.conformance.sequences import Sequences  # noqa: E402
 
@@ -100,12 +101,12 @@ def test_changes(device: Any, dtype: DType) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts(device: Any, dtype: DType) -> None:
-    checks.experts(checks.context(device, dtype))
+    expert_checks.experts(checks.context(device, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_largest(device: Any, dtype: DType) -> None:
-    checks.largest(checks.context(device, dtype))
+    expert_checks.largest(checks.context(device, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,15 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MOST", "MOST_COLUMNS", "largest", "largest_of_rows"]
+__all__ = ["largest", "largest_of_rows", "takes"]
 
-MOST_COLUMNS = 512
-MOST = 16
+_MOST_COLUMNS = 512
+_MOST = 16
 _ELEMENTS = 1024  # of a program
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("halyard", "FRAGMENT")
 _library.define("largest(Tensor x, int k) -> (Tensor, Tensor)")
+
+
+def takes(columns: object, k: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel is for so many columns; a symbol says nothing of how many there are."""
+    few = isinstance(columns, int) and columns <= _MOST_COLUMNS
+    return few and k <= _MOST and dtype in _DTYPES
 
 
 def largest_of_rows(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +56,7 @@ def _largest_cpu(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @torch.library.impl(_library, "largest", "CUDA")
 def _largest_gpu(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1]
-    if columns > MOST_COLUMNS or k > MOST or x.dtype not in _DTYPES:
+    if not takes(columns, k, x.dtype):
         return _largest_cpu(x, k)
     rows = math.prod(x.shape[:-1])
     out, places = largest_of_rows(x.reshape(rows, columns).contiguous(), k)
