@@ -38,7 +38,7 @@ def make_program(graph: str, device: CpuDevice, state: dict[str, torch.Tensor]) 
     model = build_meta_module(spec, "float32")
     unbound = build_program(
         model, model.buffers_by_name, load_part("graphs", graph)(), device.info, name="llama",
-        num_layers=spec.num_layers, vocab_size=spec.vocab_size, dtype="float32",
+        windows=spec.windows, vocab_size=spec.vocab_size, dtype="float32",
         heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
         torch_device=device.torch_device,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,8 +44,8 @@ def build_program(
     device: DeviceInfo,
     *,
     name: str,
-    num_layers: int,
     heads: HeadShape,
+    windows: Sequence[int],
     vocab_size: int,
     dtype: str,
     torch_device: torch.device,
@@ -54,7 +54,7 @@ def build_program(
     progress: bool = False,
 ) -> UnboundProgram:
     """Compile a model without its weights. Arguments as for `trace`, errors too."""
-    traced = trace(model, constants, name=name, num_layers=num_layers, device=torch_device)
+    traced = trace(model, constants, name=name, heads=heads, windows=windows, device=torch_device)
     recipes = {key: WeightRecipe((key,)) for key in (*traced.weights, *traced.constants)}
     graph = ModelGraph(traced.module, recipes)
     graph.clean()

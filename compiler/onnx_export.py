@@ -57,8 +57,8 @@ class ExportFacts:
     dtype: DType
     vocab_size: int
     max_model_len: int
-    num_layers: int
     heads: HeadShape
+    windows: tuple[int, ...]  # of each attention layer; 0: none
     eos_token_ids: tuple[int, ...]
     paged_attention: bool = False  # with model.paged_attention.onnx; float16 only
 
@@ -116,7 +116,8 @@ def export_onnx(
         model,
         constants,
         name=facts.architecture,
-        num_layers=facts.num_layers,
+        heads=facts.heads,
+        windows=facts.windows,
         device=torch.device("cpu"),
     )
     recipes = {key: WeightRecipe((key,)) for key in (*traced.weights, *traced.constants)}
@@ -144,6 +145,7 @@ def export_onnx(
                 "producer": f"halyard {halyard.__version__}",
                 "opset": OPSET,
                 **asdict(facts),
+                "num_layers": len(facts.windows),
                 "weights": _WEIGHTS,
                 "segments": segments,
                 "calls": _calls(segmented),
@@ -240,7 +242,7 @@ def _write_program(graph: ModelGraph, facts: ExportFacts, directory: Path) -> No
     attention = PagedAttention(
         translator,
         _declare_inputs(onnx_graph),
-        num_layers=facts.num_layers,
+        num_layers=len(facts.windows),
         num_kv_heads=facts.heads.num_kv_heads,
         head_dim=facts.heads.head_dim,
         dtype=torch_dtype(facts.dtype),
@@ -249,10 +251,10 @@ def _write_program(graph: ModelGraph, facts: ExportFacts, directory: Path) -> No
     for name, made in (("new_keys", attention.new_keys), ("new_values", attention.new_values)):
         layers = [
             onnx_graph.op("Unsqueeze", made[layer], onnx_graph.constant([0]))
-            for layer in range(facts.num_layers)
+            for layer in range(len(facts.windows))
         ]
         heads = facts.heads
-        shape = (facts.num_layers, "tokens", heads.num_kv_heads, heads.head_dim)
+        shape = (len(facts.windows), "tokens", heads.num_kv_heads, heads.head_dim)
         joined = onnx_graph.op("Concat", *layers, axis=0)
         onnx_graph.add_output(joined, name, torch_dtype(facts.dtype), shape)
     model = onnx_graph.model("program")
@@ -265,7 +267,7 @@ def _write_paged_program(graph: ModelGraph, facts: ExportFacts, directory: Path)
     _declare_inputs(onnx_graph)
     attention = PagedAttentionNode(
         translator,
-        num_layers=facts.num_layers,
+        num_layers=len(facts.windows),
         num_kv_heads=facts.heads.num_kv_heads,
         head_dim=facts.heads.head_dim,
         dtype=torch_dtype(facts.dtype),

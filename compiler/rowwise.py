@@ -100,6 +100,9 @@ def _is_by_row(node: fx.Node, tokens: str, chosen: fx.Node) -> bool:
         return False  # something became of all tokens together
     if torch.Tag.pointwise in target.tags or packet in _SHAPES or name in _OURS:
         return True
+    if packet is _aten.addmm:  # of GPT-2's layers: bias, tokens' vectors, a weight
+        axes = [_axis(arg.meta.get("val"), tokens) for arg in node.args if isinstance(arg, fx.Node)]
+        return axes == [-1, 0, -1]
     rank = sources[0].dim() if isinstance(sources[0], Tensor) else 0
     if packet in _LAST_AXIS:
         return before < rank - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from halyard.compiler.program import HeadShape
 from halyard.hal import ops
 from halyard.hal.dtypes import dtype_name
 from halyard.hal.errors import ModelError
@@ -39,7 +40,8 @@ def trace(
     constants: Mapping[str, Tensor],
     *,
     name: str,
-    num_layers: int,
+    heads: HeadShape,
+    windows: Sequence[int],
     device: torch.device,
 ) -> TracedModel:
     """Trace a model without its weights, for tensors that live on `device`.
@@ -48,10 +50,13 @@ def trace(
         model: models.adapter.TraceableModel, on the meta device.
         constants: values of buffers that no checkpoint holds, by their path in `model`.
         name: for messages.
-        num_layers: attention layers that the graph must show.
+        heads: what each layer's queries, keys and values must be, as memory is laid out for them.
+        windows: each attention layer's window in tokens by the config; 0: none. The graph must show
+            as many layers; what is computed is the graph's own window.
 
     Raises:
-        ModelError: it can't be traced, or some of its attention goes around our operator.
+        ModelError: it can't be traced, some of its attention goes around our operator, or it isn't
+            what its config promises.
     """
     tokens = torch.export.Dim("ntok", min=1, max=1 << 20)
     rows = torch.export.Dim("nrow", min=1, max=1 << 20)
@@ -77,7 +82,8 @@ def trace(
         raise ModelError(f"{name} can't be traced: {reason}") from error
     module = exported.graph_module
     retarget(module, device)
-    _check_attention(module, name, num_layers)
+    _check_attention(module, name, heads, windows)
+    _check_values(module, name)
 
     weights: dict[str, WeightInfo] = {}
     values: dict[str, Tensor] = {}
@@ -115,6 +121,11 @@ def trace(
         [n for n in placeholders.values() if "weight" not in n.meta], INPUT_NAMES, strict=True
     ):
         node.meta["input"] = input_name
+        if input_name == "positions" and not node.users:
+            raise ModelError(
+                f"{name} counts its tokens' positions itself, which goes wrong where several "
+                "sequences share a step; it is refused"
+            )
     return TracedModel(module, weights, values)
 
 
@@ -151,12 +162,38 @@ def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
     return names
 
 
-def _check_attention(module: fx.GraphModule, name: str, num_layers: int) -> None:
-    """A model that bypasses the interface exports well and answers wrongly: refuse it."""
-    nodes = [node for node in module.graph.nodes if node.target is ops.paged_attention]
-    layers = sorted(node.args[4] for node in nodes)
-    if layers != list(range(num_layers)):
+def _check_attention(
+    module: fx.GraphModule, name: str, heads: HeadShape, windows: Sequence[int]
+) -> None:
+    """A model that bypasses the interface, or isn't what memory was laid out for, exports well and
+    answers wrongly: refuse it."""
+    nodes = {n.args[4]: n for n in module.graph.nodes if n.target is ops.paged_attention}
+    shown = [node.args[4] for node in module.graph.nodes if node.target is ops.paged_attention]
+    if sorted(shown) != list(range(len(windows))):
         raise ModelError(
-            f"{name} routes {len(nodes)} of its {num_layers} attention layers "
+            f"{name} routes {len(shown)} of its {len(windows)} attention layers "
             "through transformers' attention interface; it would answer wrongly and is refused"
         )
+    for layer, window in enumerate(windows):
+        query, key, value = (tuple(arg.meta["val"].shape[1:]) for arg in nodes[layer].args[:3])
+        keys = (heads.num_kv_heads, heads.head_dim)
+        if (query, key, value) != ((heads.num_heads, heads.head_dim), keys, keys):
+            raise ModelError(
+                f"attention layer {layer} of {name} has {query[0]} query heads over {key[0]} kv "
+                f"heads of {query[1]}, its config says {heads.num_heads} over "
+                f"{heads.num_kv_heads} of {heads.head_dim}: the config is wrong, or its layers "
+                "differ, which can't be served yet"
+            )
+        if window and not nodes[layer].args[6]:
+            raise ModelError(
+                f"attention layer {layer} of {name} has a window of {window} tokens in its config "
+                "but tells nobody; it would answer wrongly and is refused"
+            )
+
+
+def _check_values(module: fx.GraphModule, name: str) -> None:
+    """A graph that asks for numbers in tensors while it runs has sizes that nobody can plan."""
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten._local_scalar_dense.default or node.name == "item":
+            where = (node.meta.get("nn_module_stack") or {"": ("its code",)}).popitem()[1][0]
+            raise ModelError(f"{name} looks into tensors while it runs ({where}): can't be served")

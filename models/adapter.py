@@ -52,7 +52,12 @@ class TraceableModel(nn.Module):
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden.append(output[0])
 
-        handle = self.model.base_model.register_forward_hook(keep)  # type: ignore[union-attr]
+        # Some (OPT) call their base model's decoder and never the base model.
+        base = self.model.base_model
+        decoder = getattr(base, "decoder", None)
+        handles = [
+            one.register_forward_hook(keep) for one in (base, decoder) if isinstance(one, nn.Module)
+        ]
         try:
             output = self.model(
                 input_ids=input_ids[None],
@@ -62,8 +67,9 @@ class TraceableModel(nn.Module):
                 logits_to_keep=logit_indices,
             )
         finally:
-            handle.remove()
-        return output.logits[0], hidden[0][0]
+            for handle in handles:
+                handle.remove()
+        return output.logits[0], hidden[-1][0]
 
 
 def build_meta_module(spec: ModelSpec, dtype: DType) -> TraceableModel:

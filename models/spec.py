@@ -134,7 +134,9 @@ class ModelSpec:
             )
         num_layers = _need(text, "num_hidden_layers")
         num_heads = _need(text, "num_attention_heads")
-        num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+        num_kv_heads = getattr(text, "num_key_value_heads", None) or (
+            1 if getattr(text, "multi_query", False) else num_heads
+        )
         if isinstance(num_kv_heads, list | tuple):
             if len(set(num_kv_heads)) > 1:
                 raise ModelError(
@@ -170,12 +172,13 @@ class ModelSpec:
         dtype = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "float32")
         dtype = dtype.removeprefix("torch.")
         width = getattr(text, "intermediate_size", None) or 0
+        max_model_len = getattr(text, "max_position_embeddings", None) or 2048
         return cls(
             name=name or getattr(config, "name_or_path", "") or text.model_type,
             architecture=architecture,
             model_type=text.model_type,
             vocab_size=_need(text, "vocab_size"),
-            max_model_len=getattr(text, "max_position_embeddings", None) or 2048,
+            max_model_len=max_model_len,
             hidden_size=_need(text, "hidden_size"),
             intermediate_size=width,
             num_experts=getattr(text, "num_local_experts", None)
@@ -187,7 +190,7 @@ class ModelSpec:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=_head_dim(text, num_heads),
-            windows=_windows(text, types, num_layers),
+            windows=_windows(text, types, num_layers, max_model_len),
             softcap=bool(getattr(text, "attn_logit_softcapping", None)),
             sinks=text.model_type == "gpt_oss",
             tied=bool(
@@ -276,10 +279,12 @@ def _head_dim(config: PretrainedConfig, num_heads: int) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
 
 
-def _windows(config: PretrainedConfig, types: list[str], num_layers: int) -> tuple[int, ...]:
+def _windows(
+    config: PretrainedConfig, types: list[str], num_layers: int, max_model_len: int
+) -> tuple[int, ...]:
     window = getattr(config, "sliding_window", None) or 0
-    if getattr(config, "use_sliding_window", True) is False:
-        window = 0
+    if getattr(config, "use_sliding_window", True) is False or window >= max_model_len:
+        window = 0  # not wanted, or never left
     if types:
         return tuple(window if "sliding" in kind else 0 for kind in types)
     return (window,) * num_layers

@@ -50,7 +50,8 @@ MOE_FAMILIES = ("qwen3-moe", "mixtral")
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
         "original_max_position_embeddings": 64}  # fmt: skip
 
-# Not promised, but served: sinks, values narrower than keys, and frequencies that are rescaled.
+# Not promised, but served: sinks, values narrower than keys, frequencies that are rescaled, positions
+# that are embedded, and a causal model that calls its base model's decoder.
 FAMILIES |= {
     "gpt-oss": ("GptOssConfig", MOE | {"sliding_window": 6, "rope_parameters": YARN}),
     "deepseek-v3": ("DeepseekV3Config", {
@@ -58,6 +59,9 @@ FAMILIES |= {
         "v_head_dim": 20, "head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4,
         "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32,
         "first_k_dense_replace": 1}),
+    "gpt2": ("GPT2Config", {"hidden_size": 64, "num_key_value_heads": 4}),
+    "opt": ("OPTConfig", {
+        "hidden_size": 64, "num_key_value_heads": 4, "ffn_dim": 80, "word_embed_proj_dim": 48}),
     "qwen2-mixed-windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 6,
                                             "max_window_layers": 1}),
     "rope-yarn": ("Qwen3Config", {"rope_parameters": YARN}),

@@ -287,7 +287,7 @@ def _compile(
             graph,
             device.info,
             name=spec.architecture,
-            num_layers=spec.num_layers,
+            windows=spec.windows,
             heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
             vocab_size=spec.vocab_size,
             dtype=plan.dtype,

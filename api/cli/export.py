@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=dtype,
         vocab_size=spec.vocab_size,
         max_model_len=spec.max_model_len,
-        num_layers=spec.num_layers,
+        windows=spec.windows,
         heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
         eos_token_ids=spec.eos_token_ids,
         paged_attention=args.paged_attention,

@@ -62,7 +62,7 @@ def compile_model(
         compiler,
         device.info,
         name=spec.architecture,
-        num_layers=spec.num_layers,
+        windows=spec.windows,
         heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
         vocab_size=spec.vocab_size,
         dtype=dtype,

@@ -25,7 +25,7 @@ def build_tiny(family: str, compiler: GraphCompiler, dtype: DType = "float32") -
         compiler,
         device.info,
         name=family,
-        num_layers=spec.num_layers,
+        windows=spec.windows,
         heads=HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
         vocab_size=spec.vocab_size,
         dtype=dtype,

@@ -10,12 +10,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, LlamaConfig, MambaConfig, PretrainedConfig, T5Config
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MiMoV2FlashConfig,
+    PhimoeConfig,
+    PretrainedConfig,
+    T5Config,
+)
 
+from halyard.compiler.program import HeadShape
 from halyard.compiler.trace import trace
 from halyard.hal.errors import ModelError
 from halyard.hal.types import DType, WeightInfo
-from halyard.models.adapter import build_meta_module
+from halyard.models.adapter import TraceableModel, build_meta_module
 from halyard.models.headers import check_checkpoint
 from halyard.models.source import ModelSource, resolve_source
 from halyard.models.spec import ModelSpec
@@ -280,7 +291,68 @@ def test_an_encoder_is_refused() -> None:
     )
     model = build_meta_module(ModelSpec.from_hf(config), "float32")
     with pytest.raises(ModelError, match="later tokens") as error:
-        trace(model, model.buffers_by_name, name="Bert", num_layers=1, device=torch.device("cpu"))
+        trace_of(ModelSpec.from_hf(config), model)
+    one_line(error)
+
+
+def trace_of(spec: ModelSpec, model: TraceableModel | None = None) -> None:
+    model = model or build_meta_module(spec, "float32")
+    heads = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    trace(
+        model,
+        model.buffers_by_name,
+        name=spec.architecture,
+        heads=heads,
+        windows=spec.windows,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"num_key_value_heads": 1}, {"head_dim": 8}])
+def test_heads_that_are_not_the_configs_are_refused(wrong: dict[str, int]) -> None:
+    """GPT-2 knows neither field: memory would be laid out for other heads than are written."""
+    config = GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=64)
+    trace_of(ModelSpec.from_hf(config))
+    for field, value in wrong.items():
+        setattr(config, field, value)
+    with pytest.raises(ModelError, match=r"attention layer 0 of .* has 2 query heads") as error:
+        trace_of(ModelSpec.from_hf(config))
+    one_line(error)
+
+
+def test_layers_whose_heads_differ_are_refused() -> None:
+    config = MiMoV2FlashConfig(
+        **TINY | {"num_hidden_layers": 2},
+        head_dim=16,
+        v_head_dim=16,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "dense"],
+    )
+    with pytest.raises(ModelError, match=r"attention layer 1 of .* its layers differ") as error:
+        trace_of(ModelSpec.from_hf(config))
+    one_line(error)
+
+
+def test_a_window_that_only_the_mask_knows_is_refused() -> None:
+    sizes = TINY | {"num_local_experts": 2, "num_experts_per_tok": 2}
+    with pytest.raises(ModelError, match="window of 8 tokens") as error:
+        trace_of(ModelSpec.from_hf(PhimoeConfig(**sizes, sliding_window=8)))
+    one_line(error)
+    longer = PhimoeConfig(**sizes, sliding_window=64, max_position_embeddings=64)
+    trace_of(ModelSpec.from_hf(longer))  # nothing is ever outside it
+
+
+def test_a_model_that_counts_positions_itself_is_refused() -> None:
+    class Counting(TraceableModel):
+        def forward(self, input_ids: Tensor, positions: Tensor, logit_indices: Tensor) -> Any:
+            counted = torch.arange(input_ids.shape[0], device=input_ids.device)
+            return super().forward(input_ids, counted, logit_indices)
+
+    spec = ModelSpec.from_hf(LlamaConfig(**TINY))
+    built = build_meta_module(spec, "float32")
+    with pytest.raises(ModelError, match="positions itself") as error:
+        trace_of(spec, Counting(built.model, built.buffers_by_name).eval())
     one_line(error)
 
 
