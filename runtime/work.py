@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,10 +38,13 @@ def work_of(step: StepPlan, llm: LLM) -> Work:
         plan.spec,
         executor.pool.layout.spec.bytes_per_token,
     )  # of a token in all layers
-    keys = sum(row.end for row in step.rows)
     width = spec.num_heads * spec.head_dim
-    # A token at position p meets p + 1 keys, in scores and in the weighted sum.
-    met = sum(row.num_tokens * (row.start + row.end + 1) / 2 for row in step.rows)
+    keys = met = 0.0  # as many of all layers
+    for window, layers in Counter(spec.windows).items():
+        for row in step.rows:
+            inside = min(row.start, max(0, window - 1)) if window else row.start
+            keys += layers * (inside + row.num_tokens)
+            met += layers * _met(row.start, row.end, window)
     embedding = spec.vocab_size * spec.hidden_size
     read = executor.program.weight_bytes
     if not spec.tied:
@@ -52,11 +56,20 @@ def work_of(step: StepPlan, llm: LLM) -> Work:
     unread = experts * ITEM_SIZE[plan.dtype] * (1.0 - chosen) ** step.num_tokens
     active = matrices - experts * (1.0 - chosen)
     return Work(
-        bytes=max(read - unread, 0.0) + float(kv_bytes * (keys + step.num_tokens)),
+        bytes=max(read - unread, 0.0) + kv_bytes * (keys / spec.num_layers + step.num_tokens),
         flops=2.0 * active * step.num_tokens
         + 2.0 * embedding * step.num_samples
-        + 4.0 * width * spec.num_layers * met,
+        + 4.0 * width * met,
     )
+
+
+def _met(start: int, end: int, window: int) -> float:
+    """Keys that the tokens from `start` to `end` meet: one at position p, itself and p before it, or as
+    many as the window holds."""
+    if not window:
+        return (end - start) * (start + end + 1) / 2
+    grows = min(max(window, start), end)  # from there on the window is full
+    return (grows - start) * (start + grows + 1) / 2 + (end - grows) * float(window)
 
 
 @contextmanager

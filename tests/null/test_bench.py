@@ -193,3 +193,25 @@ def test_limits_use_all_cores() -> None:
     assert torch.get_num_threads() == 1
     assert found.bytes_per_second > 1e8
     assert found.flops_per_second > 1e8
+
+
+@pytest.mark.parametrize("window", [1, 4, 11, 100])
+def test_a_window_counts_as_far_as_it_reaches(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    plans = []
+    with watched_plans(llm, plans.append):
+        llm.generate([[1] * 10], SamplingParams(max_tokens=3, temperature=0))
+    spec, steps = llm.plan.spec, [(0, 10), (10, 11), (11, 12)]
+    before = [work_of(step, llm) for step in plans[:3]]
+    half = (window,) * 6 + (0,) * 6
+    monkeypatch.setattr(llm, "plan", replace(llm.plan, spec=replace(spec, windows=half)))
+    after = [work_of(step, llm) for step in plans[:3]]
+    kv = llm.engine.executor.pool.layout.spec.bytes_per_token
+    for (start, end), one, other in zip(steps, before, after, strict=True):
+        lost = {
+            token: max(0, token + 1 - window) for token in range(start, end)
+        }  # keys that it meets no longer
+        width = spec.num_heads * spec.head_dim
+        assert one.flops - other.flops == pytest.approx(4 * width * 6 * sum(lost.values()))
+        assert one.bytes - other.bytes == pytest.approx(kv / 2 * min(lost.values()))
