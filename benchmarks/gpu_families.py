@@ -87,6 +87,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(FAMILIES))
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS))
     parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
+    parser.add_argument(
+        "--kernels", type=int, default=0, help="so many that took longest, of a run"
+    )
     parser.add_argument("--out", type=Path, help="JSONL to append to")
     args = parser.parse_args()
     deadline = time.monotonic() + args.budget
@@ -105,6 +108,7 @@ def measure(args: argparse.Namespace, name: str, deadline: float) -> None:
     from halyard.runtime.bench import measure_throughput, report
     from halyard.runtime.limits import device_limits
     from halyard.runtime.llm import LLM
+    from halyard.runtime.profile import profiled
     from halyard.runtime.workloads import Workload, WorkloadRequest
 
     with LLM(model=config_of(name), load_format="dummy") as llm:
@@ -127,6 +131,13 @@ def measure(args: argparse.Namespace, name: str, deadline: float) -> None:
                 f"start {found['startup_seconds']:.0f} s",
                 flush=True,
             )
+            if args.kernels:
+                with profiled(llm.engine) as profile:
+                    measure_throughput(llm, Workload(workload, requests))
+                print(profile.table())
+                for kernel, seconds, calls in profile.kernels[: args.kernels]:
+                    each = 1e3 * seconds / profile.steps
+                    print(f"  {each:8.3f} ms {calls / profile.steps:7.1f}x {kernel[:110]}")
             if args.out is not None:
                 with args.out.open("a") as file:
                     file.write(json.dumps(found) + "\n")
