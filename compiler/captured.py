@@ -7,10 +7,10 @@ lie in one buffer, which a step's inputs are copied to in one piece; rows that o
 have no slot and one key, and nobody reads what they get.
 
 Steps with prompts in them are recorded up to a number of tokens, behind which the device takes longer
-than most hosts' launches: larger ones are recorded ahead alone, on a host that was seen to be slower. Where
-a wider one was recorded ahead that costs the device little more, that one is replayed; else there is a
-recording when a shape comes the third time, or sooner while nobody waits. Rows that fill these up have no
-tokens, and tokens that do belong to no row.
+than most hosts' launches: larger ones are recorded on a host that was seen to be slower, ahead or when the
+device waited for their like before. Where a wider one was recorded ahead that costs the device little more,
+that one is replayed; else there is a recording when a shape comes the third time, or sooner while nobody
+waits. Rows that fill these up have no tokens, and tokens that do belong to no row.
 """
 
 from __future__ import annotations
@@ -109,6 +109,9 @@ class CapturedProgram:
         # Rows in vain by the decode step that would have fitted: ever, and since other steps came.
         self._spent: Counter[_Key] = Counter()
         self._lately: tuple[_Key | None, int] = (None, 0)
+        self._large: _Key | None = (
+            None  # the step at hand, if it is large and launched kernel by kernel
+        )
         self.num_mixed = 0  # recordings of steps with prompts
         self._enabled = True
         # Of a row: int64 and int32 columns, what it shares, a table; of a token that is no row's
@@ -129,6 +132,7 @@ class CapturedProgram:
         Args:
             shares: the step comes with StepBatch.shared.
         """
+        self._large = None
         fitting = self.fitting_shape(num_rows, max_seq_len)
         if fitting is None:
             return None
@@ -165,17 +169,21 @@ class CapturedProgram:
     ) -> tuple[int, int, int] | None:
         """(tokens, rows = logits, keys) that the inputs of a step with prompts must be filled up to.
         None: give them as they are."""
+        self._large = None
         fitting = self._filled_up(num_tokens, num_rows, num_logits, max_seq_len)
         if fitting is None:
             return None
-        # Nobody waits for the rest of a lone row's step, nor for the launches of a large one where none was
-        # recorded: replayed, never recorded.
-        if num_rows < 2 or fitting[0] > _MIXED_TOKENS[-1]:
+        if num_rows < 2:  # nobody waits for the rest of a lone row's step: replayed, never recorded
             return self._wider_mixed(*fitting)
         key = (*fitting, True, False)
         if key in self._replays:
             return fitting
         wider = self._wider_mixed(*fitting)
+        if fitting[0] > _MIXED_TOKENS[-1]:
+            if wider is not None or key in self._due:
+                return wider or fitting
+            self._large = key
+            return None
         often = self._seen[key] >= _OFTEN_REPLAYED and self.num_mixed < _MOST_MIXED
         if wider is None or often:
             return fitting
@@ -254,6 +262,20 @@ class CapturedProgram:
         self._due.add(key)
         self._roomy.add(key)
 
+    def launched(self, waited: bool) -> None:
+        """The step whose shape was asked for last is launched.
+
+        Args:
+            waited: the device had done all before it by then, and waited for the host. Large steps whose
+                like it often waited for are recorded.
+        """
+        key, self._large = self._large, None
+        if key is None or not waited:
+            return
+        self._seen[key] += 1
+        if self._seen[key] >= _OFTEN - 1 and self.num_mixed < _MOST_MIXED:
+            self._due.add(key)
+
     def due(self) -> tuple[int, int, int] | None:
         """(tokens, rows, keys) of a step with prompts that came and isn't recorded: the next such step will
         be. The most frequent first, each of them once."""
@@ -278,6 +300,7 @@ class CapturedProgram:
         self._roomy.clear()
         self._spent.clear()
         self._lately = (None, 0)
+        self._large = None
         self.num_mixed = 0
 
     def _reach(self, max_seq_len: int) -> int:

@@ -209,6 +209,9 @@ class Engine:
     def _finish(self, flying: _Flying) -> list[TokenEvent]:
         """Wait for a step and take in what it computed."""
         plan = flying.plan
+        if self._flying is not None:
+            # A step that draws nothing doesn't say when it was done.
+            self.executor.launched(plan.num_samples > 0 and flying.running.ready())
         try:
             output = flying.running.wait()
         except DeviceMemoryError as error:

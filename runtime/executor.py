@@ -214,6 +214,11 @@ class Executor:
                 running.draw(step.draw)
         return running
 
+    def launched(self, waited: bool) -> None:
+        """The step issued last is launched; `waited`: the device has done the one before it already."""
+        if isinstance(self.program, CapturedProgram):
+            self.program.launched(waited)
+
     def draw(self, step: PreparedStep, running: RunningStep) -> None:
         """Issue the draws of a step that was issued before its guided rows' last tokens were known: they
         are now. Waits for their masks. Does nothing where the draws were issued with the step.

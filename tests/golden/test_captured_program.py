@@ -348,6 +348,55 @@ def test_large_steps_are_recorded_ahead_where_their_launches_take_long(
         del executor.kernels.takes_empty_rows  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_large_steps_are_recorded_when_the_device_waited_for_their_like(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: bool
+) -> None:
+    save_tiny_model("llama", tmp_path)
+    options: dict[str, Any] = {"kv_blocks": 400, "max_num_sequences": 40, "max_model_len": 128}
+    rounds = [[[3 + i + 11 * turn] * (58 + i % 3) for i in range(38)] for turn in range(5)]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with LLM(tmp_path, backend=BACKEND, **options, max_batched_tokens=2500) as llm:
+        expected = [[o.outputs[0].token_ids for o in llm.generate(r, params)] for r in rounds]
+        executor = llm.engine.executor
+        device = _RecordingDevice(executor.device)
+        program: Any = _InPlace(executor.program)
+        captured = CapturedProgram(program, device, 40, 8, 16, 2500)  # type: ignore[arg-type]
+        captured.set_pool(executor.pool)
+        executor.program, executor.device = captured, device  # type: ignore[assignment]
+        executor.batcher = Batcher(16, 8, captured.decode_shape, captured.buffer, False, captured.mixed_shape)  # fmt: skip
+        issue = executor.issue
+
+        def launch(*arguments: Any) -> Any:  # as the engine tells on a device that overlaps
+            step = issue(*arguments)
+            captured.launched(waits)
+            return step
+
+        monkeypatch.setattr(executor, "issue", launch)
+        large = []
+        for prompts, tokens in zip(rounds, expected, strict=True):
+            llm.engine.scheduler.reset()  # no cached prefix
+            assert [o.outputs[0].token_ids for o in llm.generate(prompts, params)] == tokens
+            large.append(sum(key[0] > 2048 for key in captured._replays))
+        assert large == ([0, 0, 1, 1, 1] if waits else [0] * 5)
+        llm.engine.check_integrity()
+
+
+def test_what_came_before_is_not_blamed_on_a_large_step(recorded: Any) -> None:
+    _, _, captured = recorded
+    large = CapturedProgram(captured._program, captured._device, 40, 8, 16, 4096)
+    for _ in range(9):
+        assert large.mixed_shape(4000, 40, 40, 100) is None
+        large.launched(waited=False)
+        large.launched(waited=True)  # of nothing
+        assert large.mixed_shape(4000, 40, 40, 100) is None
+        large.decode_shape(8, 100)
+        large.launched(waited=True)  # of a decode step
+    assert large.mixed_shape(4000, 1, 1, 100) is None
+    large.launched(waited=True)  # of a lone prompt, for which nobody waits
+    assert large.due() is None
+
+
 def test_a_fitting_step_with_prompts_is_recorded_where_it_comes_often(recorded: Any) -> None:
     _, _, captured = recorded
     captured._replays[256, 40, 128, True, False] = (lambda: None, torch.empty(0))
