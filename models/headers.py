@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from halyard.hal.errors import ModelError
 from halyard.models.source import ModelSource
 
-__all__ = ["StoredTensor", "check_checkpoint", "read_header", "weight_files"]
+__all__ = ["Packed", "StoredTensor", "check_checkpoint", "find_packed", "read_header", "read_headers",
+           "unpacked_shapes", "weight_files"]  # fmt: skip
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -24,6 +26,48 @@ class StoredTensor(NamedTuple):
     dtype: str  # safetensors' name
     start: int  # bytes from the start of the file
     end: int
+
+
+class Packed(NamedTuple):
+    """A weight in fewer bits, which is unpacked as it is read."""
+
+    form: Literal["mxfp4", "fp8"]
+    values: str  # names in the files
+    scales: str
+    shape: tuple[int, ...]  # unpacked
+
+
+def find_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Packed]:
+    """Weights of all files of a checkpoint that are packed, by the name that each has unpacked.
+
+    mxfp4 is gpt-oss': W_blocks [experts, out, groups, 16], two 4-bit floats a byte, and W_scales
+    [experts, out, groups], powers of two, are W [experts, 32 * groups, out]. fp8 is a matrix of 8-bit
+    floats, and W_scale_inv has a factor of each block of 128 x 128.
+    """
+    found: dict[str, Packed] = {}
+    for name, item in stored.items():
+        blocks, inverse = name.removesuffix("_blocks"), f"{name}_scale_inv"
+        scales = f"{blocks}_scales"
+        if blocks != name and scales in stored and item.dtype == "U8" and len(item.shape) == 4:
+            experts, out, groups, half = item.shape
+            shape = (experts, groups * 2 * half, out)
+            found[blocks] = Packed("mxfp4", name, scales, shape)
+        elif item.dtype == "F8_E4M3" and inverse in stored:
+            found[name] = Packed("fp8", name, inverse, item.shape)
+    return found
+
+
+def unpacked_shapes(stored: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights of a checkpoint, those that are packed as they are unpacked."""
+    packed = find_packed(stored)
+    parts = {part for one in packed.values() for part in (one.values, one.scales)}
+    shapes = {name: item.shape for name, item in stored.items() if name not in parts}
+    return shapes | {name: one.shape for name, one in packed.items()}
+
+
+def read_headers(source: ModelSource) -> dict[str, StoredTensor]:
+    """What all its files hold. Errors as check_checkpoint's."""
+    return {name: item for file in weight_files(source) for name, item in read_header(file).items()}
 
 
 def check_checkpoint(source: ModelSource) -> dict[Path, list[tuple[str, tuple[int, ...]]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
@@ -35,7 +36,7 @@ class _Config:
         if self._config is None:
             if self._source is None:
                 raise AssertionError("a spec without a config has the source of one")
-            self._config = _read_config(self._source)
+            self._config = _unpacked(_read_config(self._source))
         return self._config
 
 
@@ -62,6 +63,9 @@ class ModelSpec:
     sinks: bool  # heads have sink logits
     tied: bool  # input embedding and lm_head are one matrix
     dtype: DType  # of the checkpoint
+    packing: (
+        str  # how it holds its large matrices in fewer bits: "mxfp4" or "fp8"; empty: it doesn't
+    )
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     config_digest: str
@@ -160,12 +164,7 @@ class ModelSpec:
             raise ModelError(
                 f"{architecture} has layers that share keys and values, which can't be served yet"
             )
-        if quantised := getattr(config, "quantization_config", None):
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise ModelError(
-                f"this checkpoint of {architecture} is quantised ({method}), which can't be "
-                "served yet: use the unquantised one"
-            )
+        packing = _packing(config, architecture)
         eos = (generation_config or {}).get("eos_token_id", getattr(text, "eos_token_id", None))
         if eos is None:
             eos = getattr(config, "eos_token_id", None)
@@ -199,8 +198,9 @@ class ModelSpec:
             dtype=dtype if dtype in _DTYPES else "bfloat16",  # type: ignore[arg-type]
             eos_token_ids=_ids(eos),
             bos_token_id=getattr(text, "bos_token_id", None),
+            packing=packing,
             config_digest=_digest(config),
-            held=_Config(config),
+            held=_Config(_unpacked(config)),
         )
 
     def kv_spec(self, dtype: DType, block_size: int = 16) -> KVSpec:
@@ -242,10 +242,37 @@ def _read_config(source: ModelSource) -> PretrainedConfig:
 
 def _digest(config: PretrainedConfig) -> str:
     facts = config.to_dict()
-    for key in ("_name_or_path", "name_or_path", "transformers_version", "dtype"):
+    for key in ("_name_or_path", "name_or_path", "transformers_version", "dtype",
+                "quantization_config"):  # fmt: skip
         facts.pop(key, None)
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _packing(config: PretrainedConfig, architecture: str) -> str:
+    """How the checkpoint's weights are packed, of the ways that can be read."""
+    facts = getattr(config, "quantization_config", None)
+    if not facts:
+        return ""
+    facts = facts if isinstance(facts, dict) else facts.to_dict()
+    method = str(facts.get("quant_method"))
+    if method == "mxfp4" or (
+        method == "fp8" and list(facts.get("weight_block_size") or ()) == [128, 128]
+    ):
+        return method
+    raise ModelError(
+        f"this checkpoint of {architecture} is quantised ({method}), which can't be "
+        "served yet: use the unquantised one"
+    )
+
+
+def _unpacked(config: PretrainedConfig) -> PretrainedConfig:
+    """As it describes the model once its weights are unpacked."""
+    if not getattr(config, "quantization_config", None):
+        return config
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    return config
 
 
 def _need(config: PretrainedConfig, field: str) -> int:

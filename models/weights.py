@@ -15,9 +15,16 @@ from tqdm import tqdm
 from halyard.hal.dtypes import torch_dtype
 from halyard.hal.errors import ModelError
 from halyard.hal.types import DType, WeightInfo
-from halyard.models.headers import StoredTensor, read_header, weight_files
+from halyard.models.headers import (
+    StoredTensor,
+    find_packed,
+    read_header,
+    unpacked_shapes,
+    weight_files,
+)
 from halyard.models.source import ModelSource
 from halyard.models.spec import ModelSpec
+from halyard.models.unpack import unpack_fp8, unpack_mxfp4
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +33,8 @@ __all__ = ["load_weights"]
 
 _STAGE = 16 << 20  # elements that are read at once when the dtype changes
 _POOL = 1 << 22  # random numbers that are drawn
-_STORED = {  # safetensors' names; its 8-bit floats need scales and are no weights by themselves
+_PACKED = {"F8_E4M3": torch.float8_e4m3fn}  # need scales, and are no weights by themselves
+_STORED = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -63,11 +71,15 @@ def load_weights(
     if load_format == "dummy" or source is None:
         return _random_weights(wanted, seed, progress, device)
     headers = {file: read_header(file) for file in weight_files(source)}
-    shapes = {name: item.shape for header in headers.values() for name, item in header.items()}
+    shapes = unpacked_shapes(_all(headers))
     if all(shapes.get(name) == info.shape for name, info in wanted.items()):
         return _stream(wanted, headers, progress, device)
-    converted = _convert(source, spec, wanted, dtype)
+    converted = _convert(source, spec, wanted, dtype, _unpacked(headers, dtype, progress))
     return {name: tensor.to(device or "cpu") for name, tensor in converted.items()}
+
+
+def _all(headers: Mapping[Path, dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    return {name: item for header in headers.values() for name, item in header.items()}
 
 
 def _bar(names: Iterable[str], progress: bool, what: str) -> tqdm[str]:
@@ -93,25 +105,40 @@ def _stream(
     """
     weights: dict[str, Tensor] = {}
     places = {name: file for file, header in headers.items() for name in header}
-    order = sorted(wanted, key=lambda name: (places[name], headers[places[name]][name].start))
+    packed = find_packed(_all(headers))
+
+    def place(name: str) -> tuple[Path, int]:
+        held = packed[name].values if name in packed else name
+        return places[held], headers[places[held]][held].start
+
     with ExitStack() as stack:
         streams: dict[Path, BinaryIO] = {}
-        for name in _bar(order, progress, "Loading weights"):
+
+        def read(name: str, dtype: torch.dtype | None) -> Tensor:
             file = places[name]
             if file not in streams:
                 streams[file] = stack.enter_context(file.open("rb", buffering=0))
-            read = _read(
-                streams[file], file, name, headers[file][name], torch_dtype(wanted[name].dtype)
-            )
-            weights[name] = read.to(device or "cpu")
+            found = _read(streams[file], file, name, headers[file][name], dtype)
+            return found.to(device or "cpu")
+
+        for name in _bar(sorted(wanted, key=place), progress, "Loading weights"):
+            dtype, parts = torch_dtype(wanted[name].dtype), packed.get(name)
+            if parts is None:
+                weights[name] = read(name, dtype)
+                continue
+            unpack = unpack_mxfp4 if parts.form == "mxfp4" else unpack_fp8
+            weights[name] = unpack(read(parts.values, None), read(parts.scales, None), dtype)
     return weights
 
 
 def _read(
-    stream: BinaryIO, file: Path, name: str, stored: StoredTensor, dtype: torch.dtype
+    stream: BinaryIO, file: Path, name: str, stored: StoredTensor, dtype: torch.dtype | None
 ) -> Tensor:
+    """In `dtype`; None: as it is stored, 8-bit floats too, which need scales."""
     source_dtype = _STORED.get(stored.dtype)
-    if source_dtype is None:
+    if dtype is None:
+        source_dtype = dtype = _PACKED.get(stored.dtype, source_dtype)
+    if source_dtype is None or dtype is None:
         raise ModelError(
             f"{file} holds {name} as {stored.dtype}: quantised checkpoints can't be served yet, "
             "use the unquantised one"
@@ -142,15 +169,47 @@ def _fill(stream: BinaryIO, file: Path, flat: Tensor) -> None:
         view = view[count:]
 
 
-def _convert(
-    source: ModelSource, spec: ModelSpec, wanted: Mapping[str, WeightInfo], dtype: DType
-) -> dict[str, Tensor]:
-    """Let transformers load: its checkpoint conversions (merged experts, renamed keys) apply."""
-    from transformers import AutoModelForCausalLM
+def _unpacked(
+    headers: Mapping[Path, dict[str, StoredTensor]], dtype: DType, progress: bool
+) -> dict[str, Tensor] | None:
+    """All tensors of a packed checkpoint by their names there, in `dtype` what was packed; None: nothing is."""
+    stored = _all(headers)
+    if not find_packed(stored):
+        return None
+    kept: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    everything = {
+        name: WeightInfo(shape, kept.get(stored[name].dtype, dtype) if name in stored else dtype)
+        for name, shape in unpacked_shapes(stored).items()
+    }
+    return _stream(everything, headers, progress, None)
 
+
+def _convert(
+    source: ModelSource,
+    spec: ModelSpec,
+    wanted: Mapping[str, WeightInfo],
+    dtype: DType,
+    unpacked: dict[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """Let transformers load: its checkpoint conversions (merged experts, renamed keys) apply.
+
+    `unpacked` is what its files hold, where transformers would compute with the packed numbers. These
+    are twice in memory while it works.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    model_class: Any = AutoModelForCausalLM
+    given: dict[str, Any] = {"pretrained_model_name_or_path": source.path}
+    if unpacked is not None:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(spec.config)]
+        given = {
+            "pretrained_model_name_or_path": None,
+            "config": spec.config,
+            "state_dict": unpacked,
+        }
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path,
+        loaded: Any = model_class.from_pretrained(
+            **given,
             dtype=torch_dtype(dtype),
             output_loading_info=True,
             trust_remote_code=False,

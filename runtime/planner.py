@@ -15,7 +15,7 @@ from halyard.hal.errors import CapacityError, ConfigError
 from halyard.hal.matrix import load_matrix
 from halyard.hal.selection import Selection, select_backend
 from halyard.hal.types import ITEM_SIZE, DeviceInfo, DType, KVSpec
-from halyard.models.headers import check_checkpoint
+from halyard.models.headers import read_headers, unpacked_shapes
 from halyard.models.source import ModelSource, resolve_source
 from halyard.models.spec import ModelSpec
 from halyard.models.spec_cache import SpecCache
@@ -93,6 +93,7 @@ class ExecutionPlan:
                 "vocab_size": spec.vocab_size,
                 "context": spec.max_model_len,
                 "checkpoint_dtype": spec.dtype,
+                "checkpoint_packing": spec.packing or None,
             },
             "backend": row.name,
             "status": row.status,
@@ -302,8 +303,7 @@ def _weight_bytes(config: EngineConfig, spec: ModelSpec, parameters: int, dtype:
 def _count_parameters(source: ModelSource | None, spec: ModelSpec, load_format: str) -> int:
     """Exact from the checkpoint's headers; estimated from the config for random weights."""
     if source is not None and load_format != "dummy":
-        headers = check_checkpoint(source)
-        return sum(math.prod(shape) for header in headers.values() for _, shape in header)
+        return sum(map(math.prod, unpacked_shapes(read_headers(source)).values()))
     attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
     mlp = 3 * spec.hidden_size * spec.expert_size * spec.num_experts
     embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tied else 2)

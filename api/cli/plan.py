@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     line("dtype", f"{plan.dtype} ({plan.selection.dtype_reason})")
     for op, part in facts["kernels"].items():
         line("", f"{op}: {part}")
-    line("weights", f"{memory.weight_bytes / GIB:.2f} GiB")
+    unpacked = f", unpacked from {spec.packing}" if spec.packing else ""
+    line("weights", f"{memory.weight_bytes / GIB:.2f} GiB{unpacked}")
     line("KV", f"{memory.kv_bytes_per_token:,} bytes a token; {memory.num_blocks:,} blocks of "
          f"{config.block_size} ({memory.num_blocks * config.block_size:,} tokens), limited by "
          f"{memory.limited_by}; {memory.num_host_blocks:,} host blocks")  # fmt: skip
