@@ -158,11 +158,12 @@ async def completion_prompts(
 ) -> list[list[int]]:
     """Token ids of every prompt. Errors as `token_prompts`', and if they are too many or too long."""
     prompt = request.prompt
-    if isinstance(prompt, str) or set(map(type, prompt)) != {int}:
-        texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
-        check_count(1 if isinstance(prompt, str) else len(prompt), MAX_PROMPTS, "prompts", "prompt")
-        if request.truncate_prompt_tokens is None:
-            check_texts(texts, tokenizer, max_model_len, "prompt")
+    if not isinstance(prompt, str) and set(map(type, prompt)) == {int}:  # long ones: looked at once
+        return _truncated([prompt], request.truncate_prompt_tokens)  # type: ignore[list-item]
+    texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
+    check_count(1 if isinstance(prompt, str) else len(prompt), MAX_PROMPTS, "prompts", "prompt")
+    if request.truncate_prompt_tokens is None:
+        check_texts(texts, tokenizer, max_model_len, "prompt")
     return await token_prompts(
         request.prompt,
         tokenizer,

@@ -27,7 +27,7 @@ from halyard.hal import fallbacks
 from halyard.hal.contract import Device, RecordingDevice
 from halyard.hal.types import KVPool, StepBatch
 
-__all__ = ["CapturedProgram", "row_buckets"]
+__all__ = ["CapturedProgram", "room_to_record", "row_buckets"]
 
 _SHORTEST_REACH = 512  # keys
 _MIXED_TOKENS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1024, 128),
@@ -51,11 +51,20 @@ _LONGER_REACH = 2
 _ROWS_AHEAD = 256
 _KEYS_AHEAD = 2048
 
+_SPARE = 0.03  # of the device's memory, and at least:
+_SPARE_BYTES = 512 << 20  # recordings that no step needs take none of the last
+
 _Key = tuple[int, int, int, bool, bool]  # tokens, rows, keys, with prompts, shares blocks
 
 
 def _decode_key(rows: int, keys: int, shares: bool) -> _Key:
     return rows, rows, keys, False, shares
+
+
+def room_to_record(device: Device) -> bool:
+    """Whether so much memory is free that what could do without a recording may have one."""
+    memory = device.memory()
+    return memory.free >= max(_SPARE_BYTES, _SPARE * memory.total)
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -273,7 +282,8 @@ class CapturedProgram:
         if key is None or not waited:
             return
         self._seen[key] += 1
-        if self._seen[key] >= _OFTEN - 1 and self.num_mixed < _MOST_MIXED:
+        often = self._seen[key] >= _OFTEN - 1 and self.num_mixed < _MOST_MIXED
+        if often and room_to_record(self._device):
             self._due.add(key)
 
     def due(self) -> tuple[int, int, int] | None:

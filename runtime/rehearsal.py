@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
-from halyard.compiler.captured import CapturedProgram
+from halyard.compiler.captured import CapturedProgram, room_to_record
 from halyard.hal import fallbacks
 from halyard.hal.contract import CompilingKernels
 from halyard.hal.errors import DeviceMemoryError
@@ -32,8 +32,6 @@ _PROMPT = 40  # tokens of a short prompt
 _MANY_PROMPTS = 128  # tokens of each, in as large a step as there are
 _PROMPTS = (64, 128, 256, 512)  # of so many tokens, where products of experts have other tiles
 _LONG_PROMPTS = 1100  # two of them are more than is recorded, and long enough to be attended apart
-_SPARE = 0.03  # of the device's memory, and at least:
-_SPARE_BYTES = 512 << 20  # recordings ahead of need take none of the last
 # Keys of a lone row, each of which may be split in another way; more than the last are split alike.
 _REACHES = (512, 1024, 2048, 4096, 8192, 16384)
 _FARTHEST = 1 << 17
@@ -72,8 +70,7 @@ class Rehearsal:
 
     def one(self) -> bool:
         """Make one thing ahead. False: none is wanted, for now."""
-        memory = self._executor.device.memory()
-        if memory.free < max(_SPARE_BYTES, _SPARE * memory.total):
+        if not room_to_record(self._executor.device):
             return False
         try:
             task = next(self._tasks, None)

@@ -13,6 +13,7 @@ from halyard.hal import fallbacks
 from halyard.hal.devices.cuda import CudaDevice
 from halyard.hal.devices.rocm import RocmDevice
 from halyard.models.tiny import save_tiny_model
+from halyard.models.unpack import unpack_fp8, unpack_mxfp4
 from halyard.runtime.llm import LLM
 from halyard.runtime.request import Constraint, SamplingParams
 
@@ -161,3 +162,15 @@ def test_a_closed_engine_leaves_the_memory_to_the_next() -> None:
     llm.close()
     left = torch.cuda.memory_allocated() - before
     assert left < held / 20, f"{left} of {held} bytes are left"
+
+
+def test_packed_weights_are_unpacked_on_the_device() -> None:
+    blocks = torch.randint(0, 256, (3, 40, 5, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 140, (3, 40, 5), dtype=torch.uint8)
+    weight = torch.randn(200, 300).to(torch.float8_e4m3fn)
+    factors = torch.rand(2, 3) + 0.5
+    for unpack, parts in ((unpack_mxfp4, (blocks, scales)), (unpack_fp8, (weight, factors))):
+        want = unpack(*parts, torch.bfloat16)
+        found = unpack(*(part.cuda() for part in parts), torch.bfloat16)
+        assert found.is_cuda
+        assert torch.equal(found.cpu(), want)
