@@ -16,6 +16,7 @@ from halyard.api.schemas.completions import CompletionRequest
 from halyard.api.structured import constraint_of
 from halyard.hal.errors import RequestError
 from halyard.models.tokenizer import Tokenizer
+from halyard.runtime.intake import TokenIds
 from halyard.runtime.request import MAX_LOGPROBS, SamplingParams
 
 __all__ = [
@@ -158,8 +159,12 @@ async def completion_prompts(
 ) -> list[list[int]]:
     """Token ids of every prompt. Errors as `token_prompts`', and if they are too many or too long."""
     prompt = request.prompt
-    if not isinstance(prompt, str) and set(map(type, prompt)) == {int}:  # long ones: looked at once
-        return _truncated([prompt], request.truncate_prompt_tokens)  # type: ignore[list-item]
+    if prompt and isinstance(prompt, list) and type(prompt[0]) is int:
+        known = TokenIds.of(prompt)
+        if known is not None:
+            return _truncated([known], request.truncate_prompt_tokens)
+        if set(map(type, prompt)) == {int}:  # one of them is larger than any token's
+            return _truncated([prompt], request.truncate_prompt_tokens)  # type: ignore[list-item]
     texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
     check_count(1 if isinstance(prompt, str) else len(prompt), MAX_PROMPTS, "prompts", "prompt")
     if request.truncate_prompt_tokens is None:

@@ -8,7 +8,7 @@ import struct
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from halyard.runtime.request import (
     SamplingParams,
 )
 
-__all__ = ["Grammars", "Intake", "Limits"]
+__all__ = ["Grammars", "Intake", "Limits", "TokenIds"]
 
 _NOTHING_SAMPLED = SamplingParams()
 
@@ -37,6 +37,27 @@ class Limits:
     eos_token_ids: frozenset[int]
     max_num_sequences: int  # most answers that can run at once, so n is at most that
     hidden_size: int = 0  # length of an embedding; 0: this engine makes none
+
+
+class TokenIds(list[int]):
+    """Plain ints, which JSON's parser made, and packed as for Request: they needn't be looked at again."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self, ids: list[int], packed: bytes) -> None:
+        super().__init__(ids)
+        self.packed = packed
+
+    @classmethod
+    def of(cls, parsed: list[Any]) -> TokenIds | None:
+        """What JSON's parser made of an array, if these are integers of 64 bits, without a loop.
+
+        It must hold no bools and no numbers of numpy: they would pass for integers.
+        """
+        try:
+            return cls(parsed, struct.pack(f"{len(parsed)}q", *parsed))
+        except struct.error:
+            return None
 
 
 class Grammars(Protocol):
@@ -130,8 +151,11 @@ class Intake:
         prompt, packed = _integers(token_ids, param)
         if not prompt:
             raise RequestError(f"the {param} is empty: give at least one token", param)
-        values = np.frombuffer(packed, np.int64)
-        self._check_tokens((int(values.min()), int(values.max())), param)
+        if (
+            np.frombuffer(packed, np.uint64).max() >= self.limits.vocab_size
+        ):  # so is what is negative
+            values = np.frombuffer(packed, np.int64)
+            self._check_tokens((int(values.min()), int(values.max())), param)
         most = self.limits.max_model_len
         if len(prompt) + room > most:
             what = " for prompt and answer together" if room else ""
@@ -167,6 +191,8 @@ class Intake:
 
 def _integers(token_ids: Sequence[int], param: str) -> tuple[tuple[int, ...], bytes]:
     """Token ids twice, packed too. Prompts are long and the device may be waiting for them: no loop."""
+    if isinstance(token_ids, TokenIds):
+        return tuple(token_ids), token_ids.packed
     ids = token_ids if isinstance(token_ids, list) else list(token_ids)
     try:
         packed = struct.pack(f"{len(ids)}q", *ids)

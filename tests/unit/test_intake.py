@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from halyard.hal.errors import RequestError
-from halyard.runtime.intake import Intake, Limits
+from halyard.runtime.intake import Intake, Limits, TokenIds
 from halyard.runtime.request import SamplingParams
 
 
@@ -58,6 +58,23 @@ def test_what_is_no_token_is_refused_in_one_line(intake: Intake, given: Any, tol
         intake.checked_prompt(given, 0, "prompt")
     assert "\n" not in str(caught.value)
     assert caught.value.param == "prompt"
+
+
+def test_token_ids_of_a_parser_are_the_same_prompt_and_refused_alike(intake: Intake) -> None:
+    for ids in ([2, 3, 99], [0]):
+        known = TokenIds.of(ids)
+        assert known == ids
+        assert intake.checked_prompt(known, 0, "prompt") == intake.checked_prompt(ids, 0, "prompt")
+    for wrong in ([5, -1], [100], [5, 1 << 62], list(range(9)), []):
+        told = []
+        for given in (wrong, TokenIds.of(wrong)):
+            assert given is not None
+            with pytest.raises(RequestError) as caught:
+                intake.checked_prompt(given, 0, "prompt")
+            told.append(str(caught.value))
+        assert told[0] == told[1]
+    for other in ([5, 1 << 70], ["5"], [5, [6]], [5, 6.0]):
+        assert TokenIds.of(other) is None
 
 
 def test_a_request_crosses_processes_whole(intake: Intake) -> None:
