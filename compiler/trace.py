@@ -79,6 +79,8 @@ def trace(
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
+        if reason.startswith("Constraints violated"):
+            reason = "its code works for one number of tokens alone"
         raise ModelError(f"{name} can't be traced: {reason}") from error
     module = exported.graph_module
     retarget(module, device)
