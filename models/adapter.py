@@ -72,8 +72,12 @@ class TraceableModel(nn.Module):
         return output.logits[0], hidden[-1][0]
 
 
-def build_meta_module(spec: ModelSpec, dtype: DType) -> TraceableModel:
+def build_meta_module(spec: ModelSpec, dtype: DType, context: int | None = None) -> TraceableModel:
     """Build the model without weights.
+
+    Args:
+        context: most tokens of a sequence, which decides the rotary frequencies of all (longrope). None:
+            as many as the model was made for.
 
     Raises:
         ModelError: transformers has no such decoder, or it can't be routed through our attention.
@@ -84,6 +88,8 @@ def build_meta_module(spec: ModelSpec, dtype: DType) -> TraceableModel:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
     config = copy.deepcopy(spec.config)
     _check_rope(config)
+    if spec.trained_len:
+        _settle_rope(config, spec.is_long(context or spec.max_model_len))
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -94,7 +100,12 @@ def build_meta_module(spec: ModelSpec, dtype: DType) -> TraceableModel:
             )
         experts.install(model)
         model.eval().requires_grad_(False)
-        return TraceableModel(model, _real_buffers(model))
+        buffers = _real_buffers(model)
+        if spec.trained_len:
+            for module in model.modules():
+                if getattr(module, "rope_type", None) == "longrope":
+                    module.rope_type = "default"  # its frequencies are settled
+        return TraceableModel(model, buffers)
     except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise ModelError(f"{spec.architecture} can't be served: {reason}") from error
@@ -140,14 +151,20 @@ def _attention(
 
 def _check_rope(config: Any) -> None:
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {
-        inner.get("rope_type") for inner in rope.values() if isinstance(inner, dict)
-    }
+    inner = {one.get("rope_type") for one in rope.values() if isinstance(one, dict)}
     for kind in ("dynamic", "longrope"):
-        if kind in kinds:
+        if kind in inner or rope.get("rope_type") == kind == "dynamic":
             raise ModelError(
                 f"rope type {kind!r} depends on the length of each sequence and can't be served yet"
             )
+
+
+def _settle_rope(config: Any, long: bool) -> None:
+    """One set of frequencies for all sequences, where transformers takes the short ones or the long ones by
+    a batch's longest: keys that are kept must go with those to come."""
+    rope = config.get_text_config(decoder=True).rope_parameters
+    chosen = rope["long_factor" if long else "short_factor"]
+    rope["long_factor"] = rope["short_factor"] = chosen
 
 
 def _real_buffers(model: nn.Module) -> dict[str, Tensor]:

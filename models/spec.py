@@ -49,6 +49,7 @@ class ModelSpec:
     model_type: str  # e.g. "llama"
     vocab_size: int
     max_model_len: int  # positions the model was made for
+    trained_len: int  # longer contexts have rotary frequencies of their own; 0: they have not
     hidden_size: int
     intermediate_size: int
     num_experts: int  # 1: the feed-forward layers are whole
@@ -178,6 +179,7 @@ class ModelSpec:
             model_type=text.model_type,
             vocab_size=_need(text, "vocab_size"),
             max_model_len=max_model_len,
+            trained_len=_trained_len(text),
             hidden_size=_need(text, "hidden_size"),
             intermediate_size=width,
             num_experts=getattr(text, "num_local_experts", None)
@@ -219,6 +221,10 @@ class ModelSpec:
             softcap=self.softcap,
             sinks=self.sinks,
         )
+
+    def is_long(self, context: int) -> bool:
+        """Whether a context of so many tokens has the rotary frequencies of long ones (longrope)."""
+        return 0 < self.trained_len < context
 
     def digest(self) -> str:
         """A digest of the config: models with equal digests trace to equal graphs."""
@@ -304,6 +310,14 @@ def _head_dim(config: PretrainedConfig, num_heads: int) -> int:
     if qk:
         return max(qk, getattr(config, "v_head_dim", 0) or 0)
     return int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+
+
+def _trained_len(config: PretrainedConfig) -> int:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return 0
+    known = rope.get("original_max_position_embeddings")
+    return int(known or config.max_position_embeddings)
 
 
 def _windows(

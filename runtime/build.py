@@ -280,7 +280,7 @@ def _compile(
         from halyard.compiler.build import build_program
         from halyard.models.adapter import build_meta_module
 
-        model = build_meta_module(spec, plan.dtype)
+        model = build_meta_module(spec, plan.dtype, plan.memory.max_model_len)
         return build_program(
             model,
             model.buffers_by_name,
@@ -300,4 +300,6 @@ def _compile(
     # Dumping graphs means going through the passes, so a cached program is of no use then.
     cache = ArtefactCache(config.cache_dir) if config.dump_dir is None else None
     facts = {"model": spec.digest(), "dtype": plan.dtype, "quantization": config.quantization}
+    if spec.is_long(plan.memory.max_model_len):
+        facts["rope"] = "long"
     return load_or_build(cache, facts, build, graph, device.info)
