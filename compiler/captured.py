@@ -118,9 +118,7 @@ class CapturedProgram:
         # Rows in vain by the decode step that would have fitted: ever, and since other steps came.
         self._spent: Counter[_Key] = Counter()
         self._lately: tuple[_Key | None, int] = (None, 0)
-        self._large: _Key | None = (
-            None  # the step at hand, if it is large and launched kernel by kernel
-        )
+        self._large: _Key | None = None  # the step at hand, if large and launched kernel by kernel
         self.num_mixed = 0  # recordings of steps with prompts
         self._enabled = True
         # Of a row: int64 and int32 columns, what it shares, a table; of a token that is no row's

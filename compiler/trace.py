@@ -188,14 +188,14 @@ def _check_attention(
             )
         if window and not nodes[layer].args[6]:
             raise ModelError(
-                f"attention layer {layer} of {name} has a window of {window} tokens in its config "
-                "but tells nobody; it would answer wrongly and is refused"
+                f"attention layer {layer} of {name} has a window of {window} tokens in its config, "
+                "which only its masks know; it would answer wrongly and is refused"
             )
 
 
 def _check_values(module: fx.GraphModule, name: str) -> None:
-    """A graph that asks for numbers in tensors while it runs has sizes that nobody can plan."""
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten._local_scalar_dense.default or node.name == "item":
-            where = (node.meta.get("nn_module_stack") or {"": ("its code",)}).popitem()[1][0]
-            raise ModelError(f"{name} looks into tensors while it runs ({where}): can't be served")
+    """A graph that asks for a number in a tensor waits for the device, and may have sizes that nobody can
+    plan."""
+    asks = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+    if any(node.target in asks for node in module.graph.nodes):
+        raise ModelError(f"{name} looks into tensors while it runs, and can't be served")

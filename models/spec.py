@@ -64,9 +64,7 @@ class ModelSpec:
     sinks: bool  # heads have sink logits
     tied: bool  # input embedding and lm_head are one matrix
     dtype: DType  # of the checkpoint
-    packing: (
-        str  # how it holds its large matrices in fewer bits: "mxfp4" or "fp8"; empty: it doesn't
-    )
+    packing: str  # of the checkpoint's large matrices: "mxfp4" or "fp8"; empty: none
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     config_digest: str
@@ -139,9 +137,7 @@ class ModelSpec:
             )
         num_layers = _need(text, "num_hidden_layers")
         num_heads = _need(text, "num_attention_heads")
-        num_kv_heads = getattr(text, "num_key_value_heads", None) or (
-            1 if getattr(text, "multi_query", False) else num_heads
-        )
+        num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
         if isinstance(num_kv_heads, list | tuple):
             if len(set(num_kv_heads)) > 1:
                 raise ModelError(

@@ -200,14 +200,14 @@ def _convert(
 
     model_class: Any = AutoModelForCausalLM
     given: dict[str, Any] = {"pretrained_model_name_or_path": source.path}
-    if unpacked is not None:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(spec.config)]
-        given = {
-            "pretrained_model_name_or_path": None,
-            "config": spec.config,
-            "state_dict": unpacked,
-        }
     try:
+        if unpacked is not None:  # a class that is told which needs no folder
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(spec.config)]
+            given = {
+                "pretrained_model_name_or_path": None,
+                "config": spec.config,
+                "state_dict": unpacked,
+            }
         loaded: Any = model_class.from_pretrained(
             **given,
             dtype=torch_dtype(dtype),

@@ -151,9 +151,10 @@ class Intake:
         prompt, packed = _integers(token_ids, param)
         if not prompt:
             raise RequestError(f"the {param} is empty: give at least one token", param)
-        if (
-            np.frombuffer(packed, np.uint64).max() >= self.limits.vocab_size
-        ):  # so is what is negative
+        largest = np.frombuffer(
+            packed, np.uint64
+        ).max()  # what is negative is larger than any other
+        if largest >= self.limits.vocab_size:
             values = np.frombuffer(packed, np.int64)
             self._check_tokens((int(values.min()), int(values.max())), param)
         most = self.limits.max_model_len

@@ -343,6 +343,19 @@ def test_a_window_that_only_the_mask_knows_is_refused() -> None:
     trace_of(ModelSpec.from_hf(longer))  # nothing is ever outside it
 
 
+def test_a_model_that_looks_into_tensors_is_refused() -> None:
+    class Looking(TraceableModel):
+        def forward(self, input_ids: Tensor, positions: Tensor, logit_indices: Tensor) -> Any:
+            logits, hidden = super().forward(input_ids, positions, logit_indices)
+            return logits * positions.max().item(), hidden
+
+    spec = ModelSpec.from_hf(LlamaConfig(**TINY))
+    built = build_meta_module(spec, "float32")
+    with pytest.raises(ModelError, match="looks into tensors") as error:
+        trace_of(spec, Looking(built.model, built.buffers_by_name).eval())
+    one_line(error)
+
+
 def test_a_model_that_counts_positions_itself_is_refused() -> None:
     class Counting(TraceableModel):
         def forward(self, input_ids: Tensor, positions: Tensor, logit_indices: Tensor) -> Any:
