@@ -1,6 +1,6 @@
 """Every decoder that transformers has, tiny and with random weights: served as Hugging Face answers, or refused.
 
-    python tests/golden/all_families.py [KIND ...] [--jobs N]
+    python tests/golden/all_families.py [KIND ...] [--backend cpu-eager] [--jobs N]
 
 Prints a line each, and a table at the end for docs/models.md. Fails if a model answers otherwise than
 Hugging Face's own code in fp32, or ends in anything but one clear line. Each runs in a process of its own:
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 SIZES: dict[str, Any] = {
@@ -59,7 +60,7 @@ def tiny_config(kind: str) -> Any:
     return config
 
 
-def look(kind: str, told: Any) -> None:
+def look(kind: str, backend: str, told: Any) -> None:
     """Send (state, detail) of one kind."""
     warnings.filterwarnings("ignore")
     os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
@@ -98,7 +99,7 @@ def look(kind: str, told: Any) -> None:
             return told.send(("not tried", f"{type(error).__name__}: {error}".split("\n")[0]))
         params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
         try:
-            with LLM(folder, backend="cpu-eager", dtype="float32", kv_blocks=256) as llm:
+            with LLM(folder, backend=backend, dtype="float32", kv_blocks=256) as llm:
                 found = llm.generate(prompts, params)
         except HalyardError as error:
             return told.send(("refused" if "\n" not in str(error) else "WRONG", str(error)))
@@ -108,10 +109,10 @@ def look(kind: str, told: Any) -> None:
     return told.send(("served", "") if got == want else ("WRONG", "other tokens"))
 
 
-def apart(kind: str) -> tuple[str, str]:
+def apart(kind: str, backend: str) -> tuple[str, str]:
     """`look` in a process of its own."""
     mine, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=look, args=(kind, theirs))
+    process = multiprocessing.get_context("fork").Process(target=look, args=(kind, backend, theirs))
     process.start()
     theirs.close()
     try:
@@ -127,6 +128,7 @@ def apart(kind: str) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("kinds", nargs="*", help="model_type of each (default: all)")
+    parser.add_argument("--backend", default="cpu-eager")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     import transformers
@@ -136,7 +138,9 @@ def main() -> int:
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     kinds = args.kinds or sorted(names)
     with ThreadPoolExecutor(args.jobs) as pool:
-        states = dict(zip(kinds, pool.map(apart, kinds), strict=True))
+        states = dict(
+            zip(kinds, pool.map(partial(apart, backend=args.backend), kinds), strict=True)
+        )
     print(f"\ntransformers {transformers.__version__}")
     for state in ("served", "refused", "not tried", "WRONG"):
         those = [kind for kind, (found, _) in states.items() if found == state]
