@@ -169,15 +169,15 @@ def _check_attention(
 ) -> None:
     """A model that bypasses the interface, or isn't what memory was laid out for, exports well and
     answers wrongly: refuse it."""
-    nodes = {n.args[4]: n for n in module.graph.nodes if n.target is ops.paged_attention}
-    shown = [node.args[4] for node in module.graph.nodes if node.target is ops.paged_attention]
-    if sorted(shown) != list(range(len(windows))):
+    nodes = [node for node in module.graph.nodes if node.target is ops.paged_attention]
+    nodes.sort(key=lambda node: node.args[4])
+    if [node.args[4] for node in nodes] != list(range(len(windows))):
         raise ModelError(
-            f"{name} routes {len(shown)} of its {len(windows)} attention layers "
+            f"{name} routes {len(nodes)} of its {len(windows)} attention layers "
             "through transformers' attention interface; it would answer wrongly and is refused"
         )
-    for layer, window in enumerate(windows):
-        query, key, value = (tuple(arg.meta["val"].shape[1:]) for arg in nodes[layer].args[:3])
+    for layer, (node, window) in enumerate(zip(nodes, windows, strict=True)):
+        query, key, value = (tuple(arg.meta["val"].shape[1:]) for arg in node.args[:3])
         keys = (heads.num_kv_heads, heads.head_dim)
         if (query, key, value) != ((heads.num_heads, heads.head_dim), keys, keys):
             raise ModelError(
@@ -186,7 +186,7 @@ def _check_attention(
                 f"{heads.num_kv_heads} of {heads.head_dim}: the config is wrong, or its layers "
                 "differ, which can't be served yet"
             )
-        if window and not nodes[layer].args[6]:
+        if window and not node.args[6]:
             raise ModelError(
                 f"attention layer {layer} of {name} has a window of {window} tokens in its config, "
                 "which only its masks know; it would answer wrongly and is refused"

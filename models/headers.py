@@ -52,7 +52,7 @@ def find_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Packed]:
             experts, out, groups, half = item.shape
             shape = (experts, groups * 2 * half, out)
             found[blocks] = Packed("mxfp4", name, scales, shape)
-        elif item.dtype == "F8_E4M3" and inverse in stored:
+        elif item.dtype == "F8_E4M3" and inverse in stored and len(item.shape) == 2:
             found[name] = Packed("fp8", name, inverse, item.shape)
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 __all__ = ["FAMILIES", "MOE_FAMILIES", "PROVEN", "SERVED", "save_tiny_model", "tiny_config",
-           "tiny_model"]  # fmt: skip
+           "tiny_model", "with_large_weights"]  # fmt: skip
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -90,12 +90,17 @@ def tiny_model(family: str, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 2.0 * parameter.shape[-1] ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return with_large_weights(model)
+
+
+@torch.no_grad()
+def with_large_weights(model: Any) -> Any:
+    """The same model, drawn anew by torch's generator and ready to answer."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, 2.0 * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
 
 

@@ -70,6 +70,7 @@ def look(kind: str, backend: str, told: Any) -> None:
 
     from halyard import LLM, SamplingParams
     from halyard.hal.errors import HalyardError
+    from halyard.models.tiny import with_large_weights
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -83,13 +84,8 @@ def look(kind: str, backend: str, told: Any) -> None:
             if size > 5e7:
                 return told.send(("not tried", "its config has no tiny form"))
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            with_large_weights(model).save_pretrained(folder)
             with torch.no_grad():
-                for weight in model.parameters():
-                    if weight.dim() > 1:
-                        weight.normal_(0.0, 2.0 * weight.shape[-1] ** -0.5)
-                    else:
-                        weight.add_(torch.randn_like(weight) * 0.2)
-                model.eval().save_pretrained(folder)
                 want = [list(prompt) for prompt in prompts]
                 for ids in want:
                     for _ in range(ANSWER):

@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from halyard import LLM, SamplingParams
 from halyard.hal.errors import ModelError
+from halyard.hal.types import WeightInfo
 from halyard.models.source import resolve_source
 from halyard.models.spec import ModelSpec
 from halyard.models.tiny import FAMILIES, tiny_model
 from halyard.models.unpack import unpack_fp8, unpack_mxfp4
+from halyard.models.weights import load_weights
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
@@ -159,6 +161,19 @@ def test_what_can_not_be_unpacked_is_refused() -> None:
         with pytest.raises(ModelError, match=f"quantised .{facts['quant_method']}") as error:
             ModelSpec.from_hf(LlamaConfig(quantization_config=facts))
         assert "\n" not in str(error.value)
+
+
+def test_stacked_matrices_in_fp8_are_refused(tmp_path: Path) -> None:
+    """Nobody has said what blocks of three dimensions are."""
+    LlamaConfig().save_pretrained(tmp_path)
+    stacked = torch.ones(2, 4, 4).to(torch.float8_e4m3fn)
+    tensors = {"w": stacked, "w_scale_inv": torch.ones(2, 1, 1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = resolve_source(tmp_path)
+    want = {"w": WeightInfo((2, 4, 4), "float32")}
+    with pytest.raises(ModelError, match="holds w as F8_E4M3") as error:
+        load_weights(source, ModelSpec.load(source), want, "float32")
+    assert "\n" not in str(error.value)
 
 
 def test_weights_without_their_scales_are_named(
